@@ -69,9 +69,8 @@ V = {"messages": CHAT, "tools": TOOLS, "add_generation_prompt": True, "bos_token
 ROWS = []
 
 
-def row(*sources, **variables):
-    for source in sources:
-    XX
+def row(*sources):
+    ROWS.extend(sources)
 
 
 # ---- whole templates
