@@ -101,6 +101,10 @@ class Engine {
   /// Cancels everything and joins the engine thread.
   virtual void stop() = 0;
 
+ protected:
+  QueueSlot make_slot() { return QueueSlot(this); }
+  static void keep_slot(QueueSlot& slot) { slot.engine_ = nullptr; }
+
  private:
   friend class QueueSlot;
   virtual void return_slot() = 0;
