@@ -7,5 +7,4 @@ std::string resolve_cpu_isa(std::string_view s) { return std::string(s); }
 PackedLinear pack_int4(const Int4Matrix&, WeightLayout) { return {}; }
 size_t packed_int4_bytes(int, int, int, WeightLayout) { return 0; }
 bool packs_scales_inline(WeightLayout) { return true; }
-std::unique_ptr<WeightSource> open_checkpoint(const fs::path&) { return nullptr; }
 }
