@@ -37,7 +37,7 @@ class BytePairEncoder {
     friend class BytePairEncoder;
     std::vector<int32_t> ids;
     std::vector<uint32_t> ranks, next, previous;
-    std::vector<uint64_t> heap;
+    std::vector<uint64_t> buckets[33], early;
   };
 
   /// Appends the ids of `piece`. O(n log n) in its length.
@@ -49,11 +49,13 @@ class BytePairEncoder {
 
  private:
   static constexpr uint32_t kNoRank = UINT32_MAX;
-  static constexpr size_t kShortBytes = 48;  // up to here a linear scan beats the heap
+  static constexpr size_t kShortBytes = 48;  // up to here a linear scan beats the queue
 
+  // Most pieces are short, so their bytes stand in the slot: one cache line per look-up.
   struct PieceSlot {
-    uint32_t tag = 0;  // high half of the hash
-    int32_t id = -1;   // -1: empty slot
+    uint64_t key = 0;     // up to 8 bytes: the bytes, zero-padded; longer: their hash
+    uint32_t length = 0;  // in bytes; 0: empty slot
+    int32_t id = -1;
   };
   struct MergeSlot {
     uint64_t pair = UINT64_MAX;
