@@ -47,13 +47,23 @@ inline uint64_t hash_long(std::string_view s) {
 }
 
 inline uint64_t pair_key(int32_t left, int32_t right) {
-  return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right);
+  return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 21 | static_cast<uint32_t>(right);
 }
 inline uint64_t hash_pair(uint64_t key) { return mix(key ^ kSeed0, kSeed1); }
+constexpr int kRankBits = 22;
 
 size_t table_size(size_t num_entries) { return std::bit_ceil(std::max<size_t>(16, num_entries * 3 / 2)); }
 
 }  // namespace
+
+inline uint32_t BytePairEncoder::rank_of(int32_t left, int32_t right) const {
+  const uint64_t key = pair_key(left, right);
+  for (size_t at = hash_pair(key) & (merges_.size() - 1);; at = (at + 1) & (merges_.size() - 1)) {
+    const MergeSlot slot = merges_[at];
+    if (slot == kNoMerge) return kNoRank;
+    if (slot >> kRankBits == key) return static_cast<uint32_t>(slot & kMaxMerges);
+  }
+}
 
 BytePairEncoder::BytePairEncoder(std::span<const Token> tokens, std::span<const Merge> merges,
                                  size_t num_ids, bool ignore_merges) {
@@ -75,16 +85,21 @@ BytePairEncoder::BytePairEncoder(std::span<const Token> tokens, std::span<const 
   }
   for (const int32_t id : byte_ids_) NIBBLE_CHECK(id >= 0);
 
-  merges_.resize(table_size(merges.size()));
+  NIBBLE_CHECK(num_ids <= kMaxIds && merges.size() <= kMaxMerges);
+  merges_.resize(table_size(merges.size()), kNoMerge);
   result_of_rank_.reserve(merges.size());
   for (const Merge& merge : merges) {
     const uint64_t key = pair_key(merge.left, merge.right);
     size_t at = hash_pair(key) & (merges_.size() - 1);
-    while (merges_[at].pair != UINT64_MAX && merges_[at].pair != key) {
+    while (merges_[at] != kNoMerge && merges_[at] >> kRankBits != key) {
       at = (at + 1) & (merges_.size() - 1);
     }
-    merges_[at] = {key, static_cast<uint32_t>(result_of_rank_.size())};
+    merges_[at] = key << kRankBits | result_of_rank_.size();
     result_of_rank_.push_back(merge.result);
+  }
+  byte_ranks_.resize(1 << 16);
+  for (size_t pair = 0; pair < byte_ranks_.size(); ++pair) {
+    byte_ranks_[pair] = rank_of(byte_ids_[pair >> 8], byte_ids_[pair & 0xff]);
   }
 
   pieces_.resize(table_size(tokens.size()));
@@ -132,15 +147,6 @@ int32_t BytePairEncoder::find_piece(std::string_view piece) const {
   }
 }
 
-const BytePairEncoder::MergeSlot* BytePairEncoder::find_merge(int32_t left, int32_t right) const {
-  const uint64_t key = pair_key(left, right);
-  for (size_t at = hash_pair(key) & (merges_.size() - 1);; at = (at + 1) & (merges_.size() - 1)) {
-    const MergeSlot& slot = merges_[at];
-    if (slot.pair == key) return &slot;
-    if (slot.pair == UINT64_MAX) return nullptr;
-  }
-}
-
 void BytePairEncoder::encode(std::string_view piece, std::vector<int32_t>& out,
                              Scratch& scratch) const {
   if (piece.size() == 1) {
@@ -165,7 +171,7 @@ void BytePairEncoder::merge_short(std::string_view piece, std::vector<int32_t>& 
   int32_t* ids = scratch.ids.data();
   uint32_t* ranks = scratch.ranks.data();  // of the pair (i, i + 1)
   for (size_t i = 0; i < n; ++i) ids[i] = byte_ids_[static_cast<uint8_t>(piece[i])];
-  for (size_t i = 0; i + 1 < n; ++i) ranks[i] = rank_of(ids[i], ids[i + 1]);
+  for (size_t i = 0; i + 1 < n; ++i) ranks[i] = rank_of_bytes(piece[i], piece[i + 1]);
   ranks[n - 1] = kNoRank;
   while (n > 1) {
     size_t best = 0;
@@ -286,7 +292,7 @@ void BytePairEncoder::merge_long(std::string_view piece, std::vector<int32_t>& o
     previous[i] = i - 1;  // of 0: never read
   }
   for (uint32_t i = 0; i + 1 < n; ++i) {
-    ranks[i] = rank_of(ids[i], ids[i + 1]);
+    ranks[i] = rank_of_bytes(piece[i], piece[i + 1]);
     if (ranks[i] != kNoRank) queue.push(ranks[i], i);
   }
   ranks[n - 1] = kNoRank;
