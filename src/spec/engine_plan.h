@@ -4,6 +4,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include "base/json.h"
 #include "spec/model_spec.h"
@@ -17,6 +18,7 @@ enum class KvFormat : uint8_t {
   kF32,          // reference and evaluation only
 };
 const char* kv_format_name(KvFormat format);  // "int8", "int8-static", "f16", "f32"
+KvFormat kv_format_from_name(std::string_view name);  // throws Error{kInput}
 
 /// Bit layout of one linear's weights in the engine. Each is described where it is packed (pack/).
 enum class WeightLayout : uint8_t {
@@ -36,6 +38,7 @@ enum class ActivationPrecision : uint8_t {
   kInt8Group,     // int8 per group of at most 128 channels, exact integer dot products per group
 };
 const char* activation_precision_name(ActivationPrecision precision);  // "f32", "int8"
+ActivationPrecision activation_precision_from_name(std::string_view name);  // throws Error{kInput}
 
 struct EngineLimits {
   int max_batch_size = 64;     // sequences per step
