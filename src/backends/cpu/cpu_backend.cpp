@@ -473,9 +473,8 @@ class CpuBackend final : public Backend {
 }  // namespace
 
 std::unique_ptr<Backend> make_cpu_backend(std::string_view isa, ActivationPrecision precision, int num_threads) {
-  const Kernels& kernels = kernels_for(isa);
-  return std::make_unique<CpuBackend>(kernels, isa == "native" ? native_cpu_isa() : std::string(isa), precision,
-                                      num_threads);
+  const std::string resolved = resolve_cpu_isa(isa);
+  return std::make_unique<CpuBackend>(kernels_for(resolved), resolved, precision, num_threads);
 }
 
 }  // namespace nibble

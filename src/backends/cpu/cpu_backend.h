@@ -23,11 +23,12 @@ namespace nibble {
 /// present, else equal to avx2-plain and left out), "avx512".
 std::vector<std::string> available_cpu_isas();
 
-/// The best of "avx512", "avx2" and "generic" here: what "native" means.
-std::string native_cpu_isa();
+/// "native" -> the best of "avx512", "avx2" and "generic" here; another name is checked and returned. Throws
+/// Error{kDevice} when this machine lacks it, Error{kUsage} for an unknown name.
+std::string resolve_cpu_isa(std::string_view isa);
 
-/// isa: "native", "avx512", "avx2", "avx2-plain" (no AVX-VNNI even where present) or "generic". Throws Error{kDevice}
-/// when this machine lacks it, Error{kUsage} for another name. num_threads 0: usable_cpu_count().
+/// isa: "native", "avx512", "avx2", "avx2-plain" (no AVX-VNNI even where present) or "generic"; throws
+/// as resolve_cpu_isa(). num_threads 0: usable_cpu_count().
 std::unique_ptr<Backend> make_cpu_backend(std::string_view isa, ActivationPrecision precision, int num_threads = 0);
 
 }  // namespace nibble

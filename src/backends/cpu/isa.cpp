@@ -49,13 +49,17 @@ std::vector<std::string> available_cpu_isas() {
   return isas;
 }
 
-std::string native_cpu_isa() { return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "generic"; }
+std::string resolve_cpu_isa(std::string_view isa) {
+  if (isa == "native") return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "generic";
+  cpu::kernels_for(isa);
+  return std::string(isa);
+}
 
 namespace cpu {
 
 const Kernels& kernels_for(std::string_view isa) {
   if (isa == "generic") return kKernelsGeneric;
-  if (isa == "native") return kernels_for(native_cpu_isa());
+  if (isa == "native") return kernels_for(resolve_cpu_isa(isa));
   const bool avx2 = isa == "avx2", plain = isa == "avx2-plain", avx512 = isa == "avx512";
   if (!avx2 && !plain && !avx512) {
     fail(ErrorKind::kUsage, "unknown instruction set \"{}\"; known: native, avx512, avx2, avx2-plain, generic", isa);
