@@ -1,0 +1,14 @@
+// The reference backend: every op of the seam as naive fp32 loops. It is the executable specification; speed
+// is no concern here. Activations are fp32. KV block layout: see reference_kv.h.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <memory>
+
+#include "ops/backend.h"
+
+namespace nibble {
+
+std::unique_ptr<Backend> make_reference_backend();
+
+}  // namespace nibble

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "model/weights.h"
+
+#include "base/error.h"
+#include "spec/weight_table.h"
+
+namespace nibble {
+
+EngineTensors EngineTensors::from_file(SafetensorsFile file) {
+  EngineTensors tensors;
+  tensors.file_ = std::make_unique<SafetensorsFile>(std::move(file));
+  return tensors;
+}
+
+void EngineTensors::add(std::string name, DType dtype, std::vector<int64_t> shape, std::vector<std::byte> bytes) {
+  owned_.insert_or_assign(std::move(name), Owned{dtype, std::move(shape), std::move(bytes)});
+}
+
+bool EngineTensors::contains(std::string_view name) const {
+  return owned_.find(name) != owned_.end() || (file_ && file_->contains(name));
+}
+
+TensorView EngineTensors::get(std::string_view name) const {
+  if (const auto it = owned_.find(name); it != owned_.end()) {
+    return TensorView{it->second.dtype, it->second.shape, it->second.bytes};
+  }
+  if (file_) return file_->tensor(name);
+  fail(ErrorKind::kInput, "the engine has no tensor {}; rebuild it", name);
+}
+
+namespace {
+
+class Loader {
+ public:
+  Loader(Backend& backend, const EnginePlan& plan, const EngineTensors& tensors)
+      : backend_(backend), plan_(plan), tensors_(tensors) {}
+
+  const float* floats(const std::string& name, int64_t count) {
+    const TensorView view = tensors_.get(name);
+    if (view.dtype != DType::kF32 || view.num_elements() != count) {
+      fail(ErrorKind::kInput, "engine tensor {} is {} with {} elements, wanted F32 with {}; rebuild the engine", name,
+           dtype_name(view.dtype), view.num_elements(), count);
+    }
+    return static_cast<const float*>(backend_.import_weights(view.bytes.data(), view.bytes.size()));
+  }
+
+  LinearOperand linear(const WeightRow& row) {
+    LinearOperand operand;
+    operand.layout = row.quantizable ? plan_.linear_layout : plan_.dense_layout;
+    operand.out_features = static_cast<int>(row.shape[0]);
+    operand.in_features = static_cast<int>(row.shape[1]);
+    const TensorView view = tensors_.get(row.name + ".weight");
+    operand.weight = backend_.import_weights(view.bytes.data(), view.bytes.size());
+    if (row.role != WeightRole::kEmbedding) bytes_ += view.bytes.size();
+    const bool int4 = operand.layout == WeightLayout::kInt4Portable || operand.layout == WeightLayout::kCpuInt4 ||
+                      operand.layout == WeightLayout::kCudaInt4;
+    if (int4) operand.group_size = plan_.group_size;
+    if (tensors_.contains(row.name + ".scales")) {
+      const int64_t count = row.shape[0] * (row.shape[1] / plan_.group_size);
+      operand.scales = floats(row.name + ".scales", count);
+      bytes_ += static_cast<uint64_t>(count) * sizeof(float);
+    }
+    if (tensors_.contains(row.name + ".pre_scale")) {
+      operand.pre_scale = floats(row.name + ".pre_scale", row.shape[1]);
+    }
+    return operand;
+  }
+
+  const float* norm(const WeightRow& row) { return floats(row.name + ".weight", row.shape[0]); }
+  uint64_t bytes() const { return bytes_; }
+
+ private:
+  Backend& backend_;
+  const EnginePlan& plan_;
+  const EngineTensors& tensors_;
+  uint64_t bytes_ = 0;
+};
+
+}  // namespace
+
+ModelWeights ModelWeights::load(Backend& backend, const EnginePlan& plan, const EngineTensors& tensors) {
+  ModelWeights weights;
+  weights.layers.resize(static_cast<size_t>(plan.spec.num_layers));
+  Loader loader(backend, plan, tensors);
+  for (const WeightRow& row : weight_table(plan.spec)) {
+    LayerWeights* layer = row.layer >= 0 ? &weights.layers[static_cast<size_t>(row.layer)] : nullptr;
+    switch (row.role) {
+      case WeightRole::kEmbedding: weights.embedding = loader.linear(row); break;
+      case WeightRole::kAttnNorm: layer->attn_norm = loader.norm(row); break;
+      case WeightRole::kQkv: layer->qkv = loader.linear(row); break;
+      case WeightRole::kO: layer->o = loader.linear(row); break;
+      case WeightRole::kMlpNorm: layer->mlp_norm = loader.norm(row); break;
+      case WeightRole::kGate: layer->gate = loader.linear(row); break;
+      case WeightRole::kUp: layer->up = loader.linear(row); break;
+      case WeightRole::kDown: layer->down = loader.linear(row); break;
+      case WeightRole::kFinalNorm: weights.final_norm = loader.norm(row); break;
+      case WeightRole::kLmHead: weights.lm_head = loader.linear(row); break;
+    }
+  }
+  weights.bytes_per_decode_step = loader.bytes();
+  if (plan.spec.tied_embeddings) {
+    weights.lm_head = weights.embedding;
+    weights.bytes_per_decode_step += tensors.get("embedding.weight").bytes.size();
+  }
+  if (plan.kv_format == KvFormat::kInt8Static) {
+    const TensorView scales = tensors.get("kv_scales");
+    const int64_t count = int64_t{2} * plan.spec.num_layers;
+    if (scales.dtype != DType::kF32 || scales.num_elements() != count) {
+      fail(ErrorKind::kInput, "engine tensor kv_scales has {} elements, wanted {}; rebuild the engine",
+           scales.num_elements(), count);
+    }
+    const float* values = reinterpret_cast<const float*>(scales.bytes.data());
+    for (size_t i = 0; i < weights.layers.size(); ++i) {
+      weights.layers[i].k_scale = values[2 * i];
+      weights.layers[i].v_scale = values[2 * i + 1];
+    }
+  }
+  return weights;
+}
+
+}  // namespace nibble

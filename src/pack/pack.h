@@ -1,0 +1,35 @@
+// From a portable weight to the bits a backend's kernels read. Pure functions of host memory; every layout
+// has its inverse: unpack(pack(x)) == x.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "spec/engine_plan.h"
+
+namespace nibble {
+
+/// An int4 linear, unpacked: what every int4 layout is packed from and unpacked to.
+struct Int4Matrix {
+  int out_features = 0, in_features = 0, group_size = 128;
+  std::vector<int8_t> q;      // [out, in], -8..7
+  std::vector<float> scales;  // [out, in/group]
+};
+
+/// The engine tensor "<name>.weight" of this layout. kInt4Portable keeps its scales beside it ("<name>.scales"), the
+/// others hold them inline.
+std::vector<std::byte> pack_int4(const Int4Matrix& matrix, WeightLayout layout);
+size_t packed_int4_bytes(int out_features, int in_features, int group_size, WeightLayout layout);
+bool packs_scales_inline(WeightLayout layout);
+/// `scales`: [out, in/group] for layouts that keep them beside, else empty.
+Int4Matrix unpack_int4(std::span<const std::byte> weight, std::span<const float> scales, int out_features,
+                       int in_features, int group_size, WeightLayout layout);
+
+/// Portable nibbles [out/2, in] <-> int8 [out, in].
+std::vector<int8_t> unpack_nibbles(const std::byte* nibbles, int64_t out_features, int64_t in_features);
+std::vector<std::byte> pack_nibbles(std::span<const int8_t> q, int64_t out_features, int64_t in_features);
+
+}  // namespace nibble

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "spec/engine_plan.h"
+
+#include <array>
+#include <utility>
+
+#include "base/error.h"
+#include "base/nearest.h"
+#include "spec/object_reader.h"
+
+namespace nibble {
+namespace {
+
+template <typename Enum, size_t N>
+using Names = std::array<std::pair<Enum, const char*>, N>;
+
+constexpr Names<KvFormat, 4> kKvFormats = {{{KvFormat::kInt8Dynamic, "int8"},
+                                            {KvFormat::kInt8Static, "int8-static"},
+                                            {KvFormat::kF16, "f16"},
+                                            {KvFormat::kF32, "f32"}}};
+constexpr Names<WeightLayout, 6> kLayouts = {{{WeightLayout::kF32Rows, "f32-rows"},
+                                              {WeightLayout::kBf16Rows, "bf16-rows"},
+                                              {WeightLayout::kF16Rows, "f16-rows"},
+                                              {WeightLayout::kInt4Portable, "int4-portable"},
+                                              {WeightLayout::kCpuInt4, "cpu-int4"},
+                                              {WeightLayout::kCudaInt4, "cuda-int4"}}};
+constexpr Names<ActivationPrecision, 2> kActivations = {{{ActivationPrecision::kF32, "f32"},
+                                                         {ActivationPrecision::kInt8Group, "int8"}}};
+
+template <typename Enum, size_t N>
+const char* name_of(const Names<Enum, N>& names, Enum value) {
+  for (const auto& [candidate, name] : names) {
+    if (candidate == value) return name;
+  }
+  NIBBLE_CHECK(false, "enum value {} has no name", static_cast<int>(value));
+}
+
+template <typename Enum, size_t N>
+Enum value_of(const Names<Enum, N>& names, std::string_view name, std::string_view what) {
+  std::vector<std::string_view> known;
+  for (const auto& [value, candidate] : names) {
+    if (name == candidate) return value;
+    known.push_back(candidate);
+  }
+  std::string list;
+  for (const std::string_view candidate : known) {
+    if (!list.empty()) list += ", ";
+    list += candidate;
+  }
+  fail(ErrorKind::kInput, "\"{}\" is not a {}; the nearest is \"{}\" (known: {})", name, what,
+       nearest_name(name, known), list);
+}
+
+}  // namespace
+
+const char* kv_format_name(KvFormat format) { return name_of(kKvFormats, format); }
+KvFormat kv_format_from_name(std::string_view name) {
+  return value_of(kKvFormats, name, "KV cache format");
+}
+const char* weight_layout_name(WeightLayout layout) { return name_of(kLayouts, layout); }
+WeightLayout weight_layout_from_name(std::string_view name) {
+  return value_of(kLayouts, name, "weight layout");
+}
+const char* activation_precision_name(ActivationPrecision precision) {
+  return name_of(kActivations, precision);
+}
+ActivationPrecision activation_precision_from_name(std::string_view name) {
+  return value_of(kActivations, name, "activation precision");
+}
+
+json::object EnginePlan::to_json() const {
+  return {
+      {"format_version", kFormatVersion},
+      {"nibble_version", nibble_version},
+      {"target", target},
+      {"spec", spec.to_json()},
+      {"tp_rank", tp_rank},
+      {"tp_size", tp_size},
+      {"limits", {{"max_batch_size", limits.max_batch_size},
+                  {"max_input_len", limits.max_input_len},
+                  {"max_output_len", limits.max_output_len},
+                  {"max_num_tokens", limits.max_num_tokens}}},
+      {"linear_layout", weight_layout_name(linear_layout)},
+      {"dense_layout", weight_layout_name(dense_layout)},
+      {"activation_precision", activation_precision_name(activation_precision)},
+      {"group_size", group_size},
+      {"kv_format", kv_format_name(kv_format)},
+      {"kv_block_tokens", kv_block_tokens},
+  };
+}
+
+EnginePlan EnginePlan::from_json(const json::object& object, std::string_view what) {
+  constexpr int kMax = 1 << 30;
+  ObjectReader in(object, std::string(what));
+  const int version = in.integer("format_version", 0, kMax);
+  if (version != kFormatVersion) {
+    fail(ErrorKind::kUnsupported, "{}: format_version is {}; this nibble reads {}. Rebuild the engine with "
+         "`nibble build`", what, version, kFormatVersion);
+  }
+  EnginePlan plan;
+  plan.nibble_version = in.string("nibble_version");
+  plan.target = in.string("target");
+  const json::object* spec = in.object("spec");
+  if (spec == nullptr) fail(ErrorKind::kInput, "{}: spec is missing; wanted an object", what);
+  plan.spec = ModelSpec::from_json(*spec);
+  plan.tp_size = in.integer("tp_size", 1, 1024);
+  plan.tp_rank = in.integer("tp_rank", 0, plan.tp_size - 1);
+  const json::object* limits = in.object("limits");
+  if (limits == nullptr) fail(ErrorKind::kInput, "{}: limits is missing; wanted an object", what);
+  ObjectReader limit(*limits, in.where() + ", limits");
+  plan.limits.max_batch_size = limit.integer("max_batch_size", 1, kMax);
+  plan.limits.max_input_len = limit.integer("max_input_len", 1, kMax / 2);
+  plan.limits.max_output_len = limit.integer("max_output_len", 1, kMax / 2);
+  plan.limits.max_num_tokens = limit.integer("max_num_tokens", 1, kMax);
+  limit.refuse_unknown_keys();
+  plan.linear_layout = weight_layout_from_name(in.string("linear_layout"));
+  plan.dense_layout = weight_layout_from_name(in.string("dense_layout"));
+  plan.activation_precision = activation_precision_from_name(in.string("activation_precision"));
+  plan.group_size = in.integer("group_size", 1, 1 << 20);
+  plan.kv_format = kv_format_from_name(in.string("kv_format"));
+  plan.kv_block_tokens = in.integer("kv_block_tokens", 1, 1 << 20);
+  in.refuse_unknown_keys();
+  return plan;
+}
+
+}  // namespace nibble
