@@ -127,7 +127,7 @@ class Packer {
       const auto size = static_cast<int64_t>(packed_int4_bytes(out, in, weight.group_size, plan_.linear_layout));
       emit_(row.name + ".weight", DType::kU8, {size}, [&] {
         const Int4Matrix matrix{out, in, weight.group_size, unpack_nibbles(weight.nibbles, out, in), weight.scales};
-        return pack_int4(matrix, plan_.linear_layout).weight;
+        return pack_int4(matrix, plan_.linear_layout);
       });
     }
     const bool all_ones = std::all_of(weight.pre_scale.begin(), weight.pre_scale.end(), [](float s) { return s == 1; });

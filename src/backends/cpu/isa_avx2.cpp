@@ -1,0 +1,21 @@
+// Kernels for AVX2, FMA and F16C (flags: cmake/cpu_isa.cmake). Intrinsics only, one exported symbol.
+// SPDX-License-Identifier: Apache-2.0
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "backends/cpu/kernels.h"
+
+#define NIBBLE_AVXVNNI 0
+
+namespace nibble::cpu {
+namespace {
+#include "backends/cpu/vector_avx2.h"
+#include "backends/cpu/kernel_body.h"
+#include "backends/cpu/int4_avx2.h"
+}  // namespace
+
+#define NIBBLE_KERNELS kKernelsAvx2
+#define NIBBLE_ISA_NAME "avx2"
+#include "backends/cpu/kernel_table.h"
+}  // namespace nibble::cpu
+#endif

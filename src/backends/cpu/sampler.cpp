@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "backends/cpu/sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "ops/sample_rng.h"
+
+namespace nibble::cpu {
+namespace {
+
+constexpr int kBlock = 256;  // logits a block maximum covers; also the length of one float sum
+// exp() of the kernels never returns 0; smaller weights than this are impossible tokens (logit -infinity).
+constexpr float kNoWeight = 1e-30f;
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+using Candidate = SampleScratch::Candidate;
+
+// Higher logit first, ties by smaller id: the order of the specification.
+bool better(const Candidate& a, const Candidate& b) {
+  return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
+}
+
+void apply_bias_and_penalties(const SampleBatch& batch, const SampleRow& row, float* logits) {
+  for (int i = row.history_begin; i < row.history_end; ++i) {
+    const TokenCount& seen = batch.history[i];
+    float& logit = logits[seen.token];
+    logit = logit > 0 ? logit / row.repetition_penalty : logit * row.repetition_penalty;
+    if (seen.output_count > 0) {
+      logit -= row.presence_penalty + row.frequency_penalty * static_cast<float>(seen.output_count);
+    }
+  }
+  for (int i = row.bias_begin; i < row.bias_end; ++i) logits[batch.bias[i].token] += batch.bias[i].bias;
+  if (batch.allowed == nullptr) return;
+  for (int word = 0; word * 64 < batch.vocab_size; ++word) {
+    if (batch.allowed[word] == ~uint64_t{0}) continue;
+    for (int v = word * 64; v < std::min(batch.vocab_size, word * 64 + 64); ++v) {
+      if ((batch.allowed[word] >> (v % 64) & 1) == 0) logits[v] = kMinusInfinity;
+    }
+  }
+}
+
+int32_t first_of(const float* logits, int n, float value) {
+  return static_cast<int32_t>(std::find(logits, logits + n, value) - logits);
+}
+
+/// candidates = the `count` best, best first. Any `count` blocks' maxima are `count` logits, so the count-th largest
+/// block maximum bounds the count-th largest logit from below: one more pass collects few ids.
+void select_best(const Kernels& kernels, const float* logits, int n, int count, SampleScratch& s) {
+  s.candidates.clear();
+  count = std::min(count, n);
+  if (count <= 0) return;
+  float threshold = kMinusInfinity;
+  const int num_blocks = (n + kBlock - 1) / kBlock;
+  if (count <= num_blocks) {
+    s.block_max.clear();
+    for (int b = 0; b < num_blocks; ++b) {
+      s.block_max.push_back(kernels.max(logits + b * kBlock, std::min(kBlock, n - b * kBlock)));
+    }
+    std::nth_element(s.block_max.begin(), s.block_max.begin() + (count - 1), s.block_max.end(), std::greater<>());
+    threshold = s.block_max[static_cast<size_t>(count - 1)];
+  }
+  for (int v = 0; v < n; ++v) {
+    if (logits[v] >= threshold) s.candidates.push_back({logits[v], v, 0});
+  }
+  if (static_cast<int>(s.candidates.size()) > count) {
+    std::nth_element(s.candidates.begin(), s.candidates.begin() + (count - 1), s.candidates.end(), better);
+    s.candidates.resize(static_cast<size_t>(count));
+  }
+  std::sort(s.candidates.begin(), s.candidates.end(), better);
+}
+
+/// weights[v] = exp((logits[v] - best) / temperature); returns their sum.
+double weigh(const Kernels& kernels, const float* logits, int n, float best, float temperature, float* weights) {
+  double total = 0;
+  for (int v = 0; v < n; v += kBlock) {
+    total += kernels.exp_sum(logits + v, best, 1.0f / temperature, std::min(kBlock, n - v), weights + v);
+  }
+  return total;
+}
+
+/// Number of leading candidates (sorted, weighted) that top_p of `total` and min_p keep; 0 when the candidates do not
+/// reach top_p.
+size_t keep_count(const SampleRow& row, const std::vector<Candidate>& candidates, double total, bool complete) {
+  size_t kept = candidates.size();
+  if (row.top_p < 1.0f) {
+    double cumulative = 0;
+    const double wanted = double{row.top_p} * total;
+    for (kept = 0; kept < candidates.size() && (kept == 0 || cumulative < wanted);) {
+      cumulative += candidates[kept++].weight;
+    }
+    if (!complete && cumulative < wanted) return 0;
+  }
+  if (row.min_p > 0) {
+    while (kept > 1 && candidates[kept - 1].weight < row.min_p) --kept;
+  }
+  return kept;
+}
+
+int32_t draw(const Kernels& kernels, const SampleRow& row, int n, const float* logits, SampleScratch& s) {
+  const float best = kernels.max(logits, n);
+  if (row.temperature <= 0 || best == kMinusInfinity) return first_of(logits, n, best);
+  const double uniform = double{sample_uniform(row.seed, row.position)};
+
+  const bool top_k = row.top_k > 0 && row.top_k < n;
+  if (!top_k && !(row.top_p < 1.0f) && !(row.min_p > 0)) {  // no filter: walk the ids
+    const double target = uniform * weigh(kernels, logits, n, best, row.temperature, s.weights.data());
+    double cumulative = 0;
+    int32_t last = 0;
+    for (int v = 0; v < n; ++v) {
+      if (s.weights[static_cast<size_t>(v)] < kNoWeight) continue;
+      cumulative += s.weights[static_cast<size_t>(v)];
+      last = v;
+      if (target < cumulative) return v;
+    }
+    return last;
+  }
+
+  size_t kept = 0;
+  if (top_k) {
+    select_best(kernels, logits, n, row.top_k, s);
+    double total = 0;
+    for (Candidate& c : s.candidates) {
+      kernels.exp_sum(&c.logit, best, 1.0f / row.temperature, 1, &c.weight);
+      total += c.weight;
+    }
+    kept = keep_count(row, s.candidates, total, true);
+  } else {
+    const double total = weigh(kernels, logits, n, best, row.temperature, s.weights.data());
+    // Few ids carry top_p of the mass as a rule: try those above a falling threshold, all of them last. min_p's own
+    // threshold may end the search at once, since both filters keep a prefix of the sorted ids.
+    for (float threshold = 0x1p-8f; kept == 0; threshold *= 0x1p-8f) {
+      const bool complete = threshold < kNoWeight || (row.min_p > 0 && threshold <= row.min_p);
+      const float floor = std::max(threshold, kNoWeight);
+      s.candidates.clear();
+      for (int v = 0; v < n; ++v) {
+        const float w = s.weights[static_cast<size_t>(v)];
+        if (w >= floor) s.candidates.push_back({logits[v], v, w});
+      }
+      std::sort(s.candidates.begin(), s.candidates.end(), better);
+      kept = keep_count(row, s.candidates, total, complete);
+    }
+  }
+  s.candidates.resize(kept);
+  std::sort(s.candidates.begin(), s.candidates.end(),
+            [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+  double total = 0;
+  for (const Candidate& c : s.candidates) total += c.weight < kNoWeight ? 0 : c.weight;
+  const double target = uniform * total;
+  double cumulative = 0;
+  int32_t last = s.candidates.front().token;
+  for (const Candidate& c : s.candidates) {
+    if (c.weight < kNoWeight) continue;
+    cumulative += c.weight;
+    last = c.token;
+    if (target < cumulative) break;
+  }
+  return last;
+}
+
+}  // namespace
+
+void SampleScratch::reserve(int vocab_size) {
+  const auto n = static_cast<size_t>(vocab_size);
+  if (weights.size() >= n) return;
+  raw.resize(n);
+  weights.resize(n);
+  block_max.reserve(n / kBlock + 1);
+  candidates.reserve(n);
+}
+
+void sample_row(const Kernels& kernels, const SampleBatch& batch, int r, float* logits, const SampleResult& result,
+                SampleScratch& s) {
+  const SampleRow& row = batch.rows[r];
+  const int n = batch.vocab_size;
+  s.reserve(n);
+  const bool logprobs = row.num_logprobs >= 0;
+  if (logprobs) std::copy(logits, logits + n, s.raw.begin());
+  apply_bias_and_penalties(batch, row, logits);
+  const int32_t token = draw(kernels, row, n, logits, s);
+  result.tokens[r] = token;
+  if (!logprobs) return;
+
+  // Log-probabilities are the model's own: before bias, penalties, temperature and filters.
+  const float best = kernels.max(s.raw.data(), n);
+  const double sum = weigh(kernels, s.raw.data(), n, best, 1.0f, s.weights.data());
+  const double log_sum = best + std::log(sum);
+  if (result.logprobs != nullptr) {
+    result.logprobs[r] = static_cast<float>(s.raw[static_cast<size_t>(token)] - log_sum);
+  }
+  if (batch.max_logprobs == 0) return;
+  select_best(kernels, s.raw.data(), n, std::min(row.num_logprobs, batch.max_logprobs), s);
+  for (int j = 0; j < batch.max_logprobs; ++j) {
+    const int64_t at = int64_t{r} * batch.max_logprobs + j;
+    const bool have = j < static_cast<int>(s.candidates.size());
+    result.top_tokens[at] = have ? s.candidates[static_cast<size_t>(j)].token : -1;
+    result.top_logprobs[at] =
+        have ? static_cast<float>(s.candidates[static_cast<size_t>(j)].logit - log_sum) : kMinusInfinity;
+  }
+}
+
+}  // namespace nibble::cpu
