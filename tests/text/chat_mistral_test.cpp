@@ -9,6 +9,8 @@
 #include "base/file.h"
 #include "base/json.h"
 #include "text/mistral_format.h"
+#include "text/tokenizer.h"
+#include "tokenizer_test_util.h"
 
 namespace nibble {
 namespace {
@@ -63,6 +65,31 @@ TEST(ChatMistral, TekkenRowsOfMistralCommon) {
     }
   }
   EXPECT_EQ(num_rows, 108);
+}
+
+// The same rows' ids: segments through the tokenizer with the Tekken vocabulary.
+TEST(ChatMistral, TekkenRowsToIds) {
+  if (!testing::tekken_available()) GTEST_SKIP() << "the Tekken vocabulary is not here";
+  const auto chats = conversations();
+  const Tokenizer& tokenizer = testing::tekken_tokenizer();
+  int num_rows = 0;
+  for (const auto& row : read_lines("golden_chat.jsonl")) {
+    const std::string version(row.at("version").as_string());
+    if (version.find("spm") != version.npos || !row.contains("ids")) continue;
+    ++num_rows;
+    const std::string name(row.at("name").as_string());
+    SCOPED_TRACE(name + " " + version);
+    const json::object& chat = chats.at(name);
+    const auto* keep_going = chat.if_contains("continue_final_message");
+    const auto rendered =
+        MistralChatFormat(static_cast<MistralVersion>(std::stoi(version.substr(1))))
+            .render(chat.at("messages").as_array(), chat.at("tools"),
+                    keep_going != nullptr && keep_going->as_bool(), RolePolicy::kStrict);
+    std::vector<Tokenizer::Segment> segments;
+    for (const auto& segment : rendered) segments.push_back({segment.text, segment.is_template});
+    EXPECT_EQ(tokenizer.encode_segments(segments), testing::ids_of(row.at("ids")));
+  }
+  EXPECT_GT(num_rows, 80);
 }
 
 // Conversations without a row in golden_chat.jsonl: what the rules of mistral-common give.
