@@ -147,7 +147,7 @@ class RealModel : public ::testing::TestWithParam<Target> {
     parts.num_kv_blocks = num_kv_blocks;
     parts.allowed_tokens = allowed_tokens();
     parts.num_prompt_logprob_rows = 11;
-    parts.keep_alive = std::move(model);
+    parts.tensors = std::move(model);
     return Engine::create(std::move(parts));
   }
 };
