@@ -4,48 +4,8 @@
 #include <cstring>
 
 #include "base/error.h"
-#include "ops/cpu_int4_layout.h"
-#include "pack/cpu_int4.h"
 
 namespace nibble {
-namespace {
-
-[[noreturn]] void not_int4(WeightLayout layout) {
-  fail(ErrorKind::kUnsupported, "{} is no int4 layout this build can pack", weight_layout_name(layout));
-}
-
-}  // namespace
-
-std::vector<std::byte> pack_int4(const Int4Matrix& matrix, WeightLayout layout) {
-  switch (layout) {
-    case WeightLayout::kInt4Portable: return pack_nibbles(matrix.q, matrix.out_features, matrix.in_features);
-    case WeightLayout::kCpuInt4: return pack_cpu_int4(matrix);
-    default: not_int4(layout);
-  }
-}
-
-size_t packed_int4_bytes(int out_features, int in_features, int group_size, WeightLayout layout) {
-  switch (layout) {
-    case WeightLayout::kInt4Portable: return static_cast<size_t>(out_features) * static_cast<size_t>(in_features) / 2;
-    case WeightLayout::kCpuInt4:
-      return static_cast<size_t>(cpu_int4_num_tiles(out_features)) * cpu_int4_tile_bytes(in_features, group_size);
-    default: not_int4(layout);
-  }
-}
-
-bool packs_scales_inline(WeightLayout layout) { return layout != WeightLayout::kInt4Portable; }
-
-Int4Matrix unpack_int4(std::span<const std::byte> weight, std::span<const float> scales, int out_features,
-                       int in_features, int group_size, WeightLayout layout) {
-  switch (layout) {
-    case WeightLayout::kInt4Portable:
-      return {out_features, in_features, group_size, unpack_nibbles(weight.data(), out_features, in_features),
-              std::vector<float>(scales.begin(), scales.end())};
-    case WeightLayout::kCpuInt4: return unpack_cpu_int4(weight, out_features, in_features, group_size);
-    default: not_int4(layout);
-  }
-}
-
 std::vector<int8_t> unpack_nibbles(const std::byte* nibbles, int64_t out_features, int64_t in_features) {
   NIBBLE_CHECK(out_features % 2 == 0, "int4 rows come in pairs, {} is odd", out_features);
   std::vector<int8_t> q(static_cast<size_t>(out_features * in_features));

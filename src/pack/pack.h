@@ -19,12 +19,14 @@ struct Int4Matrix {
   std::vector<float> scales;  // [out, in/group]
 };
 
-/// The engine tensor "<name>.weight" of this layout. kInt4Portable keeps its scales beside it ("<name>.scales"), the
-/// others hold them inline.
-std::vector<std::byte> pack_int4(const Int4Matrix& matrix, WeightLayout layout);
+struct PackedLinear {
+  std::vector<std::byte> weight;  // "<name>.weight"
+  std::vector<float> scales;      // "<name>.scales"; empty when inline
+};
+
+PackedLinear pack_int4(const Int4Matrix& matrix, WeightLayout layout);
+/// Bytes of PackedLinear::weight for these dimensions.
 size_t packed_int4_bytes(int out_features, int in_features, int group_size, WeightLayout layout);
-bool packs_scales_inline(WeightLayout layout);
-/// `scales`: [out, in/group] for layouts that keep them beside, else empty.
 Int4Matrix unpack_int4(std::span<const std::byte> weight, std::span<const float> scales, int out_features,
                        int in_features, int group_size, WeightLayout layout);
 

@@ -77,7 +77,11 @@ inline void int8_block(const Int4Gemm& g, int row, int tile, int half) {
       }
 #else
       vi sum[MB][NH];
-      NIBBLE_UNROLL for (int b = 0; b < 4; ++b) {
+      NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
+        NIBBLE_UNROLL for (int h = 0; h < NH; ++h) sum[m][h] = _mm256_setzero_si256();
+      }
+      // NOTE: rolled on purpose. Unrolled, GCC 12 keeps products of all four blocks alive and spills them.
+      _Pragma("GCC unroll 1") for (int b = 0; b < 4; ++b) {
         vi lo[NH], hi[NH];
         NIBBLE_UNROLL for (int h = 0; h < NH; ++h) {
           const vi bytes = load_bytes(w[h] + at + b * kCpuQuadBlockBytes);
@@ -86,10 +90,11 @@ inline void int8_block(const Int4Gemm& g, int row, int tile, int half) {
         }
         NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
           const vi x0 = broadcast4(x + static_cast<int64_t>(m) * g.k + b * 8);
+          NIBBLE_UNROLL for (int h = 0; h < NH; ++h) {
+            sum[m][h] = _mm256_add_epi16(sum[m][h], _mm256_maddubs_epi16(lo[h], x0));
+          }
           const vi x1 = broadcast4(x + static_cast<int64_t>(m) * g.k + b * 8 + 4);
           NIBBLE_UNROLL for (int h = 0; h < NH; ++h) {
-            const vi p0 = _mm256_maddubs_epi16(lo[h], x0);
-            sum[m][h] = b == 0 ? p0 : _mm256_add_epi16(sum[m][h], p0);
             sum[m][h] = _mm256_add_epi16(sum[m][h], _mm256_maddubs_epi16(hi[h], x1));
           }
         }
@@ -132,7 +137,7 @@ void int4_int8(const Int4Gemm& gemm) {
     for (; tile + 2 <= g.tile_end; tile += 2) int8_rows<1, 2>(g, int8_rows<2, 2>(g, 0, tile), tile);
   }
   for (; tile < g.tile_end; ++tile) {
-    int row = int8_rows<4, 1>(g, 0, tile);
+    int row = int8_rows<3, 1>(g, 0, tile);
     row = int8_rows<2, 1>(g, row, tile);
     int8_rows<1, 1>(g, row, tile);
   }

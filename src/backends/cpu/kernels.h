@@ -50,7 +50,7 @@ struct DenseGemm {
   bool add;
   float* scratch;      // kDenseScratch floats
 };
-constexpr int kDenseKBlock = 512, kDenseNBlock = 12, kDenseMBlock = 96;
+constexpr int kDenseKBlock = 256, kDenseNBlock = 12, kDenseMBlock = 96;
 constexpr int kDenseScratch = kDenseNBlock * kDenseKBlock + kDenseMBlock * kDenseNBlock * kMaxVector;
 
 /// How one (block, kv head) of the paged cache is laid out. K is stored so that 4 channels of a token lie
