@@ -89,7 +89,7 @@ class EngineImpl final : public Engine {
         block_tokens_(parts.plan.kv_block_tokens),
         max_queue_(parts.max_queue),
         eos_ids_(parts.eos_token_ids.empty() ? parts.plan.spec.eos_token_ids : parts.eos_token_ids),
-        keep_alive_(std::move(parts.keep_alive)),
+        tensors_(std::move(parts.tensors)),
         backend_(std::move(parts.backend)),
         weights_(std::move(parts.weights)),
         executor_(std::move(parts.executor)),
@@ -467,7 +467,7 @@ class EngineImpl final : public Engine {
   const std::vector<int32_t> eos_ids_;
 
   // Owned by the engine thread (destroyed in reverse order, after it has ended).
-  std::shared_ptr<const void> keep_alive_;
+  std::shared_ptr<const void> tensors_;
   std::unique_ptr<Backend> backend_;
   ModelWeights weights_;
   std::unique_ptr<Executor> executor_;

@@ -147,7 +147,7 @@ class RealModel : public ::testing::TestWithParam<Target> {
     parts.num_kv_blocks = num_kv_blocks;
     parts.allowed_tokens = allowed_tokens();
     parts.num_prompt_logprob_rows = 11;
-    parts.keep_alive = std::move(model);
+    parts.tensors = std::move(model);
     return Engine::create(std::move(parts));
   }
 };
@@ -232,13 +232,17 @@ TEST_P(RealModel, SharingChangesNoBit) {
     totals.prefix_hit_tokens += stats.prefix_hit_tokens;
     totals.steps += stats.steps;
     totals.step_tokens += stats.step_tokens;
+    totals.step_us += stats.step_us;
+    totals.forward_us += stats.forward_us;
   }
   EXPECT_GT(totals.preemptions, 3u);
   EXPECT_GT(totals.prefix_hit_tokens, 1000u);
-  std::printf("%s: %d requests, %d choices cancelled, %lu steps of %.1f rows, %lu preemptions, %lu hit tokens\n",
+  std::printf("%s: %d requests, %d choices cancelled, %lu steps of %.1f rows, %lu preemptions, %lu hit tokens, "
+              "%.1f us a step outside the model\n",
               GetParam().name, num_requests, num_cancelled, totals.steps,
               double(totals.step_tokens) / double(totals.steps), totals.preemptions,
-              totals.prefix_hit_tokens);
+              totals.prefix_hit_tokens,
+              double(totals.step_us - totals.forward_us) / double(totals.steps));
 }
 
 INSTANTIATE_TEST_SUITE_P(
