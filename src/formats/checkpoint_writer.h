@@ -5,6 +5,8 @@
 
 #include <functional>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "base/json.h"
 #include "formats/weight_source.h"
@@ -16,14 +18,16 @@ struct CheckpointOptions {
   int group_size = 128;
   DType dtype = DType::kBF16;       // of unquantized tensors and prequant vectors
   bool int8_kv = true;              // write kv_cache_quant_algo INT8 and the scales
-  json::object extra_config;        // further top-level keys ("nibble": {...}), ignored by TensorRT-LLM
+  std::string producer_version = "0.1.0";
+  json::object extra_config;        // further top-level keys ("nibble": {...}), ignored by TensorRT-LLM;
+                                    // vocab_size, bos_token_id, eos_token_ids are added to "nibble"
 };
 
 /// A linear to write: dense values are never re-quantized here.
 struct CheckpointLinear {
   std::vector<int8_t> q;        // [out, in], -8..7
   std::vector<float> scales;    // [out, in/group]
-  std::vector<float> pre_scale; // [in]
+  std::vector<float> pre_scale; // [in]; empty: ones are written
 };
 
 /// Called once per quantizable row, in table order. KV scales are asked for after the last row.

@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <span>
@@ -63,6 +64,8 @@ class Backend {
   virtual void upload(void* device, const void* host, size_t bytes) = 0;
   virtual void download(void* host, const void* device, size_t bytes) = 0;
   virtual void sync() = 0;
+  /// Device to device, ranges that do not overlap; ordered with the ops. The default is a host backend's.
+  virtual void copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
   /// Makes weight bytes usable by the ops: host backends return `host` itself (zero copy, so the mapping must
   /// outlive the backend's use), device backends copy.
   virtual const void* import_weights(const std::byte* host, size_t bytes) = 0;

@@ -72,6 +72,7 @@ struct SampleRow {
   int32_t history_begin = 0, history_end = 0;  // into SampleBatch::history
   int32_t bias_begin = 0, bias_end = 0;        // into SampleBatch::bias
   int32_t num_logprobs = -1;        // -1: none; k >= 0: the sampled token's and the k best
+  int32_t forced_token = -1;        // >= 0: "drawn" whatever the logits and masks say (log-probs of a given text)
 };
 
 struct TokenCount {

@@ -191,11 +191,8 @@ Tokenizer Tokenizer::from_json(std::string_view tokenizer_json, const TokenizerO
                                std::string_view special_tokens_map_json, std::string_view what) {
   auto state = std::make_shared<State>(parse_tokenizer_file(tokenizer_json, what), what, options);
   const std::string folder(what.substr(0, what.rfind('/') == what.npos ? 0 : what.rfind('/') + 1));
-  const std::pair<std::string_view, std::string> sources[] = {
-      {tokenizer_config_json, folder + "tokenizer_config.json"},
-      {special_tokens_map_json, folder + "special_tokens_map.json"}};
-  for (const auto& [text, name] : sources) {
-    if (text.empty()) continue;
+  const auto read_names = [&](std::string_view text, const std::string& name) {
+    if (text.empty()) return;
     const json::value document = parse_json(text, name);
     const auto take = [&](const char* field, std::string& token, std::optional<int32_t>& id) {
       if (id) return;
@@ -210,7 +207,9 @@ Tokenizer Tokenizer::from_json(std::string_view tokenizer_json, const TokenizerO
     };
     take("bos_token", state->bos, state->bos_id);
     take("eos_token", state->eos, state->eos_id);
-  }
+  };
+  read_names(tokenizer_config_json, folder + "tokenizer_config.json");
+  read_names(special_tokens_map_json, folder + "special_tokens_map.json");
   return Tokenizer(std::move(state));
 }
 

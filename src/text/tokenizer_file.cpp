@@ -182,8 +182,9 @@ class Reader {
     }
   }
 
-  // Tokens of added_tokens are found on raw text, never by BPE, whether or not model.vocab lists them:
-  // that is what keeps typed text from becoming a control token.
+  // Special tokens are found on raw text, never by BPE, whether or not model.vocab lists them: that is
+  // what keeps typed text from becoming a control token. (Not so a special token that is one byte, like
+  // "!" as padding: BPE needs every byte.)
   void read_model(const Field& model) {
     model.object();
     if (const Field type = model.at("type"); !type.absent() && type.string() != "BPE") {
@@ -198,9 +199,11 @@ class Reader {
     }
     out_.ignore_merges = model.at("ignore_merges").boolean(false);
 
-    std::vector<std::string_view> added;
-    for (const AddedToken& token : out_.added_tokens) added.push_back(token.content);
-    std::sort(added.begin(), added.end());
+    std::vector<std::string_view> special;
+    for (const AddedToken& token : out_.added_tokens) {
+      if (token.special) special.push_back(token.content);
+    }
+    std::sort(special.begin(), special.end());
 
     const Field vocab = model.at("vocab");
     const json::object& entries = vocab.object();
@@ -218,7 +221,8 @@ class Reader {
         fail(ErrorKind::kInput, "{}: model.vocab gives id {} to two tokens, one of them \"{}\"", what_, id,
              std::string_view(entry.key()));
       }
-      if (!in_alphabet || std::binary_search(added.begin(), added.end(), entry.key())) continue;
+      if (!in_alphabet) continue;
+      if (bytes.size() > 1 && std::binary_search(special.begin(), special.end(), entry.key())) continue;
       out_.vocab_ids.push_back(id);
       if (bytes.size() == 1) byte_seen[static_cast<uint8_t>(bytes[0])] = true;
     }
@@ -258,7 +262,7 @@ class Reader {
       joined.assign(left).append(right);
       const BytePairEncoder::Merge merge{vocab_id(vocab, left, i), vocab_id(vocab, right, i),
                                          vocab_id(vocab, joined, i)};
-      // A merge that would build an added token out of ordinary text is left out.
+      // A merge that would build a special token out of ordinary text is left out.
       if (std::binary_search(out_.vocab_ids.begin(), out_.vocab_ids.end(), merge.result)) {
         out_.merges.push_back(merge);
       }

@@ -17,7 +17,7 @@ namespace nibble {
 struct TokenizerFile {
   std::vector<std::string> token_bytes;  // by id; added tokens included; empty: no such token
   std::vector<uint8_t> has_token;        // by id
-  std::vector<int32_t> vocab_ids;        // ids of model.vocab, added tokens left out
+  std::vector<int32_t> vocab_ids;        // ids BPE may give: model.vocab but special tokens
   std::vector<BytePairEncoder::Merge> merges;
   bool ignore_merges = false;
   std::vector<AddedToken> added_tokens;

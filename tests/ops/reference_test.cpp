@@ -93,6 +93,14 @@ TEST_F(Sample, LogprobsAreTheModels) {
   EXPECT_EQ(top_tokens_[2], -1);
 }
 
+TEST_F(Sample, ForcedTokenIsTakenWhateverTheLogitsSay) {
+  bias_ = {{2, -INFINITY}};
+  const SampleRow row{.temperature = 0, .bias_end = 1, .num_logprobs = 1, .forced_token = 2};
+  EXPECT_EQ(draw({std::log(0.2f), std::log(0.5f), std::log(0.3f)}, row), 2);
+  EXPECT_NEAR(logprob_, std::log(0.3f), 1e-6);
+  EXPECT_EQ(top_tokens_[0], 1);
+}
+
 TEST(ReferenceLinear, Int4MatchesItsDefinition) {
   // Two output rows share a byte: low nibble = even row. Group of 2 here is not a real size, only easy to read.
   const uint8_t bytes[4] = {0x1f, 0x82, 0x07, 0xe3};  // row 0: -1 2 7 3, row 1: 1 -8 0 -2

@@ -103,7 +103,7 @@ void sample_row(const SampleBatch& batch, int r, float* logits, const SampleResu
   const SampleRow& row = batch.rows[r];
   const std::vector<float> raw(logits, logits + batch.vocab_size);
   apply_bias_and_penalties(batch, row, logits);
-  const int32_t token = draw(row, batch.vocab_size, logits);
+  const int32_t token = row.forced_token >= 0 ? row.forced_token : draw(row, batch.vocab_size, logits);
   result.tokens[r] = token;
   if (row.num_logprobs >= 0) write_logprobs(batch, r, raw, token, result);
 }

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "build/model_loader.h"
+
+#include "backends/cpu/cpu_backend.h"
+#include "backends/reference/reference_backend.h"
+#include "base/error.h"
+#include "base/nearest.h"
+#include "build/tokenizer_files.h"
+
+namespace nibble {
+
+std::string resolve_target(const std::string& target) {
+  if (target == "ref") return target;
+  if (target.starts_with("cpu:")) return "cpu:" + resolve_cpu_isa(target.substr(4));
+  if (target.starts_with("cuda")) {
+    fail(ErrorKind::kUnsupported, "target {}: this build of nibble has no CUDA engine yet; use --target cpu:native", target);
+  }
+  const std::vector<std::string> known = {"cpu:native", "cpu:avx512", "cpu:avx2", "cpu:generic", "ref"};
+  fail(ErrorKind::kUsage, "unknown target {}; did you mean {}? Known: cpu:native, cpu:avx512, cpu:avx2, cpu:generic, ref",
+       target, nearest_name(target, known));
+}
+
+std::unique_ptr<Backend> make_backend(const std::string& target, ActivationPrecision precision, int num_threads) {
+  const std::string resolved = resolve_target(target);
+  if (resolved == "ref") return make_reference_backend();
+  return make_cpu_backend(resolved.substr(4), precision, num_threads);
+}
+
+namespace {
+
+void finish_loading(LoadedModel& model, const LoadOptions& options) {
+  model.backend = make_backend(model.plan.target, model.plan.activation_precision, options.num_threads);
+  model.weights = ModelWeights::load(*model.backend, model.plan, *model.tensors);
+}
+
+}  // namespace
+
+LoadedModel load_source(std::unique_ptr<WeightSource> source, const LoadOptions& options) {
+  LoadedModel model;
+  model.kind = ModelKind::kHuggingFace;
+  model.source = std::move(source);
+  model.plan = plan_engine(*model.source, options.build);
+  model.tensors = std::make_unique<EngineTensors>(pack_in_memory(*model.source, model.plan));
+  finish_loading(model, options);
+  return model;
+}
+
+LoadedModel load_model(const fs::path& directory, const LoadOptions& options) {
+  const ModelKind kind = model_kind(directory);
+  LoadedModel model;
+  if (kind == ModelKind::kEngine) {
+    SafetensorsFile file = SafetensorsFile::open(directory / "rank0.engine");
+    model.plan = read_engine_plan(file, directory);
+    if (options.verify) verify_engine(file);
+    model.tensors = std::make_unique<EngineTensors>(EngineTensors::from_file(std::move(file)));
+    finish_loading(model, options);
+  } else {
+    model = load_source(kind == ModelKind::kCheckpoint ? open_checkpoint(directory) : open_hf(directory), options);
+  }
+  model.kind = kind;
+  model.directory = tokenizer_directory(directory);
+  return model;
+}
+
+}  // namespace nibble

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "build/packer.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/error.h"
+#include "base/half.h"
+#include "pack/pack.h"
+
+namespace nibble {
+namespace {
+
+std::vector<std::byte> to_bytes(std::span<const float> values) {
+  std::vector<std::byte> bytes(values.size_bytes());
+  std::memcpy(bytes.data(), values.data(), values.size_bytes());
+  return bytes;
+}
+
+DType dense_dtype(WeightLayout layout) {
+  switch (layout) {
+    case WeightLayout::kBf16Rows: return DType::kBF16;
+    case WeightLayout::kF16Rows: return DType::kF16;
+    default: return DType::kF32;
+  }
+}
+
+// Emits name, dtype and shape, and a function that makes the bytes; describing a model never calls the latter.
+using MakeBytes = std::function<std::vector<std::byte>()>;
+using Emit = std::function<void(std::string name, DType dtype, std::vector<int64_t> shape, const MakeBytes& make)>;
+
+class Packer {
+ public:
+  Packer(const WeightSource& source, const EnginePlan& plan, const Emit& emit)
+      : source_(source), plan_(plan), emit_(emit) {}
+
+  void run() {
+    const std::vector<WeightRow> table = weight_table(plan_.spec);
+    for (size_t i = 0; i < table.size(); ++i) {
+      const WeightRow& row = table[i];
+      switch (row.role) {
+        case WeightRole::kAttnNorm: norm(row, pre_scale_of(table, i, WeightRole::kQkv)); break;
+        case WeightRole::kMlpNorm: {
+          const std::vector<float> gate = pre_scale_of(table, i, WeightRole::kGate);
+          shared_gate_up_ = gate == pre_scale_of(table, i, WeightRole::kUp);
+          norm(row, shared_gate_up_ ? gate : std::vector<float>());
+          break;
+        }
+        case WeightRole::kFinalNorm: norm(row, {}); break;
+        case WeightRole::kQkv: linear(row, /*keep_pre_scale=*/false); break;
+        case WeightRole::kO:
+        case WeightRole::kDown: linear(row, true); break;
+        case WeightRole::kGate:
+        case WeightRole::kUp: linear(row, !shared_gate_up_); break;
+        case WeightRole::kEmbedding:
+        case WeightRole::kLmHead: dense(row, plan_.dense_layout); break;
+      }
+      source_.release(row);
+    }
+    if (plan_.kv_format == KvFormat::kInt8Static) {
+      const std::optional<KvScales> scales = source_.kv_scales();
+      NIBBLE_CHECK(scales.has_value(), "plan_engine() lets int8-static through only with scales");
+      std::vector<float> values;
+      for (size_t layer = 0; layer < scales->k.size(); ++layer) {
+        values.push_back(scales->k[layer]);
+        values.push_back(scales->v[layer]);
+      }
+      emit_("kv_scales", DType::kF32, {plan_.spec.num_layers, 2}, [&] { return to_bytes(values); });
+    }
+  }
+
+ private:
+  std::vector<float> pre_scale_of(const std::vector<WeightRow>& table, size_t from, WeightRole role) {
+    for (size_t i = from; i < table.size(); ++i) {
+      if (table[i].role != role) continue;
+      return source_.is_quantized(table[i]) ? source_.load_int4(table[i]).pre_scale : std::vector<float>();
+    }
+    NIBBLE_CHECK(false, "the weight table lost a row");
+    return {};
+  }
+
+  void norm(const WeightRow& row, const std::vector<float>& pre_scale) {
+    emit_(row.name + ".weight", DType::kF32, row.shape, [&] {
+      std::vector<float> weight = source_.load_dense(row);
+      for (size_t i = 0; i < pre_scale.size(); ++i) weight[i] *= pre_scale[i];
+      return to_bytes(weight);
+    });
+  }
+
+  void dense(const WeightRow& row, WeightLayout layout) {
+    const DType wanted = dense_dtype(layout);
+    emit_(row.name + ".weight", wanted, row.shape, [&] {
+      std::vector<std::byte> storage;
+      const TensorView view = source_.view_dense(row, storage);
+      if (view.dtype == wanted) return std::vector<std::byte>(view.bytes.begin(), view.bytes.end());
+      const std::vector<float> values = source_.load_dense(row);
+      if (wanted == DType::kF32) return to_bytes(values);
+      std::vector<std::byte> narrowed(values.size() * sizeof(uint16_t));
+      for (size_t i = 0; i < values.size(); ++i) {
+        const uint16_t bits = wanted == DType::kF16 ? float_to_f16(values[i]) : float_to_bf16(values[i]);
+        std::memcpy(narrowed.data() + i * sizeof bits, &bits, sizeof bits);
+      }
+      return narrowed;
+    });
+  }
+
+  void linear(const WeightRow& row, bool keep_pre_scale) {
+    if (!source_.is_quantized(row)) {
+      dense(row, plan_.linear_layout);
+      return;
+    }
+    const Int4Weight weight = source_.load_int4(row);
+    const int out = static_cast<int>(weight.out_features), in = static_cast<int>(weight.in_features);
+    if (weight.group_size != plan_.group_size) {
+      fail(ErrorKind::kUnsupported, "{} is quantized in groups of {}, the layers before it in groups of {}; one size a model",
+           row.name, weight.group_size, plan_.group_size);
+    }
+    const std::vector<int64_t> scale_shape = {out, in / weight.group_size};
+    if (plan_.linear_layout == WeightLayout::kInt4Portable) {
+      emit_(row.name + ".weight", DType::kU8, {out / 2, in}, [&] {
+        const size_t size = static_cast<size_t>(out) * static_cast<size_t>(in) / 2;
+        return std::vector<std::byte>(weight.nibbles, weight.nibbles + size);
+      });
+      emit_(row.name + ".scales", DType::kF32, scale_shape, [&] { return to_bytes(weight.scales); });
+    } else {
+      NIBBLE_CHECK(packs_scales_inline(plan_.linear_layout));
+      const auto size = static_cast<int64_t>(packed_int4_bytes(out, in, weight.group_size, plan_.linear_layout));
+      emit_(row.name + ".weight", DType::kU8, {size}, [&] {
+        const Int4Matrix matrix{out, in, weight.group_size, unpack_nibbles(weight.nibbles, out, in), weight.scales};
+        return pack_int4(matrix, plan_.linear_layout).weight;
+      });
+    }
+    const bool all_ones = std::all_of(weight.pre_scale.begin(), weight.pre_scale.end(), [](float s) { return s == 1; });
+    if (keep_pre_scale && !all_ones) {
+      emit_(row.name + ".pre_scale", DType::kF32, {in}, [&] { return to_bytes(weight.pre_scale); });
+    }
+  }
+
+  const WeightSource& source_;
+  const EnginePlan& plan_;
+  const Emit& emit_;
+  bool shared_gate_up_ = true;
+};
+
+}  // namespace
+
+void pack_engine(const WeightSource& source, const EnginePlan& plan, const std::function<void(PackedTensor)>& emit) {
+  const Emit make_and_emit = [&](std::string name, DType dtype, std::vector<int64_t> shape, const MakeBytes& make) {
+    emit(PackedTensor{std::move(name), dtype, std::move(shape), make()});
+  };
+  Packer(source, plan, make_and_emit).run();
+}
+
+void describe_engine(
+    const WeightSource& source, const EnginePlan& plan,
+    const std::function<void(const std::string&, DType, const std::vector<int64_t>&)>& emit) {
+  const Emit describe = [&](const std::string& name, DType dtype, const std::vector<int64_t>& shape,
+                            const MakeBytes&) { emit(name, dtype, shape); };
+  Packer(source, plan, describe).run();
+}
+
+EngineTensors pack_in_memory(const WeightSource& source, const EnginePlan& plan) {
+  EngineTensors tensors;
+  pack_engine(source, plan, [&](PackedTensor tensor) {
+    tensors.add(std::move(tensor.name), tensor.dtype, std::move(tensor.shape), std::move(tensor.bytes));
+  });
+  return tensors;
+}
+
+}  // namespace nibble

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+
+#include <chrono>
+#include <cstdio>
+
+#include "base/error.h"
+#include "build/engine_builder.h"
+#include "build/model_loader.h"
+#include "build/tokenizer_files.h"
+#include "cli/names.h"
+#include "cli/options.h"
+#include "cli/terminal.h"
+
+namespace nibble::cli {
+
+int run_build(const BuildFlags& flags) {
+  const auto start = std::chrono::steady_clock::now();
+  const ModelKind kind = model_kind(flags.checkpoint);
+  if (kind == ModelKind::kEngine) {
+    fail(ErrorKind::kUsage, "{} is an engine already; build wants the checkpoint or Hugging Face directory it came from",
+         flags.checkpoint);
+  }
+  const auto source = kind == ModelKind::kCheckpoint ? open_checkpoint(flags.checkpoint) : open_hf(flags.checkpoint);
+  TerminalProgress progress;
+  for (const std::string& notice : source->notices()) progress.note(notice);
+  if (kind == ModelKind::kHuggingFace) {
+    progress.note("the model is not quantized: this engine keeps its weights at full size (nibble quantize makes a 4-bit checkpoint)");
+  }
+  BuildOptions options;
+  options.target = flags.target;
+  options.limits.max_batch_size = flags.max_batch_size;
+  options.limits.max_input_len = flags.max_input_len;
+  options.limits.max_output_len = flags.max_output_len;
+  if (flags.max_num_tokens > 0) options.limits.max_num_tokens = flags.max_num_tokens;
+  options.kv_format = kv_format_from_name(flags.kv_cache);
+  options.activation_precision = activation_precision_from_flag(flags.activations);
+  if (!flags.tokenizer.empty()) options.tokenizer_dir = flags.tokenizer;
+  if (!fs::exists(tokenizer_directory(options.tokenizer_dir.value_or(flags.checkpoint)) / "tokenizer.json")) {
+    progress.note(fmt::format("no tokenizer.json beside {}: the engine can be measured but not chatted with; --tokenizer DIR "
+                              "takes one from elsewhere", flags.checkpoint));
+  }
+  build_engine(flags.checkpoint, *source, options, flags.out, progress);
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const auto bytes = static_cast<double>(fs::file_size(fs::path(flags.out) / "rank0.engine"));
+  fmt::print("built {} for {}: {} in {} ({}/s)\n", flags.out, resolve_target(flags.target), human_bytes(bytes),
+             human_duration(seconds), human_bytes(bytes / seconds));
+  return 0;
+}
+
+}  // namespace nibble::cli

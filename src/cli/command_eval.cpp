@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdio>
+
+#include "base/error.h"
+#include "base/json.h"
+#include "cli/names.h"
+#include "cli/options.h"
+#include "cli/terminal.h"
+#include "cli/texts.h"
+#include "eval/evaluate.h"
+
+namespace nibble::cli {
+namespace {
+
+std::vector<int32_t> read_ids(const fs::path& path) {
+  const std::string bytes = read_file(path);
+  const size_t width = path.extension() == ".u32" ? 4 : 2;
+  if (path.extension() != ".u16" && path.extension() != ".u32") {
+    fail(ErrorKind::kUsage, "--ids {}: wanted a .u16 or .u32 file of little-endian token ids", path.string());
+  }
+  if (bytes.size() % width != 0) {
+    fail(ErrorKind::kInput, "{} has {} bytes, not a multiple of {}", path.string(), bytes.size(), width);
+  }
+  std::vector<int32_t> ids;
+  for (size_t i = 0; i < bytes.size(); i += width) {
+    uint32_t id = 0;
+    for (size_t b = 0; b < width; ++b) id |= uint32_t{static_cast<uint8_t>(bytes[i + b])} << (8 * b);
+    ids.push_back(static_cast<int32_t>(id));
+  }
+  return ids;
+}
+
+LoadedModel load(const std::string& directory, const EvalFlags& flags) {
+  LoadOptions options;
+  options.num_threads = flags.threads;
+  options.build.target = flags.target;
+  options.build.limits.max_input_len = flags.context;
+  options.build.limits.max_output_len = 1;
+  options.build.activation_precision = activation_precision_from_flag(flags.activations);
+  options.build.kv_format = !flags.kv_cache.empty() ? kv_format_from_name(flags.kv_cache)
+                            : model_kind(directory) == ModelKind::kHuggingFace ? KvFormat::kF32
+                                                                               : KvFormat::kInt8Dynamic;
+  return load_model(directory, options);
+}
+
+json::object describe(const EvalResult& result) {
+  return {{"perplexity", result.perplexity},
+          {"nll_mean", result.nll_mean},
+          {"windows", result.num_windows},
+          {"scored_tokens", result.num_scored},
+          {"seconds", result.seconds}};
+}
+
+}  // namespace
+
+int run_eval(const EvalFlags& flags) {
+  if (flags.text.empty() && flags.ids.empty()) {
+    fail(ErrorKind::kUsage, "eval: give --text FILE or --ids FILE.u16");
+  }
+  const LoadedModel model = load(flags.model, flags);
+  const std::vector<int32_t> ids =
+      !flags.ids.empty() ? read_ids(flags.ids) : encode_text_file(model.directory, flags.text, flags.tokenizer_regex);
+  const EvalOptions options{.context = flags.context, .max_windows = flags.max_windows};
+  TerminalProgress progress;
+  const std::string how = fmt::format("{}, KV {}, activations {}", model.plan.target, kv_format_name(model.plan.kv_format),
+                                      activation_precision_name(model.plan.activation_precision));
+  if (flags.against.empty()) {
+    const EvalResult result = evaluate(model, ids, options, progress);
+    if (flags.json) {
+      json::object out = describe(result);
+      out["target"] = model.plan.target;
+      out["kv_cache"] = kv_format_name(model.plan.kv_format);
+      fmt::print("{}\n", dump_json(out));
+    } else {
+      fmt::print("perplexity {:.4f} ({} tokens scored in {} windows of {}; {}; {:.0f} tokens/s)\n", result.perplexity,
+                 result.num_scored, result.num_windows, flags.context, how,
+                 static_cast<double>(result.num_windows * flags.context) / result.seconds);
+    }
+    return 0;
+  }
+  const LoadedModel parent = load(flags.against, flags);
+  const Comparison comparison = compare(model, parent, ids, options, progress);
+  const double rise = 100 * (comparison.model.perplexity / comparison.other.perplexity - 1);
+  if (flags.json) {
+    json::object out = describe(comparison.model);
+    out["target"] = model.plan.target;
+    out["kv_cache"] = kv_format_name(model.plan.kv_format);
+    out["against"] = describe(comparison.other);
+    out["perplexity_rise_percent"] = rise;
+    out["kl_divergence"] = comparison.kl_mean;
+    out["top1_agreement"] = comparison.top1_agreement;
+    fmt::print("{}\n", dump_json(out));
+  } else {
+    fmt::print("perplexity {:.4f} against {:.4f}: {:+.3f} %\nKL divergence {:.6f} nats, top-1 agreement {:.3f} %\n({}; {} tokens scored)\n",
+               comparison.model.perplexity, comparison.other.perplexity, rise, comparison.kl_mean,
+               100 * comparison.top1_agreement, how, comparison.model.num_scored);
+  }
+  return 0;
+}
+
+}  // namespace nibble::cli

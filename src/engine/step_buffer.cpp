@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/step_buffer.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/error.h"
+
+namespace nibble {
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+int num_blocks_of(int num_tokens, int block_tokens) {
+  return (num_tokens + block_tokens - 1) / block_tokens;
+}
+
+}  // namespace
+
+StepBuffer::Layout StepBuffer::layout(int num_tokens, int num_seqs,
+                                      int num_logit_rows, int num_blocks, size_t num_history,
+                                      size_t num_bias) {
+  Layout l{};
+  size_t end = 0;
+  const auto carve = [&](size_t count, size_t size) {
+    const size_t begin = end;
+    end = (end + count * size + kAlignment - 1) / kAlignment * kAlignment;
+    return begin;
+  };
+  l.token_ids = carve(num_tokens, sizeof(int32_t));
+  l.positions = carve(num_tokens, sizeof(int32_t));
+  l.seq_starts = carve(size_t(num_seqs) + 1, sizeof(int32_t));
+  l.kv_lens = carve(num_seqs, sizeof(int32_t));
+  l.block_tables = carve(size_t(num_seqs) * num_blocks, sizeof(int32_t));
+  l.logit_rows = carve(num_logit_rows, sizeof(int32_t));
+  l.rows = carve(num_logit_rows, sizeof(SampleRow));
+  l.history = carve(num_history, sizeof(TokenCount));
+  l.bias = carve(num_bias, sizeof(TokenBias));
+  l.end = end;
+  return l;
+}
+
+StepBuffer::StepBuffer(const StepShape& shape) : shape_(shape) {
+  const size_t num_seqs = shape.max_batch_size;
+  capacity_bytes_ =
+      layout(shape.max_num_tokens, shape.max_batch_size, shape.max_logit_rows,
+             num_blocks_of(shape.max_seq_len, shape.block_tokens) + 1,
+             num_seqs * std::min(shape.max_seq_len, shape.vocab_size),
+             num_seqs * (kMaxLogitBias + kMaxStopTokenIds + kMaxEosIds))
+          .end;
+  host_.reset(static_cast<std::byte*>(::operator new[](capacity_bytes_)));
+}
+
+void StepBuffer::build(const StepPlan& plan) {
+  int num_blocks = 1;
+  size_t num_history = 0, num_bias = 0;
+  max_logprobs_ = 0;
+  for (const ScheduledSequence& scheduled : plan.sequences) {
+    const Sequence& seq = *scheduled.seq;
+    num_blocks = std::max(num_blocks, num_blocks_of(scheduled.first_token + scheduled.num_tokens,
+                                                    shape_.block_tokens));
+    if (scheduled.num_prompt_rows > 0) max_logprobs_ = std::max(max_logprobs_, seq.prompt_logprobs);
+    if (!scheduled.draws) continue;
+    max_logprobs_ = std::max(max_logprobs_, seq.row.num_logprobs);
+    if (seq.has_history) num_history += seq.history.entries().size();
+    num_bias += seq.current_bias().size();
+  }
+  step_ = {.num_tokens = plan.num_tokens,
+           .num_seqs = static_cast<int>(plan.sequences.size()),
+           .num_logit_rows = plan.num_logit_rows,
+           .max_blocks_per_seq = num_blocks};
+  layout_ = layout(step_.num_tokens, step_.num_seqs, step_.num_logit_rows, num_blocks,
+                   num_history, num_bias);
+  used_bytes_ = layout_.end;
+  NIBBLE_CHECK(used_bytes_ <= capacity_bytes_, "a step of {} bytes in a buffer of {}", used_bytes_,
+               capacity_bytes_);
+
+  int32_t* token_ids = at<int32_t>(layout_.token_ids);
+  int32_t* positions = at<int32_t>(layout_.positions);
+  int32_t* seq_starts = at<int32_t>(layout_.seq_starts);
+  int32_t* kv_lens = at<int32_t>(layout_.kv_lens);
+  int32_t* block_table = at<int32_t>(layout_.block_tables);
+  int32_t* logit_rows = at<int32_t>(layout_.logit_rows);
+  SampleRow* rows = at<SampleRow>(layout_.rows);
+  TokenCount* history = at<TokenCount>(layout_.history);
+  TokenBias* bias = at<TokenBias>(layout_.bias);
+
+  int token = 0, row = 0, history_end = 0, bias_end = 0;
+  for (size_t s = 0; s < plan.sequences.size(); ++s) {
+    const ScheduledSequence& scheduled = plan.sequences[s];
+    const Sequence& seq = *scheduled.seq;
+    const int end = scheduled.first_token + scheduled.num_tokens;
+    seq_starts[s] = token;
+    kv_lens[s] = end;
+    const int used = num_blocks_of(end, shape_.block_tokens);
+    std::copy_n(seq.block_table.begin(), used, block_table);
+    std::fill(block_table + used, block_table + num_blocks, 0);
+    block_table += num_blocks;
+
+    for (int i = 0; i < scheduled.num_prompt_rows; ++i) {
+      const int position = scheduled.first_prompt_row + i;
+      logit_rows[row] = token + position - scheduled.first_token;
+      rows[row++] = {.temperature = 0,
+                     .num_logprobs = seq.prompt_logprobs,
+                     .forced_token = seq.tokens[position + 1]};
+    }
+    if (scheduled.draws) {
+      logit_rows[row] = token + scheduled.num_tokens - 1;
+      SampleRow& sample = rows[row++];
+      sample = seq.row;
+      sample.position = static_cast<uint64_t>(seq.num_tokens());
+      sample.history_begin = history_end;
+      if (seq.has_history) {
+        const auto entries = seq.history.entries();
+        std::ranges::copy(entries, history + history_end);
+        history_end += static_cast<int>(entries.size());
+      }
+      sample.history_end = history_end;
+      sample.bias_begin = bias_end;
+      std::ranges::copy(seq.current_bias(), bias + bias_end);
+      bias_end += static_cast<int>(seq.current_bias().size());
+      sample.bias_end = bias_end;
+    }
+    for (int position = scheduled.first_token; position < end; ++position, ++token) {
+      token_ids[token] = seq.tokens[position];
+      positions[token] = position;
+    }
+  }
+  seq_starts[plan.sequences.size()] = token;
+  NIBBLE_CHECK(token == plan.num_tokens && row == plan.num_logit_rows);
+}
+
+StepBatch StepBuffer::step_batch(const void* base) const {
+  const std::byte* bytes = static_cast<const std::byte*>(base);
+  const auto ints = [&](size_t offset) { return reinterpret_cast<const int32_t*>(bytes + offset); };
+  StepBatch batch = step_;
+  batch.token_ids = ints(layout_.token_ids);
+  batch.positions = ints(layout_.positions);
+  batch.seq_starts = ints(layout_.seq_starts);
+  batch.kv_lens = ints(layout_.kv_lens);
+  batch.block_tables = ints(layout_.block_tables);
+  batch.logit_rows = ints(layout_.logit_rows);
+  batch.host_seq_starts = at<int32_t>(layout_.seq_starts);
+  batch.host_kv_lens = at<int32_t>(layout_.kv_lens);
+  return batch;
+}
+
+SampleBatch StepBuffer::sample_batch(const void* base, const uint64_t* allowed) const {
+  const std::byte* bytes = static_cast<const std::byte*>(base);
+  return {.num_rows = step_.num_logit_rows,
+          .vocab_size = shape_.vocab_size,
+          .rows = reinterpret_cast<const SampleRow*>(bytes + layout_.rows),
+          .history = reinterpret_cast<const TokenCount*>(bytes + layout_.history),
+          .bias = reinterpret_cast<const TokenBias*>(bytes + layout_.bias),
+          .allowed = allowed,
+          .max_logprobs = max_logprobs_};
+}
+
+}  // namespace nibble

@@ -1,0 +1,59 @@
+// One step as the ops want it: every array of StepBatch and SampleBatch packed into one contiguous piece of
+// host memory, so that one upload carries it to the device (and later one broadcast to the other ranks).
+// Sized for the largest step at start; building a step allocates nothing. Knows no device.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <span>
+
+#include "engine/scheduler.h"
+#include "ops/operands.h"
+
+namespace nibble {
+
+inline constexpr int kMaxEosIds = 64;  // Engine::create() refuses more
+
+struct StepShape {
+  int max_batch_size = 0;
+  int max_num_tokens = 0;
+  int max_logit_rows = 0;
+  int max_seq_len = 0;
+  int block_tokens = 0;
+  int vocab_size = 0;
+};
+
+class StepBuffer {
+ public:
+  explicit StepBuffer(const StepShape& shape);
+
+  void build(const StepPlan& plan);
+  std::span<const std::byte> bytes() const { return {host_.get(), used_bytes_}; }
+  size_t capacity_bytes() const { return capacity_bytes_; }
+
+  /// Views of the step where its bytes() have been copied to. The host_ arrays stay here.
+  StepBatch step_batch(const void* base) const;
+  SampleBatch sample_batch(const void* base, const uint64_t* allowed) const;
+  int num_rows() const { return step_.num_logit_rows; }
+  int max_logprobs() const { return max_logprobs_; }  // over the step's rows
+
+ private:
+  // Byte offsets of the arrays in this step.
+  struct Layout {
+    size_t token_ids, positions, seq_starts, kv_lens, block_tables, logit_rows, rows, history, bias, end;
+  };
+  static Layout layout(int num_tokens, int num_seqs, int num_logit_rows,
+                       int num_blocks, size_t num_history, size_t num_bias);
+  template <typename T>
+  T* at(size_t offset) const { return reinterpret_cast<T*>(host_.get() + offset); }
+
+  const StepShape shape_;
+  size_t capacity_bytes_ = 0, used_bytes_ = 0;
+  std::unique_ptr<std::byte[]> host_;
+  Layout layout_{};
+  StepBatch step_;  // counts only
+  int max_logprobs_ = 0;
+};
+
+}  // namespace nibble

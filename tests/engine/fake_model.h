@@ -1,0 +1,191 @@
+// A model that needs no weights: the next token is a hash of everything it may depend on (the whole prefix,
+// seed, position, history, bias). Its "KV cache" holds token ids, read back through the block tables of a real
+// StepBuffer, so that any wrong sharing, copying or reuse of a block shows in the output.
+// fake_generate() is the same model without engine, blocks or batches: what every request must get.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <map>
+#include <set>
+#include <vector>
+
+#include "base/error.h"
+#include "engine/executor.h"
+#include "engine/sampling_params.h"
+#include "engine/scheduler.h"
+#include "engine/step_buffer.h"
+
+namespace nibble {
+
+inline uint64_t mix(uint64_t a, uint64_t b) {
+  uint64_t x = (a ^ (b + 0x9E3779B97F4A7C15u + (a << 6) + (a >> 2))) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 29)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 32);
+}
+
+inline uint64_t hash_prefix(uint64_t state, int32_t token) { return mix(state, uint32_t(token) + 1u); }
+constexpr uint64_t kPrefixSeed = 12345;
+
+/// The drawn token and a stand-in for its log-prob.
+inline int32_t fake_draw(uint64_t prefix, const SampleRow& row, std::span<const TokenCount> history,
+                         std::span<const TokenBias> bias, int vocab_size) {
+  if (row.forced_token >= 0) return row.forced_token;
+  uint64_t state = prefix;
+  if (row.temperature > 0) state = mix(mix(state, row.seed), row.position);
+  uint64_t seen = 0;  // entries come in any order
+  for (const TokenCount& entry : history) seen += mix(uint32_t(entry.token), entry.output_count);
+  if (!history.empty()) state = mix(state, seen);
+  for (;;) {
+    const auto token = static_cast<int32_t>(state % vocab_size);
+    bool banned = false;
+    for (const TokenBias& entry : bias) {
+      banned |= entry.token == token && entry.bias == -std::numeric_limits<float>::infinity();
+    }
+    if (!banned) return token;
+    state = mix(state, 1);
+  }
+}
+
+inline float fake_logprob(uint64_t prefix, int32_t token) {
+  return -static_cast<float>(mix(prefix, token) % 1000) / 100;
+}
+
+struct FakeAnswer {
+  std::vector<int32_t> tokens;
+  std::vector<float> logprobs, prompt_logprobs;
+  FinishReason reason = FinishReason::kLength;
+};
+
+inline FakeAnswer fake_generate(const Request& request, int index, int max_tokens,
+                                const std::vector<int32_t>& eos_ids, int vocab_size) {
+  const SamplingParams& params = request.params;
+  FakeAnswer answer;
+  uint64_t prefix = kPrefixSeed;
+  std::map<int32_t, int32_t> counts;
+  for (size_t i = 0; i < request.prompt_tokens.size(); ++i) {
+    const int32_t token = request.prompt_tokens[i];
+    if (i > 0) answer.prompt_logprobs.push_back(fake_logprob(prefix, token));
+    prefix = hash_prefix(prefix, token);
+    counts[token] += 0;
+  }
+  SampleRow row = make_sample_row(params, choice_seed(params.seed.value_or(0), index));
+  for (int i = 0; i < max_tokens; ++i) {
+    row.position = request.prompt_tokens.size() + i;
+    std::vector<TokenCount> history;
+    if (params.repetition_penalty != 1 || params.presence_penalty != 0 || params.frequency_penalty != 0) {
+      for (const auto& [token, count] : counts) history.push_back({token, count});
+    }
+    std::map<int32_t, float> bias(params.logit_bias.begin(), params.logit_bias.end());
+    std::set<int32_t> stops(params.stop_token_ids.begin(), params.stop_token_ids.end());
+    std::set<int32_t> eos;
+    if (!params.ignore_eos) eos.insert(eos_ids.begin(), eos_ids.end());
+    if (i < params.min_tokens) {
+      for (const int32_t token : stops) bias[token] = -std::numeric_limits<float>::infinity();
+      for (const int32_t token : eos) bias[token] = -std::numeric_limits<float>::infinity();
+    }
+    std::vector<TokenBias> biases;
+    for (const auto& [token, value] : bias) biases.push_back({token, value});
+    const int32_t token = fake_draw(prefix, row, history, biases, vocab_size);
+    answer.tokens.push_back(token);
+    answer.logprobs.push_back(fake_logprob(prefix, token));
+    prefix = hash_prefix(prefix, token);
+    ++counts[token];
+    if (i + 1 >= params.min_tokens) {
+      if (eos.contains(token)) {
+        answer.reason = FinishReason::kEos;
+        break;
+      }
+      if (stops.contains(token)) {
+        answer.reason = FinishReason::kStopToken;
+        break;
+      }
+    }
+  }
+  return answer;
+}
+
+class FakeExecutor final : public Executor {
+ public:
+  FakeExecutor(const StepShape& shape, int num_blocks) : shape_(shape), step_(shape) {
+    kv_.assign(size_t(num_blocks) * shape.block_tokens, -1);
+    writer_.assign(num_blocks, -1);
+    tokens_.resize(shape.max_logit_rows);
+    logprobs_.resize(shape.max_logit_rows);
+    top_tokens_.resize(size_t(shape.max_logit_rows) * kMaxTopLogprobs);
+    top_logprobs_.resize(top_tokens_.size());
+  }
+
+  std::function<void()> before_step;  // may throw
+
+  const StepResult& run(const StepPlan& plan) override {
+    if (before_step) before_step();
+    step_.build(plan);
+    const StepBatch batch = step_.step_batch(step_.bytes().data());
+    const SampleBatch samples = step_.sample_batch(step_.bytes().data(), nullptr);
+    const int size = shape_.block_tokens;
+    for (const BlockCopy& copy : plan.copies) {
+      NIBBLE_CHECK(copy.from != copy.to);
+      std::copy_n(kv_.begin() + size_t(copy.from) * size, size, kv_.begin() + size_t(copy.to) * size);
+    }
+    // All writes come before all reads, as in a layer of a real model.
+    std::fill(writer_.begin(), writer_.end(), -1);
+    for (int s = 0; s < batch.num_seqs; ++s) {
+      NIBBLE_CHECK(batch.seq_starts[s + 1] > batch.seq_starts[s]);
+      for (int t = batch.seq_starts[s]; t < batch.seq_starts[s + 1]; ++t) {
+        const int position = batch.positions[t];
+        NIBBLE_CHECK(position == batch.kv_lens[s] - (batch.seq_starts[s + 1] - t));
+        const int32_t block = batch.block_tables[s * batch.max_blocks_per_seq + position / size];
+        NIBBLE_CHECK(writer_[block] == -1 || writer_[block] == s, "block {} has two writers", block);
+        writer_[block] = s;
+        kv_[size_t(block) * size + position % size] = batch.token_ids[t];
+      }
+    }
+    int row = 0;
+    for (int s = 0; s < batch.num_seqs; ++s) {
+      uint64_t prefix = kPrefixSeed;
+      const int32_t* table = batch.block_tables + s * batch.max_blocks_per_seq;
+      for (int position = 0; position < batch.kv_lens[s]; ++position) {
+        prefix = hash_prefix(prefix, kv_[size_t(table[position / size]) * size + position % size]);
+        while (row < batch.num_logit_rows && batch.logit_rows[row] < batch.seq_starts[s + 1] &&
+               batch.positions[batch.logit_rows[row]] == position) {
+          draw(samples, row++, prefix);
+        }
+      }
+    }
+    NIBBLE_CHECK(row == batch.num_logit_rows);
+    const size_t num_rows = row, num_top = num_rows * step_.max_logprobs();
+    result_ = {.tokens = std::span(tokens_).first(num_rows),
+               .logprobs = std::span(logprobs_).first(num_rows),
+               .max_logprobs = step_.max_logprobs(),
+               .top_tokens = std::span(top_tokens_).first(num_top),
+               .top_logprobs = std::span(top_logprobs_).first(num_top)};
+    return result_;
+  }
+
+ private:
+  void draw(const SampleBatch& samples, int r, uint64_t prefix) {
+    const SampleRow& row = samples.rows[r];
+    const std::span history(samples.history + row.history_begin, samples.history + row.history_end);
+    const std::span bias(samples.bias + row.bias_begin, samples.bias + row.bias_end);
+    tokens_[r] = fake_draw(prefix, row, history, bias, shape_.vocab_size);
+    logprobs_[r] = row.num_logprobs >= 0 ? fake_logprob(prefix, tokens_[r]) : NAN;
+    for (int i = 0; i < samples.max_logprobs; ++i) {
+      const size_t at = size_t(r) * samples.max_logprobs + i;
+      top_tokens_[at] = i < row.num_logprobs ? static_cast<int32_t>((tokens_[r] + i) % shape_.vocab_size) : -1;
+      top_logprobs_[at] = fake_logprob(prefix, top_tokens_[at]);
+    }
+  }
+
+  const StepShape shape_;
+  StepBuffer step_;
+  std::vector<int32_t> kv_;      // [blocks, block_tokens] token ids
+  std::vector<int32_t> writer_;  // [blocks] of this step
+  std::vector<int32_t> tokens_, top_tokens_;
+  std::vector<float> logprobs_, top_logprobs_;
+  StepResult result_;
+};
+
+}  // namespace nibble
