@@ -10,7 +10,7 @@
 #include "base/interrupt.h"
 #include "quantize/rounding.h"
 
-namespace nibble::quantize {
+namespace nibble::awq {
 namespace {
 
 constexpr int64_t kPanelRows = 128;      // of one chunk of work; results depend on it, so it is fixed
@@ -298,4 +298,4 @@ std::vector<float> dequantize(ThreadPool& pool, const CheckpointLinear& linear, 
   return weight;
 }
 
-}  // namespace nibble::quantize
+}  // namespace nibble::awq

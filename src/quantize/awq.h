@@ -17,7 +17,7 @@
 #include "formats/checkpoint_writer.h"
 #include "spec/dtype.h"
 
-namespace nibble::quantize {
+namespace nibble::awq {
 
 /// G = X^T X / tokens, cut to blocks on the diagonal when the whole would be too large (block < features).
 struct Gram {
@@ -98,4 +98,4 @@ std::vector<float> dequantize(ThreadPool& pool, const CheckpointLinear& linear, 
 /// The value as the type stores it.
 float round_to(DType dtype, float value);
 
-}  // namespace nibble::quantize
+}  // namespace nibble::awq

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-namespace nibble::quantize {
+namespace nibble::awq {
 namespace {
 
 // Blocks of A [kBlockM, kBlockK] and B [kBlockN, kBlockK] are copied into panels that the kernel reads in order:
@@ -113,4 +113,4 @@ void gemm(int64_t m, int64_t n, int64_t depth, MatrixView a, MatrixView b, bool 
   }
 }
 
-}  // namespace nibble::quantize
+}  // namespace nibble::awq

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace nibble::quantize {
+namespace nibble::awq {
 
 /// Element (i, k) is data[i * row_stride + k * col_stride].
 struct MatrixView {
@@ -19,4 +19,4 @@ struct MatrixView {
 /// c is row-major with leading dimension ldc and must not overlap a or b.
 void gemm(int64_t m, int64_t n, int64_t depth, MatrixView a, MatrixView b, bool accumulate, float* c, int64_t ldc);
 
-}  // namespace nibble::quantize
+}  // namespace nibble::awq

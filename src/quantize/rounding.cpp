@@ -7,7 +7,7 @@
 #include "base/error.h"
 #include "quantize/gemm.h"
 
-namespace nibble::quantize {
+namespace nibble::awq {
 namespace {
 
 constexpr int64_t kFactorBlock = 128;
@@ -22,6 +22,7 @@ inline float to_grid(float x) { return round_half_even(std::min(std::max(x, -8.0
 
 inline float amax(const float* x, const float* pre, int64_t count) {
   float maximum = 0;
+#pragma omp simd reduction(max : maximum)
   for (int64_t i = 0; i < count; ++i) maximum = std::max(maximum, std::fabs(x[i] / pre[i]));
   return maximum;
 }
@@ -118,6 +119,7 @@ double panel_loss(Panel& panel, const Gram& gram) {
     float sum = 0;
     for (int64_t j = 0; j < panel.features; j += panel.group) {
       float part = 0;
+#pragma omp simd reduction(+ : part)
       for (int64_t i = j; i < j + panel.group; ++i) part += e[i] * p[i];
       sum += part;
     }
@@ -162,6 +164,7 @@ double choose_scales(Panel& panel, const Gram& gram, std::span<const float> rati
         const float* e = errors.data() + (c * rows + r) * group;
         const float* p = products + (c * rows + r) * group;
         float loss = 0;
+#pragma omp simd reduction(+ : loss)
         for (int64_t j = 0; j < group; ++j) loss += e[j] * p[j];
         if (c == 0 || loss < best) best = loss, best_ratio = c;
       }
@@ -212,6 +215,7 @@ void round_compensated(Panel& panel, const Gram& gram, const std::vector<float>&
       for (int64_t j = group - 1; j >= 0; --j) {
         const float* row = r_rows + j * size + offset;
         float sum = 0;
+#pragma omp simd reduction(+ : sum)
         for (int64_t i = j + 1; i < group; ++i) sum += row[i] * e[i];
         const float step = scale * panel.pre[first + j];
         q[j] = to_grid((w[j] + feedback[j] + sum) / step);
@@ -248,6 +252,7 @@ void descend(Panel& panel, const Gram& gram, int sweeps, DType dtype) {
         float* p = panel.product.data() + r * panel.features + first;
         float* de = change.data() + r * group;
         float slope = 0, curvature = 0;
+#pragma omp simd reduction(+ : slope, curvature)
         for (int64_t j = 0; j < group; ++j) {
           slope += unit[r * group + j] * p[j];
           curvature += unit[r * group + j] * unit_product[r * group + j];
@@ -304,4 +309,4 @@ void descend(Panel& panel, const Gram& gram, int sweeps, DType dtype) {
   }
 }
 
-}  // namespace nibble::quantize
+}  // namespace nibble::awq

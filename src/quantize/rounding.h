@@ -9,7 +9,7 @@
 #include "base/thread_pool.h"
 #include "quantize/awq.h"
 
-namespace nibble::quantize {
+namespace nibble::awq {
 
 /// Rows of a weight with their grid, integers and error. Reused from panel to panel by one thread.
 struct Panel {
@@ -46,4 +46,4 @@ void descend(Panel& panel, const Gram& gram, int sweeps, DType dtype);
 /// Sum over rows of error G error^T; leaves the product in panel.product.
 double panel_loss(Panel& panel, const Gram& gram);
 
-}  // namespace nibble::quantize
+}  // namespace nibble::awq

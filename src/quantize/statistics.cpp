@@ -6,7 +6,7 @@
 #include "quantize/awq.h"
 #include "quantize/gemm.h"
 
-namespace nibble::quantize {
+namespace nibble::awq {
 namespace {
 
 constexpr int64_t kTile = 256;  // of the Gram matrix, one chunk of work
@@ -93,4 +93,4 @@ void InputStatistics::finish(ThreadPool& pool) {
   }
 }
 
-}  // namespace nibble::quantize
+}  // namespace nibble::awq
