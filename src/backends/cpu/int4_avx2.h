@@ -38,6 +38,16 @@ inline vi broadcast4(const int8_t* x) {
   return _mm256_set1_epi32(four);
 }
 
+/// sum += two products a 16-bit lane; asm for the reason given in int4_avx512.h.
+inline void dot2(vi& sum, vi weights, vi x) {
+  vi products;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(weights), "x"(x));
+}
+#if NIBBLE_AVXVNNI
+/// dot += four products a lane; asm for the reason given in int4_avx512.h.
+inline void dot4(vi& dot, vi weights, vi x) { asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(dot) : "x"(weights), "x"(x)); }
+#endif
+
 /// MB rows x NH half tiles; scales of half h lie at w[h]'s group start.
 template <int MB, int NH>
 inline void int8_block(const Int4Gemm& g, int row, int tile, int half) {
@@ -51,7 +61,7 @@ inline void int8_block(const Int4Gemm& g, int row, int tile, int half) {
   NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
     NIBBLE_UNROLL for (int h = 0; h < NH; ++h) acc[m][h] = zero();
   }
-  for (int a = 0, at = 64; a < num_act; ++a) {
+  for (int a = 0, at = 64, left = g.group; a < num_act; ++a) {
     vi dot[MB][NH];
     NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
       const vi offset = _mm256_set1_epi32(g.xoffset[static_cast<int64_t>(row + m) * num_act + a]);
@@ -70,8 +80,8 @@ inline void int8_block(const Int4Gemm& g, int row, int tile, int half) {
           const vi x0 = broadcast4(x + static_cast<int64_t>(m) * g.k + b * 8);
           const vi x1 = broadcast4(x + static_cast<int64_t>(m) * g.k + b * 8 + 4);
           NIBBLE_UNROLL for (int h = 0; h < NH; ++h) {
-            dot[m][h] = _mm256_dpbusd_avx_epi32(dot[m][h], lo[h], x0);
-            dot[m][h] = _mm256_dpbusd_avx_epi32(dot[m][h], hi[h], x1);
+            dot4(dot[m][h], lo[h], x0);
+            dot4(dot[m][h], hi[h], x1);
           }
         }
       }
@@ -80,7 +90,7 @@ inline void int8_block(const Int4Gemm& g, int row, int tile, int half) {
       NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
         NIBBLE_UNROLL for (int h = 0; h < NH; ++h) sum[m][h] = _mm256_setzero_si256();
       }
-      // NOTE: rolled on purpose. Unrolled, GCC 12 keeps products of all four blocks alive and spills them.
+      // Rolled: the body is long enough, and unrolled GCC 12 runs out of registers.
       _Pragma("GCC unroll 1") for (int b = 0; b < 4; ++b) {
         vi lo[NH], hi[NH];
         NIBBLE_UNROLL for (int h = 0; h < NH; ++h) {
@@ -90,13 +100,9 @@ inline void int8_block(const Int4Gemm& g, int row, int tile, int half) {
         }
         NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
           const vi x0 = broadcast4(x + static_cast<int64_t>(m) * g.k + b * 8);
-          NIBBLE_UNROLL for (int h = 0; h < NH; ++h) {
-            sum[m][h] = _mm256_add_epi16(sum[m][h], _mm256_maddubs_epi16(lo[h], x0));
-          }
+          NIBBLE_UNROLL for (int h = 0; h < NH; ++h) dot2(sum[m][h], lo[h], x0);
           const vi x1 = broadcast4(x + static_cast<int64_t>(m) * g.k + b * 8 + 4);
-          NIBBLE_UNROLL for (int h = 0; h < NH; ++h) {
-            sum[m][h] = _mm256_add_epi16(sum[m][h], _mm256_maddubs_epi16(hi[h], x1));
-          }
+          NIBBLE_UNROLL for (int h = 0; h < NH; ++h) dot2(sum[m][h], hi[h], x1);
         }
       }
       NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
@@ -113,9 +119,11 @@ inline void int8_block(const Int4Gemm& g, int row, int tile, int half) {
         acc[m][h] = fma(mul(_mm256_cvtepi32_ps(dot[m][h]), xs), scale, acc[m][h]);
       }
     }
-    if ((a + 1) * g.act_group % g.group == 0) {
+    left -= g.act_group;
+    if (left == 0) {
       NIBBLE_UNROLL for (int h = 0; h < NH; ++h) w[h] += group_bytes;
       at = 64;
+      left = g.group;
     }
   }
   NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
@@ -137,7 +145,7 @@ void int4_int8(const Int4Gemm& gemm) {
     for (; tile + 2 <= g.tile_end; tile += 2) int8_rows<1, 2>(g, int8_rows<2, 2>(g, 0, tile), tile);
   }
   for (; tile < g.tile_end; ++tile) {
-    int row = int8_rows<3, 1>(g, 0, tile);
+    int row = int8_rows<4, 1>(g, 0, tile);
     row = int8_rows<2, 1>(g, row, tile);
     int8_rows<1, 1>(g, row, tile);
   }
