@@ -8,6 +8,7 @@
 #include <cstring>
 #include <list>
 #include <map>
+#include <ostream>
 #include <random>
 #include <thread>
 
@@ -30,16 +31,19 @@ struct Target {
   const char* target;
   ActivationPrecision precision;
   KvFormat kv_format;
+  int num_rounds;
 };
+
+void PrintTo(const Target& target, std::ostream* out) { *out << target.name; }
 
 LoadedModel load(const Target& target, const EngineLimits& limits) {
   ModelSpec spec;
   spec.num_layers = 2;
-  spec.hidden_size = 64;
+  spec.hidden_size = 128;
   spec.num_heads = 4;
   spec.num_kv_heads = 2;
   spec.head_dim = 32;
-  spec.ffn_size = 128;
+  spec.ffn_size = 256;
   spec.vocab_size = kVocab;
   spec.max_position = 4096;
   LoadOptions options;
@@ -162,12 +166,13 @@ TEST_P(RealModel, SharingChangesNoBit) {
   const auto pick = [&](int n) { return static_cast<int>(random() % n); };
   EngineStats totals;
   int num_requests = 0, num_cancelled = 0;
-  for (int round = 0; round < 12; ++round) {
-    const EngineLimits limits{.max_batch_size = 1 + pick(6),
+  for (int round = 0; round < GetParam().num_rounds; ++round) {
+    const int max_batch_size = 1 + pick(6);
+    const EngineLimits limits{.max_batch_size = max_batch_size,
                               .max_input_len = 200,
                               .max_output_len = 40,
-                              .max_num_tokens = 1 + pick(pick(2) ? 16 : 80)};
-    auto engine = make_engine(limits, 15 + pick(12));
+                              .max_num_tokens = max_batch_size + pick(pick(2) ? 16 : 80)};
+    auto engine = make_engine(limits, 15 + pick(4));
     std::list<std::pair<Request, Collector>> items;
     std::vector<int32_t> stem(80);
     for (int32_t& token : stem) token = pick(kVocab);
@@ -235,8 +240,8 @@ TEST_P(RealModel, SharingChangesNoBit) {
     totals.step_us += stats.step_us;
     totals.forward_us += stats.forward_us;
   }
-  EXPECT_GT(totals.preemptions, 3u);
-  EXPECT_GT(totals.prefix_hit_tokens, 1000u);
+  EXPECT_GT(totals.preemptions, 0u);
+  EXPECT_GT(totals.prefix_hit_tokens, 200u * GetParam().num_rounds);
   std::printf("%s: %d requests, %d choices cancelled, %lu steps of %.1f rows, %lu preemptions, %lu hit tokens, "
               "%.1f us a step outside the model\n",
               GetParam().name, num_requests, num_cancelled, totals.steps,
@@ -248,12 +253,12 @@ TEST_P(RealModel, SharingChangesNoBit) {
 INSTANTIATE_TEST_SUITE_P(
     Backends, RealModel,
     ::testing::Values(
-        Target{"reference", "ref", ActivationPrecision::kF32, KvFormat::kInt8Dynamic},
-        Target{"reference_static_kv", "ref", ActivationPrecision::kF32, KvFormat::kInt8Static},
-        Target{"cpu_f32", "cpu:native", ActivationPrecision::kF32, KvFormat::kInt8Dynamic},
-        Target{"cpu_int8", "cpu:native", ActivationPrecision::kInt8Group, KvFormat::kInt8Dynamic},
-        Target{"cpu_avx2", "cpu:avx2", ActivationPrecision::kInt8Group, KvFormat::kInt8Dynamic},
-        Target{"cpu_generic", "cpu:generic", ActivationPrecision::kF32, KvFormat::kInt8Static}),
+        Target{"reference", "ref", ActivationPrecision::kF32, KvFormat::kInt8Dynamic, 3},
+        Target{"reference_static_kv", "ref", ActivationPrecision::kF32, KvFormat::kInt8Static, 2},
+        Target{"cpu_f32", "cpu:native", ActivationPrecision::kF32, KvFormat::kInt8Dynamic, 8},
+        Target{"cpu_int8", "cpu:native", ActivationPrecision::kInt8Group, KvFormat::kInt8Dynamic, 8},
+        Target{"cpu_avx2", "cpu:avx2", ActivationPrecision::kInt8Group, KvFormat::kInt8Dynamic, 8},
+        Target{"cpu_generic", "cpu:generic", ActivationPrecision::kF32, KvFormat::kInt8Static, 3}),
     [](const auto& info) { return info.param.name; });
 
 }  // namespace
