@@ -471,8 +471,8 @@ TEST(Engine, ASteadyStepAllocatesNothing) {
 
 TEST(Engine, ManyThreadsSubmitAndCancel) {
   Options options;
-  options.num_kv_blocks = 60;  // fewer than eight sequences want: preemption
-  options.max_queue = 8;
+  options.num_kv_blocks = 40;  // fewer than the sequences want: preemption
+  options.max_queue = 1;
   auto engine = make_engine(options);
   constexpr int kThreads = 4, kPerThread = 60;
   std::atomic<int> num_full{0}, num_cancelled{0}, num_checked{0};
@@ -524,6 +524,7 @@ TEST(Engine, ManyThreadsSubmitAndCancel) {
   EXPECT_EQ(stats.num_running + stats.num_waiting + stats.num_queued, 0);
   EXPECT_EQ(stats.requests, uint64_t(kThreads * kPerThread));
   EXPECT_GT(num_checked, 100);
+  EXPECT_GT(num_full, 0);
   uint64_t num_finished = 0;
   for (const uint64_t count : stats.finished) num_finished += count;
   EXPECT_EQ(num_finished, uint64_t(num_checked + num_cancelled));
