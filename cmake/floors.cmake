@@ -29,7 +29,8 @@ nibble_floor(engine nibble_model nibble_text)
 nibble_floor(build nibble_engine nibble_pack nibble_backends_reference nibble_backends_cpu)
 nibble_floor(eval nibble_build)
 nibble_floor(quantize nibble_build)
-nibble_floor(cli nibble_quantize nibble_eval nibble_build PkgConfig::LIBEDIT)
+nibble_floor(chat nibble_build nibble_text)
+nibble_floor(cli nibble_quantize nibble_eval nibble_chat nibble_bench PkgConfig::LIBEDIT)
 
 if(EXISTS ${PROJECT_SOURCE_DIR}/src/cli/main.cpp)
   add_executable(nibble $<TARGET_OBJECTS:nibble_cli>)
@@ -39,3 +40,11 @@ endif()
 
 # The specification runs whole evaluation texts; let the compiler vectorize its plain loops.
 set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/backends/reference/reference_backend.cpp APPEND PROPERTY COMPILE_OPTIONS -O3)
+
+# The built-in calibration texts are assembled into the binary.
+set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/cli/builtin_calibration.cpp APPEND PROPERTY COMPILE_DEFINITIONS
+  NIBBLE_CALIBRATION_FILE="${PROJECT_SOURCE_DIR}/models/texts/calib.jsonl")
+set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/cli/builtin_calibration.cpp APPEND PROPERTY OBJECT_DEPENDS
+  ${PROJECT_SOURCE_DIR}/models/texts/calib.jsonl)
+# The quantizer's searches are plain loops over floats too; its reductions say so with "omp simd".
+target_compile_options(nibble_quantize PRIVATE -O3 -fopenmp-simd)

@@ -179,7 +179,7 @@ void append_json_string(std::string& out, std::string_view text, bool ensure_asc
       case '\b': out += "\\b"; break;
       case '\f': out += "\\f"; break;
       default:
-        if (c < 0x20) {
+        if (c < 0x20 || (c == 0x7f && ensure_ascii)) {
           fmt::format_to(std::back_inserter(out), "\\u{:04x}", c);
         } else if (c < 0x80 || !ensure_ascii) {
           out += static_cast<char>(c);

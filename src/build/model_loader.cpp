@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "build/model_loader.h"
 
+#include <fmt/ranges.h>
+
 #include "backends/cpu/cpu_backend.h"
 #include "backends/reference/reference_backend.h"
 #include "base/error.h"
@@ -11,13 +13,13 @@ namespace nibble {
 
 std::string resolve_target(const std::string& target) {
   if (target == "ref") return target;
-  if (target.starts_with("cpu:")) return "cpu:" + resolve_cpu_isa(target.substr(4));
   if (target.starts_with("cuda")) {
     fail(ErrorKind::kUnsupported, "target {}: this build of nibble has no CUDA engine yet; use --target cpu:native", target);
   }
+  if (target.starts_with("cpu:")) return "cpu:" + resolve_cpu_isa(target.substr(4));
   const std::vector<std::string> known = {"cpu:native", "cpu:avx512", "cpu:avx2", "cpu:generic", "ref"};
-  fail(ErrorKind::kUsage, "unknown target {}; did you mean {}? Known: cpu:native, cpu:avx512, cpu:avx2, cpu:generic, ref",
-       target, nearest_name(target, known));
+  fail(ErrorKind::kUsage, "unknown target {}; did you mean {}? Known: {}", target, nearest_name(target, known),
+       fmt::join(known, ", "));
 }
 
 std::unique_ptr<Backend> make_backend(const std::string& target, ActivationPrecision precision, int num_threads) {

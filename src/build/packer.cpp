@@ -115,20 +115,13 @@ class Packer {
       fail(ErrorKind::kUnsupported, "{} is quantized in groups of {}, the layers before it in groups of {}; one size a model",
            row.name, weight.group_size, plan_.group_size);
     }
-    const std::vector<int64_t> scale_shape = {out, in / weight.group_size};
-    if (plan_.linear_layout == WeightLayout::kInt4Portable) {
-      emit_(row.name + ".weight", DType::kU8, {out / 2, in}, [&] {
-        const size_t size = static_cast<size_t>(out) * static_cast<size_t>(in) / 2;
-        return std::vector<std::byte>(weight.nibbles, weight.nibbles + size);
-      });
-      emit_(row.name + ".scales", DType::kF32, scale_shape, [&] { return to_bytes(weight.scales); });
-    } else {
-      NIBBLE_CHECK(packs_scales_inline(plan_.linear_layout));
-      const auto size = static_cast<int64_t>(packed_int4_bytes(out, in, weight.group_size, plan_.linear_layout));
-      emit_(row.name + ".weight", DType::kU8, {size}, [&] {
-        const Int4Matrix matrix{out, in, weight.group_size, unpack_nibbles(weight.nibbles, out, in), weight.scales};
-        return pack_int4(matrix, plan_.linear_layout).weight;
-      });
+    const auto size = static_cast<int64_t>(packed_int4_bytes(out, in, weight.group_size, plan_.linear_layout));
+    emit_(row.name + ".weight", DType::kU8, {size}, [&] {
+      const Int4Matrix matrix{out, in, weight.group_size, unpack_nibbles(weight.nibbles, out, in), weight.scales};
+      return pack_int4(matrix, plan_.linear_layout).weight;
+    });
+    if (plan_.linear_layout == WeightLayout::kInt4Portable) {  // the other layouts hold scales inline
+      emit_(row.name + ".scales", DType::kF32, {out, in / weight.group_size}, [&] { return to_bytes(weight.scales); });
     }
     const bool all_ones = std::all_of(weight.pre_scale.begin(), weight.pre_scale.end(), [](float s) { return s == 1; });
     if (keep_pre_scale && !all_ones) {

@@ -11,6 +11,7 @@
 #include "cli/names.h"
 #include "cli/options.h"
 #include "cli/terminal.h"
+#include "formats/inspect.h"
 
 namespace nibble::cli {
 
@@ -42,9 +43,9 @@ int run_build(const BuildFlags& flags) {
   }
   build_engine(flags.checkpoint, *source, options, flags.out, progress);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  const auto bytes = static_cast<double>(fs::file_size(fs::path(flags.out) / "rank0.engine"));
+  const uint64_t bytes = fs::file_size(fs::path(flags.out) / "rank0.engine");
   fmt::print("built {} for {}: {} in {} ({}/s)\n", flags.out, resolve_target(flags.target), human_bytes(bytes),
-             human_duration(seconds), human_bytes(bytes / seconds));
+             human_duration(seconds), human_bytes(static_cast<uint64_t>(static_cast<double>(bytes) / seconds)));
   return 0;
 }
 

@@ -32,7 +32,6 @@ class TerminalProgress final : public Progress {
 /// Installs the SIGINT and SIGTERM handlers that set the interrupt flag; a second signal ends the process.
 void install_interrupt_handler();
 
-std::string human_bytes(double bytes);       // "14.5 GB"
 std::string human_duration(double seconds);  // "1 min 05 s"
 
 }  // namespace nibble::cli

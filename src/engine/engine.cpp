@@ -89,8 +89,8 @@ class EngineImpl final : public Engine {
         block_tokens_(parts.plan.kv_block_tokens),
         max_queue_(parts.max_queue),
         eos_ids_(parts.eos_token_ids.empty() ? parts.plan.spec.eos_token_ids : parts.eos_token_ids),
-        backend_(std::move(parts.backend)),
         tensors_(std::move(parts.tensors)),
+        backend_(std::move(parts.backend)),
         weights_(std::move(parts.weights)),
         executor_(std::move(parts.executor)),
         scheduler_({.max_batch_size = parts.plan.limits.max_batch_size,
@@ -467,8 +467,8 @@ class EngineImpl final : public Engine {
   const std::vector<int32_t> eos_ids_;
 
   // Owned by the engine thread (destroyed in reverse order, after it has ended).
+  std::shared_ptr<const void> tensors_;
   std::unique_ptr<Backend> backend_;
-  std::shared_ptr<const EngineTensors> tensors_;
   ModelWeights weights_;
   std::unique_ptr<Executor> executor_;
   Scheduler scheduler_;

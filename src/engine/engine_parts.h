@@ -18,7 +18,7 @@ namespace nibble {
 struct EngineParts {
   EnginePlan plan;
   std::unique_ptr<Backend> backend;
-  std::shared_ptr<const EngineTensors> tensors;  // keeps what the weights point into alive
+  std::shared_ptr<const void> tensors;           // owns what the weights point into (EngineTensors, or more)
   ModelWeights weights;                          // imported into `backend`
   int num_kv_blocks = 0;                         // memory / KvCache::bytes_per_block()
   std::vector<int32_t> eos_token_ids;            // empty: plan.spec's

@@ -23,12 +23,12 @@ class CheckpointSource final : public WeightSource {
     const fs::path path = directory_ / "config.json";
     config_ = parse_checkpoint_config(read_json_object(path), path.string());
     apply_generation_config(given, config_.spec);
-    if (!fs::equivalent(given, directory_)) apply_generation_config(directory_, config_.spec);
+    if (given != directory_) apply_generation_config(directory_, config_.spec);
     check_tp();
     const int world = config_.tp_size * config_.pp_size;
     for (int rank = 0; rank < world; ++rank) {
       const fs::path file = directory_ / fmt::format("rank{}.safetensors", rank);
-      if (!fs::exists(file)) {
+      if (!file_exists(file)) {
         fail(ErrorKind::kInput, "{} wants {} rank files (tp_size {} x pp_size {}); {} is missing", path.string(), world,
              config_.tp_size, config_.pp_size, file.filename().string());
       }

@@ -58,7 +58,7 @@ class HfSource final : public WeightSource {
  public:
   explicit HfSource(const fs::path& directory) : directory_(directory) {
     const fs::path config_path = directory / "config.json";
-    if (fs::exists(directory / "hf_quant_config.json")) {
+    if (file_exists(directory / "hf_quant_config.json")) {
       fail(ErrorKind::kUnsupported, "{} holds hf_quant_config.json: its weights are quantized already (ModelOpt), which "
            "nibble does not read yet. Give it the original 16-bit checkpoint", directory.string());
     }
@@ -136,7 +136,7 @@ class HfSource final : public WeightSource {
 
   void open_file(const std::string& name) {
     const fs::path path = directory_ / name;
-    if (!fs::exists(path)) {
+    if (!file_exists(path)) {
       fail(ErrorKind::kInput, "{} names the shard {}, which is not in {} (is the download complete?)", index_name_, name,
            directory_.string());
     }
@@ -145,8 +145,8 @@ class HfSource final : public WeightSource {
 
   void open_files() {
     const fs::path index_path = directory_ / "model.safetensors.index.json";
-    if (!fs::exists(index_path)) {
-      if (!fs::exists(directory_ / "model.safetensors")) refuse_missing_weights();
+    if (!file_exists(index_path)) {
+      if (!file_exists(directory_ / "model.safetensors")) refuse_missing_weights();
       index_name_ = (directory_ / "model.safetensors").string();
       open_file("model.safetensors");
       const SafetensorsFile& file = files_.begin()->second;

@@ -24,12 +24,12 @@ std::string list_files(const fs::path& directory) {
   return text.empty() ? "nothing" : text;
 }
 
+}  // namespace
+
 bool file_exists(const fs::path& path) {
   std::error_code ignored;
   return fs::exists(path, ignored);
 }
-
-}  // namespace
 
 json::object read_json_object(const fs::path& path, uint64_t max_bytes) {
   json::value value = parse_json(read_file(path, max_bytes), path.string());

@@ -10,6 +10,9 @@ namespace nibble {
 
 constexpr uint64_t kMaxConfigBytes = 16u << 20;
 
+/// False for what cannot be looked at either; opening it then says why.
+bool file_exists(const fs::path& path);
+
 /// The JSON object in `path`; anything else is an Error{kIo, kInput, kLimit}.
 json::object read_json_object(const fs::path& path, uint64_t max_bytes = kMaxConfigBytes);
 

@@ -162,23 +162,23 @@ json::object hf_config(const ModelSpec& spec) {
 }
 
 struct Int4Table {
-  std::array<std::byte, 65536> bytes;  // two nibbles from 16 random bits
+  std::array<std::byte, 4096> bytes;  // two nibbles, each one of 64 quantiles
   double std = 0;
 };
 const Int4Table& int4_table() {
   static const Int4Table table = [] {
     Int4Table made;
-    std::array<int, 256> q;
+    std::array<int, 64> q;
     double sum = 0;
-    for (int i = 0; i < 256; ++i) {
-      const double value = std::nearbyint(2.3 * normal_quantile((i + 0.5) / 256));
+    for (int i = 0; i < 64; ++i) {
+      const double value = std::nearbyint(2.9 * normal_quantile((i + 0.5) / 64));
       q[static_cast<size_t>(i)] = static_cast<int>(std::clamp(value, -7.0, 7.0));
       sum += q[static_cast<size_t>(i)] * q[static_cast<size_t>(i)];
     }
     for (size_t i = 0; i < made.bytes.size(); ++i) {
-      made.bytes[i] = static_cast<std::byte>((q[i & 255] & 15) | ((q[i >> 8] & 15) << 4));
+      made.bytes[i] = static_cast<std::byte>((q[i & 63] & 15) | ((q[i >> 6] & 15) << 4));
     }
-    made.std = std::sqrt(sum / 256);
+    made.std = std::sqrt(sum / 64);
     return made;
   }();
   return table;
@@ -223,11 +223,7 @@ class SyntheticSource final : public WeightSource {
     const uint64_t key = tensor_key(row.name, seed_);
     const Int4Table& table = int4_table();
     weight.owned.resize(static_cast<size_t>(out / 2 * in));
-    uint64_t bits = 0;
-    for (size_t i = 0; i < weight.owned.size(); ++i, bits >>= 16) {
-      if (i % 4 == 0) bits = mix(key + i / 4 * 0xd1342543de82ef95u);
-      weight.owned[i] = table.bytes[bits & 0xffff];
-    }
+    fill(key, 0, table.bytes, std::span(weight.owned));
     weight.nibbles = weight.owned.data();
     // Scales vary by a quarter and prequant factors by a half either way; the root mean squares are divided out.
     const double rms = std::sqrt((0.5625 + 0.375 + 0.25 / 3) * (0.25 + 0.5 + 1.0 / 3));

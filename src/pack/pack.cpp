@@ -6,7 +6,6 @@
 #include "base/error.h"
 
 namespace nibble {
-
 std::vector<int8_t> unpack_nibbles(const std::byte* nibbles, int64_t out_features, int64_t in_features) {
   NIBBLE_CHECK(out_features % 2 == 0, "int4 rows come in pairs, {} is odd", out_features);
   std::vector<int8_t> q(static_cast<size_t>(out_features * in_features));

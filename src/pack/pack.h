@@ -25,9 +25,8 @@ struct PackedLinear {
 };
 
 PackedLinear pack_int4(const Int4Matrix& matrix, WeightLayout layout);
-/// Bytes of PackedLinear::weight for these dimensions, and whether the layout keeps scales beside it.
+/// Bytes of PackedLinear::weight for these dimensions.
 size_t packed_int4_bytes(int out_features, int in_features, int group_size, WeightLayout layout);
-bool packs_scales_inline(WeightLayout layout);
 Int4Matrix unpack_int4(std::span<const std::byte> weight, std::span<const float> scales, int out_features,
                        int in_features, int group_size, WeightLayout layout);
 

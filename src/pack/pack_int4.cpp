@@ -1,6 +1,7 @@
 // pack_int4 and its inverse: which file packs which layout.
 // SPDX-License-Identifier: Apache-2.0
 #include "base/error.h"
+#include "ops/cpu_int4_layout.h"
 #include "pack/cpu_int4.h"
 #include "pack/pack.h"
 
@@ -18,6 +19,15 @@ PackedLinear pack_int4(const Int4Matrix& matrix, WeightLayout layout) {
     case WeightLayout::kInt4Portable:
       return {pack_nibbles(matrix.q, matrix.out_features, matrix.in_features), matrix.scales};
     case WeightLayout::kCpuInt4: return {pack_cpu_int4(matrix), {}};
+    default: refuse(layout);
+  }
+}
+
+size_t packed_int4_bytes(int out_features, int in_features, int group_size, WeightLayout layout) {
+  switch (layout) {
+    case WeightLayout::kInt4Portable: return static_cast<size_t>(out_features) * static_cast<size_t>(in_features) / 2;
+    case WeightLayout::kCpuInt4:
+      return static_cast<size_t>(cpu_int4_num_tiles(out_features)) * cpu_int4_tile_bytes(in_features, group_size);
     default: refuse(layout);
   }
 }

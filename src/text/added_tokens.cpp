@@ -27,6 +27,7 @@ size_t previous_start(std::string_view text, size_t at) {
 AddedTokenMatcher::AddedTokenMatcher(std::vector<AddedToken> tokens) {
   std::vector<AddedToken> raw, normalized;
   for (AddedToken& token : tokens) {
+    only_special_ = only_special_ && token.special;
     if (!token.content.empty()) (token.normalized ? normalized : raw).push_back(std::move(token));
   }
   raw_ = make_set(std::move(raw));
@@ -105,6 +106,11 @@ void AddedTokenMatcher::split_one(const Set& set, std::string_view text, TextSpa
 std::vector<TextSpan> AddedTokenMatcher::split(std::string_view text,
                                                std::span<const TextRegion> regions) const {
   std::vector<TextSpan> spans;
+  if (only_special_ && std::none_of(regions.begin(), regions.end(),
+                                    [](const TextRegion& r) { return r.parse_special; })) {
+    if (!text.empty()) spans.push_back({-1, 0, text.size()});
+    return spans;
+  }
   split_one(raw_, text, {-1, 0, text.size()}, regions, spans);
   if (normalized_.tokens.empty()) return spans;
   std::vector<TextSpan> out;

@@ -52,6 +52,7 @@ class AddedTokenMatcher {
   static void split_one(const Set& set, std::string_view text, TextSpan within,
                         std::span<const TextRegion> regions, std::vector<TextSpan>& out);
   Set raw_, normalized_;
+  bool only_special_ = true;
 };
 
 }  // namespace nibble

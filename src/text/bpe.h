@@ -3,7 +3,7 @@
 // token). Knows nothing of regexes, special tokens or files.
 //
 // Merges run from the file's own merge table, keyed by the id pair. Tekken's table could be derived from
-// the vocabulary and dropped, but checking that costs more load time than the 8 MB it saves, and
+// the vocabulary and dropped, but checking that costs more load time than the 4 MB it saves, and
 // one path is exact for every file.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -19,6 +19,9 @@ namespace nibble {
 /// Immutable after construction, thread-safe.
 class BytePairEncoder {
  public:
+  static constexpr size_t kMaxIds = 1 << 21;
+  static constexpr size_t kMaxMerges = (1 << 22) - 1;
+
   struct Merge {
     int32_t left, right, result;  // in rank order
   };
@@ -28,7 +31,7 @@ class BytePairEncoder {
   };
 
   /// `tokens` must hold each single byte (NIBBLE_CHECKed: the file reader refuses such files by name).
-  /// Ids are below `num_ids`. A later merge of the same pair replaces the earlier one, as in HF.
+  /// Ids are below `num_ids`, at most kMaxIds of them and kMaxMerges merges. A later merge of the same pair replaces the earlier one, as in HF.
   BytePairEncoder(std::span<const Token> tokens, std::span<const Merge> merges, size_t num_ids,
                   bool ignore_merges);
 
@@ -37,7 +40,7 @@ class BytePairEncoder {
     friend class BytePairEncoder;
     std::vector<int32_t> ids;
     std::vector<uint32_t> ranks, next, previous;
-    std::vector<uint64_t> heap;
+    std::vector<uint64_t> buckets[33], early;
   };
 
   /// Appends the ids of `piece`. O(n log n) in its length.
@@ -49,26 +52,26 @@ class BytePairEncoder {
 
  private:
   static constexpr uint32_t kNoRank = UINT32_MAX;
-  static constexpr size_t kShortBytes = 48;  // up to here a linear scan beats the heap
+  static constexpr size_t kShortBytes = 48;  // up to here a linear scan beats the queue
 
+  // Most pieces are short, so their bytes stand in the slot: one cache line per look-up.
   struct PieceSlot {
-    uint32_t tag = 0;  // high half of the hash
-    int32_t id = -1;   // -1: empty slot
+    uint64_t key = 0;     // up to 8 bytes: the bytes, zero-padded; longer: their hash
+    uint32_t length = 0;  // in bytes; 0: empty slot
+    int32_t id = -1;
   };
-  struct MergeSlot {
-    uint64_t pair = UINT64_MAX;
-    uint32_t rank = 0;
-  };
+  // left << 43 | right << 22 | rank: eight slots per cache line. All ones: empty slot.
+  using MergeSlot = uint64_t;
+  static constexpr MergeSlot kNoMerge = UINT64_MAX;
 
   std::string_view bytes_of(int32_t id) const {
     const size_t i = static_cast<size_t>(id);
     return {pool_.data() + offsets_[i], offsets_[i + 1] - offsets_[i]};
   }
   int32_t find_piece(std::string_view piece) const;  // -1: not a token that stands for itself
-  const MergeSlot* find_merge(int32_t left, int32_t right) const;
-  uint32_t rank_of(int32_t left, int32_t right) const {
-    const MergeSlot* slot = find_merge(left, right);
-    return slot ? slot->rank : kNoRank;
+  uint32_t rank_of(int32_t left, int32_t right) const;  // kNoRank: the pair does not merge
+  uint32_t rank_of_bytes(char left, char right) const {
+    return byte_ranks_[static_cast<uint8_t>(left) << 8 | static_cast<uint8_t>(right)];
   }
   void insert_piece(int32_t id);
 
@@ -77,6 +80,7 @@ class BytePairEncoder {
   int32_t byte_ids_[256];
   std::vector<PieceSlot> pieces_;  // open addressing; only tokens that encode to themselves
   std::vector<MergeSlot> merges_;  // open addressing
+  std::vector<uint32_t> byte_ranks_;  // [256 * 256]: every piece starts with these pairs
   std::vector<int32_t> result_of_rank_;
 };
 

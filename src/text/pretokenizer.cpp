@@ -33,7 +33,7 @@ struct Char {
 };
 
 inline Char char_at(Byte p) {
-  if (*p < 0x80) return {class_bits(*p), 1};
+  if (*p < 0x80) return {ascii_class_bits(*p), 1};
   const auto [value, length] = utf8::decode_valid(p);
   return {class_bits(value), static_cast<uint8_t>(length)};
 }

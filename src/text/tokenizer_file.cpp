@@ -15,7 +15,7 @@
 namespace nibble {
 namespace {
 
-constexpr int64_t kMaxId = (1 << 21) - 1;  // largest vocabularies in use: about 262,144
+constexpr int64_t kMaxId = BytePairEncoder::kMaxIds - 1;  // largest vocabularies in use: about 262,144
 
 // GPT-2's byte alphabet: byte <-> code point. Points reach 0x143.
 struct ByteAlphabet {
@@ -239,6 +239,9 @@ class Reader {
 
   void read_merges(const Field& merges, const json::object& vocab) {
     const json::array& list = merges.array();
+    if (list.size() > BytePairEncoder::kMaxMerges) {
+      merges.unsupported(fmt::format("at most {} merges", BytePairEncoder::kMaxMerges));
+    }
     out_.merges.reserve(list.size());
     std::string joined;
     for (size_t i = 0; i < list.size(); ++i) {

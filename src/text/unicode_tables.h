@@ -23,6 +23,9 @@ extern const uint8_t kBlockIndex[0x110000 >> kBlockShift];
 extern const uint8_t kBlocks[];
 }  // namespace internal
 
+/// Class bits of an ASCII character: the first block is block 0, because blocks are numbered as they come.
+inline uint8_t ascii_class_bits(unsigned char c) { return internal::kBlocks[c]; }
+
 /// Class bits of a code point below 0x110000.
 inline uint8_t class_bits(uint32_t point) {
   using namespace internal;

@@ -78,7 +78,8 @@ inline FakeAnswer fake_generate(const Request& request, int index, int max_token
     if (params.repetition_penalty != 1 || params.presence_penalty != 0 || params.frequency_penalty != 0) {
       for (const auto& [token, count] : counts) history.push_back({token, count});
     }
-    std::map<int32_t, float> bias(params.logit_bias.begin(), params.logit_bias.end());
+    std::map<int32_t, float> bias;
+    for (const auto& [token, value] : params.logit_bias) bias[token] = value;
     std::set<int32_t> stops(params.stop_token_ids.begin(), params.stop_token_ids.end());
     std::set<int32_t> eos;
     if (!params.ignore_eos) eos.insert(eos_ids.begin(), eos_ids.end());

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+
+#include <cstdio>
+
+#include "base/error.h"
+#include "build/model_loader.h"
+#include "cli/options.h"
+#include "formats/inspect.h"
+#include "model/kv_cache.h"
+
+namespace nibble::cli {
+namespace {
+
+// What running the engine takes: weights as they lie in the file, KV per token, one step's activations.
+json::object memory_plan(const EnginePlan& plan, uint64_t weight_bytes) {
+  const auto backend = make_backend(plan.target, plan.activation_precision, 1);
+  const uint64_t block = KvCache::bytes_per_block(*backend, plan);
+  const uint64_t per_token = block / static_cast<uint64_t>(plan.kv_block_tokens);
+  const auto sequence_blocks =
+      static_cast<uint64_t>((plan.limits.max_seq_len() + plan.kv_block_tokens - 1) / plan.kv_block_tokens);
+  const ModelSpec& spec = plan.spec;
+  const uint64_t row = backend->act_bytes() * static_cast<uint64_t>(2 * spec.hidden_size + spec.qkv_size() +
+                                                                    spec.q_size() + spec.ffn_size);
+  const uint64_t activations = row * static_cast<uint64_t>(plan.limits.max_num_tokens);
+  const uint64_t logits = 4 * static_cast<uint64_t>(plan.limits.max_batch_size) * static_cast<uint64_t>(spec.vocab_size);
+  return {{"weights_bytes", weight_bytes},
+          {"kv_bytes_per_token", per_token},
+          {"kv_bytes_one_full_sequence", sequence_blocks * block},
+          {"kv_bytes_full_batch", sequence_blocks * block * static_cast<uint64_t>(plan.limits.max_batch_size)},
+          {"activation_bytes", activations},
+          {"logit_bytes", logits}};
+}
+
+}  // namespace
+
+int run_inspect(const InspectFlags& flags) {
+  if (!flags.tensor.empty()) {
+    const json::object report = inspect_tensor(flags.model, flags.tensor);
+    fmt::print("{}\n", flags.json ? dump_json(report) : describe_tensor(report));
+    return 0;
+  }
+  json::object report = inspect_model(flags.model);
+  std::string text = describe_model(report);
+  if (model_kind(flags.model) == ModelKind::kEngine) {
+    const SafetensorsFile file = SafetensorsFile::open(fs::path(flags.model) / "rank0.engine");
+    const EnginePlan plan = read_engine_plan(file, flags.model);
+    const json::object memory = memory_plan(plan, file.file().bytes().size());
+    report["plan"] = plan.to_json();
+    report["memory"] = memory;
+    text += "\nplan\n" + dump_json(plan.to_json(), {.indent = 2}) + "\nmemory\n";
+    for (const auto& [name, bytes] : memory) {
+      text += fmt::format("  {:28} {}\n", std::string_view(name), human_bytes(bytes.to_number<uint64_t>()));
+    }
+    if (flags.verify) {
+      verify_engine(file);
+      report["checksums"] = "ok";
+      text += "checksums ok\n";
+    }
+  } else if (flags.verify) {
+    fail(ErrorKind::kUsage, "--verify checks an engine's checksums; {} is not an engine", flags.model);
+  }
+  if (flags.json) {
+    fmt::print("{}\n", dump_json(report));
+  } else {
+    fmt::print("{}{}", text, text.ends_with('\n') ? "" : "\n");
+  }
+  return 0;
+}
+
+}  // namespace nibble::cli

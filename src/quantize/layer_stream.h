@@ -1,0 +1,74 @@
+// The calibration set's hidden states, carried through the model one layer at a time: all of them on the host, one
+// layer's weights and one step's activations on the backend.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "formats/weight_source.h"
+#include "model/decoder.h"
+
+namespace nibble {
+
+/// One layer's weights on a backend, in the type the source stores; replaceable by dequantized ones.
+class StreamedLayer {
+ public:
+  /// Copies the rows of `layer`; the source's pages may be dropped afterwards.
+  StreamedLayer(Backend& backend, const WeightSource& source, int layer);
+  const LayerWeights& weights() const { return weights_; }
+  /// Puts floats [out, in] in the place of a quantizable row.
+  void replace(WeightRole role, std::span<const float> weight);
+
+ private:
+  LinearOperand& operand(WeightRole role);
+  Backend& backend_;
+  LayerWeights weights_;
+  std::vector<std::pair<WeightRole, Buffer>> buffers_;
+};
+
+class LayerStream {
+ public:
+  /// Listens to host floats [rows, cols] of the tap's activation.
+  using Listener = std::function<void(Tap tap, const float* x, int rows, int cols)>;
+
+  /// Embeds `sequences`. A step takes up to `max_sequences` whole sequences, or a part of one long one, and at most
+  /// `max_step_tokens` tokens. Throws Error{kInput} for ids outside the vocabulary, Error{kUnsupported} for
+  /// sequences past the model's positions.
+  LayerStream(Backend& backend, const WeightSource& source, std::span<const std::vector<int32_t>> sequences,
+              int max_sequences, int max_step_tokens);
+
+  int64_t num_tokens() const { return num_tokens_; }
+  /// Runs one layer over all tokens. `listen` may be empty. With `keep` the states become the layer's outputs,
+  /// otherwise they stay what they were. `on_step` hears the tokens done so far.
+  void run(int layer, const LayerWeights& weights, const Listener& listen, bool keep,
+           const std::function<void(int64_t tokens)>& on_step);
+
+ private:
+  struct Step {
+    std::vector<int32_t> fields;  // ids, positions, seq_starts, kv_lens, block table
+    int num_tokens = 0, num_seqs = 0, blocks_per_seq = 0;
+    int64_t first_token = 0;
+  };
+  void add_step(std::span<const std::vector<int32_t>> sequences, size_t first, size_t count, int begin, int end);
+  StepBatch upload(const Step& step);
+  std::byte* state(const Step& step) { return states_.data() + static_cast<size_t>(step.first_token) * row_bytes_; }
+
+  Backend& backend_;
+  EnginePlan plan_;
+  ModelWeights weights_;  // the embedding only
+  std::unique_ptr<Decoder> decoder_;
+  std::vector<Step> steps_;
+  int64_t num_tokens_ = 0;
+  size_t row_bytes_ = 0;
+  std::vector<std::byte> states_;  // [tokens, hidden] activations
+  Buffer device_step_, kv_data_;
+  KvLayer kv_;
+  std::vector<std::byte> tap_;
+};
+
+}  // namespace nibble
