@@ -85,7 +85,7 @@ TEST_P(CpuLinear, MatchesReference) {
     const std::vector<float> want8 = run(*reference, c, ref_weights, rounded.data(), c.rows, old_y.data(), true);
     const std::vector<float> got8 = run(*int8, c, weights, x.data(), c.rows, old_y.data());
     EXPECT_LT(relative_error(got8, want8), 5e-5) << c.name() << " int8";
-    EXPECT_LT(rms_error(got8, want), 0.02) << c.name() << " int8 against exact";
+    EXPECT_LT(rms_error(got8, want), 0.05) << c.name() << " int8 against exact";
   }
 }
 

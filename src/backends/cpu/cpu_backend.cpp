@@ -23,11 +23,13 @@ namespace {
 using namespace cpu;
 
 constexpr int kActGroup = 64;           // channels that share an int8 activation scale
-constexpr int kTilesPerItem = 4;        // int4: 64 out features
+constexpr int kTilesPerItem = 4;        // int4: 64 out features; a kernel's widest tile block
+constexpr int kStreamTiles = 16;        // few rows: longer items, so that prefetch crosses fewer seams
 constexpr int kDenseFewPerItem = 32;    // dense, bandwidth-bound: out features
 constexpr int kDenseManyPerItem = 2 * kDenseNBlock;
 constexpr int kRowsPerItem = 192;       // rows of an item; a multiple of every kernel's row block
 constexpr int kGateUpRows = 96;         // rows whose gate and up outputs wait in scratch for the epilogue
+constexpr size_t kGateUpScratch = size_t{2} * kGateUpRows * kStreamTiles * kCpuTileRows;
 constexpr int kQueryRows = 64;          // (query, head) rows of one attention item
 constexpr int64_t kInlineWork = 16384;  // elements of row-wise work that are not worth waking threads for
 
@@ -102,8 +104,8 @@ class CpuBackend final : public Backend {
     for (Thread& t : threads_) {
       t.sample.reserve(spec.vocab_size);
       size_attend(t, spec.head_dim, std::max(kQueryRows, spec.num_heads / spec.num_kv_heads));
-      t.gemm.resize(std::max<size_t>(kDenseScratch, 0));
-      t.gate_up.resize(size_t{2} * kGateUpRows * kTilesPerItem * kCpuTileRows);
+      t.gemm.resize(kDenseScratch);
+      t.gate_up.resize(kGateUpScratch);
     }
   }
 
@@ -171,7 +173,7 @@ class CpuBackend final : public Backend {
       const int n = static_cast<int>(item / row_chunks) * per_item;
       const int n_end = std::min(n + per_item, gate.out_features), count = n_end - n;
       std::vector<float>& scratch = threads_[static_cast<size_t>(thread)].gate_up;
-      if (scratch.empty()) scratch.resize(size_t{2} * kGateUpRows * kTilesPerItem * kCpuTileRows);
+      if (scratch.empty()) scratch.resize(kGateUpScratch);
       float* gate_out = scratch.data();
       float* up_out = gate_out + int64_t{kGateUpRows} * per_item;
       for (int row = row_begin; row < row_end; row += kGateUpRows) {
@@ -354,8 +356,14 @@ class CpuBackend final : public Backend {
   }
 
   static int act_group(const LinearOperand& w) { return w.group_size % kActGroup == 0 ? kActGroup : 32; }
-  static int outputs_per_item(const LinearOperand& w, int rows) {
-    if (w.layout == WeightLayout::kCpuInt4) return kTilesPerItem * kCpuTileRows;
+  int outputs_per_item(const LinearOperand& w, int rows) const {
+    if (w.layout == WeightLayout::kCpuInt4) {
+      int tiles = kTilesPerItem;
+      while (rows <= 16 && tiles < kStreamTiles && cpu_int4_num_tiles(w.out_features) >= 16 * tiles * pool_.num_threads()) {
+        tiles *= 2;
+      }
+      return tiles * kCpuTileRows;
+    }
     return rows < kDenseNBlock ? kDenseFewPerItem : kDenseManyPerItem;
   }
 

@@ -11,6 +11,8 @@
 
 using vi = __m512i;
 
+constexpr int kPrefetchBytes = 1536;  // ahead in each tile's stream
+
 /// Stores or adds the 16 outputs of `tile`, clipped to N.
 inline void store_tile(const Int4Gemm& g, int row, int tile, vf v) {
   const int n = tile * kCpuTileRows, count = min_int(kCpuTileRows, g.n - n);
@@ -51,6 +53,7 @@ inline void int8_block(const Int4Gemm& g, int row, int tile) {
     for (int k = 0; k < g.act_group; k += 8, x += 8, at += kCpuQuadBlockBytes) {
       vi lo[NT], hi[NT];
       NIBBLE_UNROLL for (int t = 0; t < NT; ++t) {
+        _mm_prefetch(reinterpret_cast<const char*>(w[t] + at + kPrefetchBytes), _MM_HINT_T0);
         const vi bytes = _mm512_loadu_si512(w[t] + at);
         lo[t] = _mm512_and_si512(bytes, nibble);
         hi[t] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);

@@ -205,11 +205,11 @@ inline void dense_direct(const DenseGemm& g, int row, int n) {
   const int64_t at = static_cast<int64_t>(n) * g.k;
   int i = 0;
   for (; i + W <= g.k; i += W) {
-    vf xv[MB];
-    NIBBLE_UNROLL for (int m = 0; m < MB; ++m) xv[m] = load(x + static_cast<int64_t>(m) * g.k + i);
-    NIBBLE_UNROLL for (int j = 0; j < NB; ++j) {
-      const vf w = load_dense<kType>(g.weight, at + static_cast<int64_t>(j) * g.k + i);
-      NIBBLE_UNROLL for (int m = 0; m < MB; ++m) acc[m][j] = fma(xv[m], w, acc[m][j]);
+    vf w[NB];
+    NIBBLE_UNROLL for (int j = 0; j < NB; ++j) w[j] = load_dense<kType>(g.weight, at + static_cast<int64_t>(j) * g.k + i);
+    NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
+      const vf xv = load(x + static_cast<int64_t>(m) * g.k + i);
+      NIBBLE_UNROLL for (int j = 0; j < NB; ++j) acc[m][j] = fma(xv, w[j], acc[m][j]);
     }
   }
   if (i < g.k) {
@@ -227,24 +227,22 @@ inline void dense_direct(const DenseGemm& g, int row, int n) {
   }
 }
 
+/// NB outputs from n, every row: the weights stay in L1 from one row block to the next.
+template <Dense kType, int NB>
+inline void dense_columns(const DenseGemm& g, int row, int n) {
+  for (; row + 4 <= g.rows; row += 4) dense_direct<kType, 4, NB>(g, row, n);
+  for (; row + 2 <= g.rows; row += 2) dense_direct<kType, 2, NB>(g, row, n);
+  for (; row < g.rows; ++row) dense_direct<kType, 1, NB>(g, row, n);
+}
+
 template <Dense kType>
 void dense_few_rows(const DenseGemm& g) {
-  int row = 0;
-  for (; row + 4 <= g.rows; row += 4) {
-    int n = g.n_begin;
-    for (; n + 2 <= g.n_end; n += 2) dense_direct<kType, 4, 2>(g, row, n);
-    if (n < g.n_end) dense_direct<kType, 4, 1>(g, row, n);
+  int n = g.n_begin;
+  if (g.rows == 1) {
+    for (; n + 8 <= g.n_end; n += 8) dense_direct<kType, 1, 8>(g, 0, n);
   }
-  for (; row + 2 <= g.rows; row += 2) {
-    int n = g.n_begin;
-    for (; n + 4 <= g.n_end; n += 4) dense_direct<kType, 2, 4>(g, row, n);
-    for (; n < g.n_end; ++n) dense_direct<kType, 2, 1>(g, row, n);
-  }
-  for (; row < g.rows; ++row) {
-    int n = g.n_begin;
-    for (; n + 8 <= g.n_end; n += 8) dense_direct<kType, 1, 8>(g, row, n);
-    for (; n < g.n_end; ++n) dense_direct<kType, 1, 1>(g, row, n);
-  }
+  for (; n + kDenseNB <= g.n_end; n += kDenseNB) dense_columns<kType, kDenseNB>(g, 0, n);
+  for (; n < g.n_end; ++n) dense_columns<kType, 1>(g, 0, n);
 }
 
 /// acc[m][j] (vectors in memory, W floats each) += over a K block. x row stride ldx, w row stride kDenseKBlock.

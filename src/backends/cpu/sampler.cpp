@@ -80,22 +80,55 @@ double weigh(const Kernels& kernels, const float* logits, int n, float best, flo
   return total;
 }
 
-/// Number of leading candidates (sorted, weighted) that top_p of `total` and min_p keep; 0 when the candidates do not
-/// reach top_p.
-size_t keep_count(const SampleRow& row, const std::vector<Candidate>& candidates, double total, bool complete) {
+/// Number of leading candidates (sorted, weighted) that top_p of `total` and min_p keep, at least one.
+size_t keep_count(const SampleRow& row, const std::vector<Candidate>& candidates, double total) {
   size_t kept = candidates.size();
   if (row.top_p < 1.0f) {
     double cumulative = 0;
-    const double wanted = double{row.top_p} * total;
-    for (kept = 0; kept < candidates.size() && (kept == 0 || cumulative < wanted);) {
+    for (kept = 0; kept < candidates.size() && (kept == 0 || cumulative < double{row.top_p} * total);) {
       cumulative += candidates[kept++].weight;
     }
-    if (!complete && cumulative < wanted) return 0;
   }
   if (row.min_p > 0) {
     while (kept > 1 && candidates[kept - 1].weight < row.min_p) --kept;
   }
   return kept;
+}
+
+/// The worst id that top_p keeps. The ids are binned by logit, bins are added best first until they hold top_p of the
+/// mass, and only the bin where that happens is sorted: linear in the vocabulary however flat the distribution.
+Candidate top_p_cut(const SampleRow& row, int n, const float* logits, float best, double total, SampleScratch& s) {
+  constexpr int kBins = 2048;
+  double mass[kBins] = {};
+  const float bins_per_logit = 32.0f / row.temperature;  // 32 bins a factor e of weight; the last one takes the rest
+  const auto bin_of = [&](int v) { return static_cast<int>(std::min((best - logits[v]) * bins_per_logit, kBins - 1.0f)); };
+  for (int v = 0; v < n; ++v) {
+    if (s.weights[static_cast<size_t>(v)] >= kNoWeight) mass[bin_of(v)] += s.weights[static_cast<size_t>(v)];
+  }
+  const double wanted = double{row.top_p} * total;
+  double cumulative = 0;
+  int bin = 0, last_filled = 0;
+  for (; bin < kBins; ++bin) {
+    if (mass[bin] > 0) last_filled = bin;
+    if (mass[bin] > 0 && cumulative + mass[bin] >= wanted) break;
+    cumulative += mass[bin];
+  }
+  if (bin == kBins) {  // rounding left the sum short: the last bin that holds anything
+    bin = last_filled;
+    cumulative = 0;
+    for (int b = 0; b < bin; ++b) cumulative += mass[b];
+  }
+  s.candidates.clear();
+  for (int v = 0; v < n; ++v) {
+    const float w = s.weights[static_cast<size_t>(v)];
+    if (w >= kNoWeight && bin_of(v) == bin) s.candidates.push_back({logits[v], v, w});
+  }
+  std::sort(s.candidates.begin(), s.candidates.end(), better);
+  for (const Candidate& c : s.candidates) {
+    cumulative += c.weight;
+    if (cumulative >= wanted) return c;
+  }
+  return s.candidates.back();
 }
 
 int32_t draw(const Kernels& kernels, const SampleRow& row, int n, const float* logits, SampleScratch& s) {
@@ -117,7 +150,6 @@ int32_t draw(const Kernels& kernels, const SampleRow& row, int n, const float* l
     return last;
   }
 
-  size_t kept = 0;
   if (top_k) {
     select_best(kernels, logits, n, row.top_k, s);
     double total = 0;
@@ -125,26 +157,21 @@ int32_t draw(const Kernels& kernels, const SampleRow& row, int n, const float* l
       kernels.exp_sum(&c.logit, best, 1.0f / row.temperature, 1, &c.weight);
       total += c.weight;
     }
-    kept = keep_count(row, s.candidates, total, true);
+    s.candidates.resize(keep_count(row, s.candidates, total));
+    std::sort(s.candidates.begin(), s.candidates.end(),
+              [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
   } else {
     const double total = weigh(kernels, logits, n, best, row.temperature, s.weights.data());
-    // Few ids carry top_p of the mass as a rule: try those above a falling threshold, all of them last. min_p's own
-    // threshold may end the search at once, since both filters keep a prefix of the sorted ids.
-    for (float threshold = 0x1p-8f; kept == 0; threshold *= 0x1p-8f) {
-      const bool complete = threshold < kNoWeight || (row.min_p > 0 && threshold <= row.min_p);
-      const float floor = std::max(threshold, kNoWeight);
-      s.candidates.clear();
-      for (int v = 0; v < n; ++v) {
-        const float w = s.weights[static_cast<size_t>(v)];
-        if (w >= floor) s.candidates.push_back({logits[v], v, w});
-      }
-      std::sort(s.candidates.begin(), s.candidates.end(), better);
-      kept = keep_count(row, s.candidates, total, complete);
+    Candidate cut{kMinusInfinity, n, 0};
+    if (row.top_p < 1.0f) cut = top_p_cut(row, n, logits, best, total, s);
+    const Candidate first{best, first_of(logits, n, best), 1.0f};
+    s.candidates.clear();
+    for (int v = 0; v < n; ++v) {
+      const Candidate c{logits[v], v, s.weights[static_cast<size_t>(v)]};
+      const bool kept = c.weight >= kNoWeight && c.weight >= row.min_p && !better(cut, c);
+      if (kept || v == first.token) s.candidates.push_back(c);
     }
   }
-  s.candidates.resize(kept);
-  std::sort(s.candidates.begin(), s.candidates.end(),
-            [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
   double total = 0;
   for (const Candidate& c : s.candidates) total += c.weight < kNoWeight ? 0 : c.weight;
   const double target = uniform * total;
