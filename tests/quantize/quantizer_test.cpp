@@ -1,0 +1,234 @@
+// The whole way from a dense model to a checkpoint and back, on small random models and the reference backend.
+// SPDX-License-Identifier: Apache-2.0
+#include "quantize/quantizer.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <unistd.h>
+
+#include <cmath>
+#include <random>
+
+#include "backends/reference/reference_backend.h"
+#include "base/error.h"
+#include "formats/synthetic.h"
+#include "quantize/layer_stream.h"
+
+namespace nibble {
+namespace {
+
+using testing::HasSubstr;
+
+ModelSpec tiny_spec() {
+  ModelSpec spec;
+  spec.num_layers = 2;
+  spec.hidden_size = 128;
+  spec.num_heads = 4;
+  spec.num_kv_heads = 2;
+  spec.head_dim = 32;
+  spec.ffn_size = 256;
+  spec.vocab_size = 320;
+  spec.max_position = 256;
+  return spec;
+}
+
+CalibrationData random_calibration(std::vector<size_t> lengths, int vocab = 320) {
+  CalibrationData data;
+  data.file = "random";
+  std::mt19937 random(3);
+  for (const size_t length : lengths) {
+    auto& sequence = data.sequences.emplace_back();
+    for (size_t i = 0; i < length; ++i) sequence.push_back(static_cast<int32_t>(random() % static_cast<unsigned>(vocab)));
+    data.tokens += static_cast<int64_t>(length);
+  }
+  return data;
+}
+
+class Quantize : public testing::Test {
+ protected:
+  void SetUp() override {
+    directory_ = fs::temp_directory_path() / fmt::format("nibble_quantize_{}", ::getpid());
+    fs::remove_all(directory_);
+    fs::create_directories(directory_);
+  }
+  void TearDown() override { fs::remove_all(directory_); }
+
+  fs::path fresh() {
+    const fs::path path = directory_ / std::to_string(count_++);
+    fs::create_directories(path);
+    return path;
+  }
+  QuantizeReport run(const fs::path& out, const QuantizeOptions& options,
+                     const CalibrationData& data = random_calibration({40, 40, 25})) {
+    SilentProgress progress;
+    return quantize(out, *source_, backend_.get(), &data, options, progress);
+  }
+
+  std::unique_ptr<WeightSource> source_ = open_synthetic(tiny_spec(), 11, /*int4=*/false);
+  std::unique_ptr<Backend> backend_ = make_reference_backend();
+  fs::path directory_;
+  int count_ = 0;
+};
+
+TEST_F(Quantize, WritesACheckpointWhoseWeightsAreCloseToTheModels) {
+  const fs::path out = fresh();
+  const QuantizeReport report = run(out, {.sequential = false});
+  const auto checkpoint = open_checkpoint(out);
+  EXPECT_EQ(checkpoint->spec().hidden_size, 128);
+  size_t rows = 0;
+  for (const WeightRow& row : weight_table(source_->spec())) {
+    ASSERT_EQ(checkpoint->is_quantized(row), row.quantizable) << row.name;
+    if (!row.quantizable) continue;
+    ASSERT_EQ(report.linears.at(rows++).name, row.name);
+    const std::vector<float> dense = source_->load_dense(row);
+    const Int4Weight weight = checkpoint->load_int4(row);
+    double error = 0, energy = 0;
+    for (int64_t n = 0; n < row.shape[0]; ++n) {
+      for (int64_t j = 0; j < row.shape[1]; ++j) {
+        const int byte = static_cast<int>(weight.nibbles[n / 2 * row.shape[1] + j]);
+        const int nibble = n % 2 == 0 ? byte & 15 : byte >> 4;
+        const double q = nibble >= 8 ? nibble - 16 : nibble;
+        const double value = q * double{weight.scales[static_cast<size_t>(n * (row.shape[1] / 128) + j / 128)]} *
+                             double{weight.pre_scale[static_cast<size_t>(j)]};
+        const double w = double{dense[static_cast<size_t>(n * row.shape[1] + j)]};
+        error += (value - w) * (value - w);
+        energy += w * w;
+      }
+    }
+    EXPECT_LT(error / energy, 0.03) << row.name;
+    EXPECT_GT(error, 0) << row.name;
+  }
+  EXPECT_EQ(rows, 10u);
+  const json::object config = parse_json(read_file(out / "config.json"), "config.json").as_object();
+  EXPECT_EQ(config.at("nibble").at("method"), "awq");
+  EXPECT_EQ(config.at("nibble").at("calibration").at("tokens"), 105);
+}
+
+TEST_F(Quantize, GateAndUpShareTheirPreScaleAndQkvHasOne) {
+  const fs::path out = fresh();
+  run(out, {});
+  const auto checkpoint = open_checkpoint(out);
+  const std::vector<WeightRow> table = weight_table(source_->spec());
+  for (size_t i = 0; i + 1 < table.size(); ++i) {
+    if (table[i].role != WeightRole::kGate) continue;
+    EXPECT_EQ(checkpoint->load_int4(table[i]).pre_scale, checkpoint->load_int4(table[i + 1]).pre_scale);
+  }
+}
+
+TEST_F(Quantize, TheResultDependsOnNeitherThreadsNorSteps) {
+  // Step boundaries change how tokens reach the Gram sums, so only same steps are compared bitwise.
+  const fs::path a = fresh(), b = fresh(), c = fresh();
+  run(a, {.num_threads = 1});
+  run(b, {.num_threads = 3});
+  EXPECT_EQ(read_file(a / "rank0.safetensors"), read_file(b / "rank0.safetensors"));
+  run(c, {.rounding = awq::Rounding::kNearest, .num_threads = 3});
+  EXPECT_NE(read_file(a / "rank0.safetensors"), read_file(c / "rank0.safetensors"));
+}
+
+TEST_F(Quantize, StepsOfAnySizeCarryTheSameStates) {
+  const CalibrationData data = random_calibration({50, 7, 33, 64});
+  std::vector<std::vector<float>> taps;  // of the last layer's down input, by step setting
+  for (const auto& [batch, tokens] : {std::pair{1, 8192}, {4, 8192}, {2, 40}, {3, 13}}) {
+    LayerStream stream(*backend_, *source_, data.sequences, batch, tokens);
+    EXPECT_EQ(stream.num_tokens(), 154);
+    auto& tap = taps.emplace_back();
+    for (int layer = 0; layer < 2; ++layer) {
+      const StreamedLayer weights(*backend_, *source_, layer);
+      const auto keep_last = [&](Tap what, const float* x, int rows, int cols) {
+        if (layer == 1 && what == Tap::kDownInput) tap.insert(tap.end(), x, x + int64_t{rows} * cols);
+      };
+      stream.run(layer, weights.weights(), keep_last, true, [](int64_t) {});
+    }
+    ASSERT_EQ(tap.size(), 154u * 256);
+    EXPECT_EQ(tap, taps[0]) << batch << " sequences, " << tokens << " tokens a step";
+  }
+}
+
+TEST_F(Quantize, KvScalesAreTheRangesOfRotatedKAndOfV) {
+  const CalibrationData data = random_calibration({30, 20});
+  const fs::path out = fresh();
+  const QuantizeReport report = run(out, {.method = QuantizeMethod::kRtn}, data);
+  const std::optional<KvScales> scales = open_checkpoint(out)->kv_scales();
+  ASSERT_TRUE(scales.has_value());
+  EXPECT_EQ(scales->k, report.kv_scales.k);
+
+  LayerStream stream(*backend_, *source_, data.sequences, 16, 8192);
+  for (int layer = 0; layer < 2; ++layer) {
+    const StreamedLayer weights(*backend_, *source_, layer);
+    float k = 0, v = 0;
+    const auto listen = [&](Tap what, const float* x, int rows, int cols) {
+      if (what != Tap::kRotatedQkv) return;
+      ASSERT_EQ(cols, (4 + 2 + 2) * 32);
+      for (int r = 0; r < rows; ++r) {
+        for (int c = 128; c < 192; ++c) k = std::max(k, std::fabs(x[r * cols + c]));
+        for (int c = 192; c < 256; ++c) v = std::max(v, std::fabs(x[r * cols + c]));
+      }
+    };
+    stream.run(layer, weights.weights(), listen, true, [](int64_t) {});
+    EXPECT_FLOAT_EQ(scales->k[static_cast<size_t>(layer)], k / 127);
+    EXPECT_FLOAT_EQ(scales->v[static_cast<size_t>(layer)], v / 127);
+  }
+}
+
+TEST_F(Quantize, RtnWithoutKvScalesNeedsNoCalibration) {
+  const QuantizeOptions options = {.method = QuantizeMethod::kRtn, .dtype = DType::kF16, .int8_kv = false};
+  ASSERT_FALSE(needs_calibration(options));
+  const fs::path out = fresh();
+  SilentProgress progress;
+  quantize(out, *source_, nullptr, nullptr, options, progress);
+  const auto checkpoint = open_checkpoint(out);
+  EXPECT_FALSE(checkpoint->kv_scales().has_value());
+  const WeightRow row = weight_table(source_->spec())[2];
+  ASSERT_EQ(row.name, "layers.0.qkv");
+  const std::vector<float> dense = source_->load_dense(row);
+  float widest = 0;
+  for (int64_t j = 0; j < 128; ++j) widest = std::max(widest, std::fabs(dense[static_cast<size_t>(j)]));
+  EXPECT_EQ(checkpoint->load_int4(row).scales[0], widest / 7.0f);
+}
+
+TEST_F(Quantize, SequentialCalibrationSeesTheQuantizedLayersBefore) {
+  const QuantizeReport apart = run(fresh(), {.sequential = false}), after = run(fresh(), {.sequential = true});
+  for (size_t i = 0; i < apart.linears.size(); ++i) {
+    const bool first_layer = apart.linears[i].name.starts_with("layers.0.");
+    EXPECT_EQ(apart.linears[i].input_max_abs == after.linears[i].input_max_abs, first_layer) << apart.linears[i].name;
+  }
+}
+
+TEST_F(Quantize, ReportsTheSearch) {
+  const QuantizeReport report = run(fresh(), {});
+  for (const LinearReport& linear : report.linears) {
+    EXPECT_GT(linear.search.error, 0) << linear.name;
+    EXPECT_LT(linear.search.error, linear.search.error_rtn) << linear.name;
+    EXPECT_GT(linear.input_max_abs, 0) << linear.name;
+  }
+  const json::object object = report.to_json();
+  EXPECT_EQ(object.at("linears").as_array().size(), 10u);
+  EXPECT_EQ(object.at("kv_scales").at("k").as_array().size(), 2u);
+}
+
+TEST_F(Quantize, RefusesWhatItCannotDo) {
+  const auto expect_error = [&](const QuantizeOptions& options, const CalibrationData& data, const char* part) {
+    try {
+      run(fresh(), options, data);
+      ADD_FAILURE() << "no error, wanted " << part;
+    } catch (const Error& error) {
+      EXPECT_THAT(error.what(), HasSubstr(part));
+      EXPECT_NE(error.kind(), ErrorKind::kInternal) << error.what();
+    }
+  };
+  const CalibrationData data = random_calibration({10});
+  expect_error({.group_size = 32}, data, "wanted 64 or 128");
+  expect_error({.dtype = DType::kF32}, data, "wanted bfloat16 or float16");
+  expect_error({}, random_calibration({10}, 100000), "outside the model's vocabulary of 320");
+  expect_error({}, random_calibration({300}), "has 256 positions; lower --calib-seq-len");
+
+  ModelSpec odd = tiny_spec();
+  odd.ffn_size = 192;
+  source_ = open_synthetic(odd, 1, false);
+  expect_error({}, data, "192 in-features, not a multiple of the group size 128; use --group-size 64");
+  run(fresh(), {.group_size = 64}, data);
+}
+
+}  // namespace
+}  // namespace nibble
