@@ -40,6 +40,12 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __CUDACC__
+#define NIBBLE_HOST_DEVICE __host__ __device__
+#else
+#define NIBBLE_HOST_DEVICE
+#endif
+
 namespace nibble::cuda_layout {
 
 inline constexpr int64_t kTileRows = 128;
@@ -50,10 +56,10 @@ inline constexpr int64_t kBlockBytes = kBlockNibbleBytes + kBlockRows * 2;
 
 struct Shape {
   int64_t rows, k;  // of the source
-  int64_t num_tiles() const { return (rows + kTileRows - 1) / kTileRows; }
-  int64_t num_groups() const { return (k + kGroup - 1) / kGroup; }
-  int64_t packed_bytes() const { return num_tiles() * num_groups() * 2 * kBlockBytes; }
-  size_t block_offset(int64_t tile, int64_t group, int64_t half) const {
+  NIBBLE_HOST_DEVICE int64_t num_tiles() const { return (rows + kTileRows - 1) / kTileRows; }
+  NIBBLE_HOST_DEVICE int64_t num_groups() const { return (k + kGroup - 1) / kGroup; }
+  NIBBLE_HOST_DEVICE int64_t packed_bytes() const { return num_tiles() * num_groups() * 2 * kBlockBytes; }
+  NIBBLE_HOST_DEVICE size_t block_offset(int64_t tile, int64_t group, int64_t half) const {
     return static_cast<size_t>(((tile * num_groups() + group) * 2 + half) * kBlockBytes);
   }
 };
@@ -65,7 +71,8 @@ inline uint16_t bf16_bits(float value) {  // round to nearest even; the scales a
 }
 
 // Packed row -> source row.
-inline int64_t source_row(const Shape& shape, bool interleave_halves, int64_t packed_row) {
+NIBBLE_HOST_DEVICE inline int64_t source_row(const Shape& shape, bool interleave_halves,
+                                            int64_t packed_row) {
   if (!interleave_halves) return packed_row;
   const int64_t b = packed_row / 16, r = packed_row % 16;
   return r < 8 ? 8 * b + r : shape.rows / 2 + 8 * b + r - 8;
@@ -76,13 +83,13 @@ struct NibblePlace {
   int word;   // index of the 32-bit word in the block
   int shift;  // bit of its nibble
 };
-inline NibblePlace nibble_place(int row, int k) {
+NIBBLE_HOST_DEVICE inline NibblePlace nibble_place(int row, int k) {
   const int m16 = row / 16, g = row % 8, hi = (row / 8) % 2;
   const int k64 = k / 64, k16 = (k / 16) % 4, t = (k % 8) / 2, upper = (k / 8) % 2, odd = k % 2;
   const int lane = 4 * g + t;
   return {((m16 * 2 + k64) * 32 + lane) * 4 + k16, 16 * odd + 8 * upper + 4 * hi};
 }
-inline int scale_place(int row) {  // index of the bf16 in the block's scales
+NIBBLE_HOST_DEVICE inline int scale_place(int row) {  // index of the bf16 in the block's scales
   return ((row % 8) * 4 + row / 16) * 2 + (row / 8) % 2;
 }
 

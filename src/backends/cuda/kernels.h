@@ -1,0 +1,49 @@
+// Launchers of the CUDA kernels, free of CUDA types (a stream is a void*). Pointers are device
+// pointers unless said otherwise. Every launcher returns 0 or a cudaError_t value.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace nibble::cuda {
+
+// Opaque copy of a CUtensorMap.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+// A row-major 2-D tensor of 2-byte elements [rows, columns] read in boxes [box_rows, 64] with the
+// 128-byte swizzle. row_stride_bytes is a multiple of 16. Rows and columns past the end read as 0.
+int make_tensor_map(TensorMap* map, const void* base, int64_t rows, int64_t columns,
+                    int64_t row_stride_bytes, int box_rows);
+
+enum class Epilogue : int { kPlain, kResidual, kSiluMul };
+
+// out = x W^T (+ residual) or SiLU(gate) * up * out_scale, W in the layout of layout.h.
+struct LinearArgs {
+  const void* weights;      // packed
+  int64_t rows, k;          // of W; rows counts gate and up together
+  int tokens;               // M
+  const TensorMap* x;       // host pointer; bf16 [tokens, k], box_rows as the kernel asks
+  void* out;                // bf16 [tokens, rows] ([tokens, rows/2] for kSiluMul)
+  const void* residual;     // bf16 [tokens, rows] for kResidual
+  const float* out_scale;   // [rows/2] for kSiluMul, or null: AWQ pre-scale of the next linear
+  Epilogue epilogue;
+  void* workspace;          // linear_workspace_bytes(); its first 64 KiB zeroed once
+  int num_sms;
+  bool dependent;           // programmatic dependent launch on the kernel before it in the stream
+  int tactic;               // -1: chosen by shape
+};
+
+size_t linear_workspace_bytes(int num_sms);
+
+// linear_small.cu: M <= 16; box_rows = 8 for M <= 8, else 16.
+int linear_small_box_rows(int tokens);
+int linear_small(const LinearArgs& args, void* stream);
+
+// linear_wgmma.cu: any M, made for 17 .. 256.
+int linear_wgmma_box_rows(int tokens, int tactic);
+int linear_wgmma(const LinearArgs& args, void* stream);
+
+}  // namespace nibble::cuda

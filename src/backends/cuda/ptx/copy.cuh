@@ -1,0 +1,43 @@
+// Asynchronous copies global -> shared that complete on an mbarrier.
+// NOTE: a cache policy is safe on bulk copies; on cp.async (LDGSTS) ptxas 13.0 can drop it.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace nibble::ptx {
+
+// Bytes read once (weights): leave L2 first.
+__device__ __forceinline__ uint64_t policy_evict_first() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// 1-D bulk copy; addresses and bytes are multiples of 16.
+__device__ __forceinline__ void bulk_load(uint32_t smem, const void* global, uint32_t bytes,
+                                          uint32_t bar, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(smem),
+      "l"(global), "r"(bytes), "r"(bar), "l"(policy)
+      : "memory");
+}
+
+// One box of a 2-D tensor map; x is the innermost coordinate, in elements.
+__device__ __forceinline__ void tensor_load_2d(uint32_t smem, const CUtensorMap* map, int x, int y,
+                                               uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(smem),
+      "l"(map), "r"(x), "r"(y), "r"(bar)
+      : "memory");
+}
+
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+}  // namespace nibble::ptx
