@@ -128,6 +128,7 @@ struct Options {
   std::vector<int> tokens{1, 8, 16};
   bool wgmma = false, check = true, layer = true, shapes = true;
   int tactic = -1;
+  bool trace = false;
 };
 
 int box_rows(const Options& o, int tokens, int tactic) {
@@ -257,6 +258,57 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
   return !ok;
 }
 
+// Where one call's time goes, from the clock stamps of a -DNIBBLE_TRACE build: six dependent calls
+// are launched, the fourth and fifth are read. SM clocks, means over the CTAs (and the extremes).
+void trace(const Options& o, cuda::LinearArgs args, const Weights& w, const Sizes& sizes,
+           cudaStream_t stream) {
+  constexpr int kCalls = 6;
+  const size_t per_call = static_cast<size_t>(sizes.sms) * 8;
+  auto* stamps = device_alloc<long long>(per_call * kCalls);
+  BENCH_CHECK(cudaMemsetAsync(stamps, 0, per_call * kCalls * 8, stream));
+  time_graph(stream, kCalls, [&] {
+    for (int c = 0; c < kCalls; ++c) {
+      args.trace = stamps + per_call * c;
+      args.weights = w.packed[c % w.packed.size()];
+      BENCH_CHECK(run(o, args, stream));
+    }
+  }, 3);
+  std::vector<long long> host(per_call * kCalls);
+  BENCH_CHECK(cudaMemcpy(host.data(), stamps, host.size() * 8, cudaMemcpyDeviceToHost));
+  BENCH_CHECK(cudaFree(stamps));
+  const char* names[7] = {"start", "ring requested", "dependency met", "first x there",
+                          "last main loop done", "added in CTA", "end"};
+  const long long* now = &host[per_call * 4];
+  const long long* before = &host[per_call * 3];
+  for (int i = 1; i < 7; ++i) {
+    double sum = 0, low = 1e18, high = 0;
+    int n = 0;
+    for (int cta = 0; cta < sizes.sms; ++cta) {
+      if (!now[cta * 8 + 6]) continue;
+      const double d = static_cast<double>(now[cta * 8 + i] - now[cta * 8 + (i < 3 ? 0 : 2)]);
+      sum += d, ++n, low = std::min(low, d), high = std::max(high, d);
+    }
+    std::printf("    %-20s after %-14s mean %7.0f  min %7.0f  max %7.0f clocks\n", names[i],
+                i < 3 ? "start" : "dependency met", sum / n, low, high);
+  }
+  double gap = 0, period = 0, hidden = 0;
+  int n = 0;
+  for (int a = 0; a < sizes.sms; ++a) {
+    for (int b = 0; b < sizes.sms; ++b) {
+      if (now[a * 8 + 6] && before[b * 8 + 6] && now[a * 8 + 7] == before[b * 8 + 7]) {
+        gap += static_cast<double>(now[a * 8] - before[b * 8 + 6]);
+        period += static_cast<double>(now[a * 8 + 2] - before[b * 8 + 2]);
+        hidden += static_cast<double>(now[a * 8 + 2] - before[b * 8 + 6]);
+        ++n;
+      }
+    }
+  }
+  if (n) {
+    std::printf("    same SM (%d): predecessor's end to start %.0f, to dependency met %.0f; period "
+                "%.0f clocks\n", n, gap / n, hidden / n, period / n);
+  }
+}
+
 }  // namespace
 
 int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** argv) {
@@ -277,6 +329,8 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
       o.check = false;
     } else if (flag == "--no-shapes") {
       o.shapes = false;
+    } else if (flag == "--trace") {
+      o.trace = true;
     } else if (flag == "--no-layer") {
       o.layer = false;
     } else {
@@ -347,6 +401,7 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
                   matrices[i].name, t.median_us, b / t.median_us * 1e-3,
                   b / t.median_us * 0.1 / limits.read_gbps, f / t.median_us * 1e-6);
       sum_us += t.median_us, bytes += b, flops += f;
+      if (o.trace) trace(o, args, weights[i], sizes, stream);
     }
     if (o.shapes) {
       std::printf("M=%-4d sum      %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS\n", tokens,

@@ -34,11 +34,19 @@ struct LinearArgs {
   int num_sms;
   bool dependent;           // programmatic dependent launch on the kernel before it in the stream
   int tactic;               // -1: chosen by shape
+  void* trace;              // clock stamps of a NIBBLE_TRACE build, or null
 };
 
 size_t linear_workspace_bytes(int num_sms);
 
 // linear_small.cu: M <= 16; box_rows = 8 for M <= 8, else 16.
+enum class SmallTactic : int {
+  kWhole64 = 0,   // 64-row tiles, each CTA whole tiles
+  kStream64,      // 64-row tiles, equal bytes per CTA, border tiles through L2
+  kStream128,     // the same, 128-row tiles
+  kCluster128x2,  // 128-row tiles, K shared by a cluster of 2
+  kCluster128x3,  // ... of 3
+};
 int linear_small_box_rows(int tokens);
 int linear_small(const LinearArgs& args, void* stream);
 

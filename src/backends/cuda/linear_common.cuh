@@ -27,6 +27,7 @@ struct LinearParams {
   float* partials;
   int64_t partial_stride;  // floats per partial
   int* counters;           // [row tiles], zero between calls
+  long long* trace;        // [CTAs][8] clock stamps of a NIBBLE_TRACE build, or null
 };
 
 // Partial tiles: two per CTA, at most 256 rows x 128 tokens.
@@ -47,12 +48,13 @@ inline LinearParams make_linear_params(const LinearArgs& args, int tile_rows) {
   p.counters = static_cast<int*>(args.workspace);
   p.partials = reinterpret_cast<float*>(static_cast<char*>(args.workspace) + kCounterBytes);
   p.partial_stride = kPartialFloats;
+  p.trace = static_cast<long long*>(args.trace);
   return p;
 }
 
 template <typename Kernel>
 int launch_linear(Kernel* kernel, const LinearArgs& args, const LinearParams& params, int grid,
-                  int threads, int smem_bytes, void* stream) {
+                  int threads, int smem_bytes, void* stream, int cluster = 1) {
   // NOTE: once per kernel would do; the call is cheap and captures fine in a graph.
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
@@ -62,11 +64,18 @@ int launch_linear(Kernel* kernel, const LinearArgs& args, const LinearParams& pa
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = args.dependent ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (args.dependent) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  config.attrs = attributes;
+  config.numAttrs = count;
   CUtensorMap map;
   static_assert(sizeof(CUtensorMap) == sizeof(TensorMap));
   std::memcpy(&map, args.x, sizeof map);

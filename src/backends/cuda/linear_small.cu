@@ -22,10 +22,13 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/layout.h"
 #include "backends/cuda/linear_common.cuh"
 #include "backends/cuda/ptx/barrier.cuh"
+#include "backends/cuda/ptx/cluster.cuh"
 #include "backends/cuda/ptx/copy.cuh"
 #include "backends/cuda/ptx/dequant.cuh"
 #include "backends/cuda/ptx/mma.cuh"
@@ -33,45 +36,72 @@
 namespace nibble::cuda {
 namespace {
 
+#ifdef NIBBLE_TRACE
+#define TRACE(i) \
+  do { if (threadIdx.x == 0 && p.trace) p.trace[blockIdx.x * 8 + (i)] = clock64(); } while (0)
+#else
+#define TRACE(i) do {} while (0)
+#endif
+
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
 constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
 constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 
-template <int kTokens, int kHalves>
+template <int kTokens, int kHalves, int kCluster>
 struct Config {
   static constexpr int kRows = 64 * kHalves;
   static constexpr int kSlots = kTokens == 8 ? 5 : 4;  // blocks in a warp's ring
+  static constexpr int kXSlots = kHalves == 1 ? 2 : 1;  // units of x in a warp's ring
   static constexpr int kXBytes = kTokens * 256;        // 128 k of every token
   static constexpr int kRedStride = kRows + 4;         // floats; conflict-free scatter
   static constexpr int kRedBytes = kWarps * 8 * kRedStride * 4;
-  static constexpr int kRingOffset = kWarps * kXBytes;
+  static constexpr int kPeerBytes = (kCluster - 1) * kTokens * kRows * 4;
+  static constexpr int kRingOffset = kWarps * kXSlots * kXBytes;
   static constexpr int kRedOffset = kRingOffset + kWarps * kSlots * kBlockBytes;
-  static constexpr int kBarOffset = kRedOffset + kRedBytes;
-  static constexpr int kSmemBytes = kBarOffset + kWarps * (kSlots + 1) * 8 + 16;
+  static constexpr int kPeerOffset = kRedOffset + kRedBytes;
+  static constexpr int kBarOffset = kPeerOffset + kPeerBytes;
+  static constexpr int kBars = kSlots + kXSlots;
+  static constexpr int kSmemBytes = kBarOffset + kWarps * kBars * 8 + 16;
+  static_assert(kSmemBytes <= 232448);
 };
 
-template <int kTokens, int kHalves, Epilogue kEpilogue>
+template <int kTokens, int kHalves, int kCluster, Epilogue kEpilogue>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_small_kernel(const __grid_constant__ CUtensorMap x_map, const LinearParams p) {
-  using C = Config<kTokens, kHalves>;
+  using C = Config<kTokens, kHalves, kCluster>;
   constexpr int kNt = kTokens / 8;
   extern __shared__ __align__(1024) uint8_t smem[];
   const int tid = threadIdx.x, lane = tid & 31;
   const int warp = __shfl_sync(0xffffffffu, tid >> 5, 0);
   const int groups = p.groups;
   const int64_t units = static_cast<int64_t>(p.num_tiles) * groups;
-  const int u_begin = static_cast<int>(blockIdx.x * units / gridDim.x);
-  const int u_end = static_cast<int>((blockIdx.x + 1) * units / gridDim.x);
 
-  const uint32_t x_slot = ptx::smem_address(smem) + warp * C::kXBytes;
+  // The CTA's units u_begin .. u_end: unit u is group group0 + u % span of tile tile0 + u / span.
+  int u_begin, u_end, span = groups, group0 = 0, tile0 = 0;
+  const int rank = kCluster > 1 ? static_cast<int>(blockIdx.x % kCluster) : 0;
+  if constexpr (kCluster == 1) {
+    u_begin = static_cast<int>(blockIdx.x * units / gridDim.x);
+    u_end = static_cast<int>((blockIdx.x + 1) * units / gridDim.x);
+  } else {
+    const int clusters = static_cast<int>(gridDim.x / kCluster), cluster = blockIdx.x / kCluster;
+    tile0 = cluster * p.num_tiles / clusters;
+    group0 = rank * groups / kCluster;
+    span = (rank + 1) * groups / kCluster - group0;
+    u_begin = 0;
+    u_end = ((cluster + 1) * p.num_tiles / clusters - tile0) * span;
+  }
+
+  const uint32_t x_ring = ptx::smem_address(smem) + warp * C::kXSlots * C::kXBytes;
   const uint32_t ring = ptx::smem_address(smem) + C::kRingOffset + warp * C::kSlots * kBlockBytes;
-  const uint32_t bars = ptx::smem_address(smem) + C::kBarOffset + warp * (C::kSlots + 1) * 8;
-  const uint32_t x_bar = bars + C::kSlots * 8;
+  const uint32_t bars = ptx::smem_address(smem) + C::kBarOffset + warp * C::kBars * 8;
+  const uint32_t x_bars = bars + C::kSlots * 8;
   float* red = reinterpret_cast<float*>(smem + C::kRedOffset);
-  int* last_flag = reinterpret_cast<int*>(smem + C::kBarOffset + kWarps * (C::kSlots + 1) * 8);
+  int* last_flag = reinterpret_cast<int*>(smem + C::kBarOffset + kWarps * C::kBars * 8);
 
+  TRACE(0);
   ptx::grid_launch_dependents();
+  if constexpr (kCluster > 1) ptx::cluster_arrive();
 
   // The warp's stream of blocks: units u_begin + warp, + 8, ..., kHalves blocks each.
   int load_unit = u_begin + warp;  // next unit to request (lane 0)
@@ -79,13 +109,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint64_t policy = 0;
   auto request_block = [&](int slot) {
     if (load_unit >= u_end) return;
-    int64_t block;
-    if constexpr (kHalves == 2) {
-      block = static_cast<int64_t>(load_unit) * 2 + load_half;
-    } else {
-      const int tile = load_unit / groups, group = load_unit - tile * groups;
-      block = (static_cast<int64_t>(tile >> 1) * groups + group) * 2 + (tile & 1);
-    }
+    const int in = load_unit / span, tile = tile0 + in, group = group0 + load_unit - in * span;
+    const int64_t block =
+        kHalves == 2 ? (static_cast<int64_t>(tile) * groups + group) * 2 + load_half
+                     : (static_cast<int64_t>(tile >> 1) * groups + group) * 2 + (tile & 1);
     ptx::mbarrier_expect(bars + slot * 8, kBlockBytes);
     ptx::bulk_load(ring + slot * kBlockBytes, p.weights + block * kBlockBytes, kBlockBytes,
                    bars + slot * 8, policy);
@@ -94,29 +121,35 @@ __global__ void __launch_bounds__(kThreads, 1)
       load_unit += kWarps;
     }
   };
-  auto request_x = [&](int unit) {
-    const int k = (unit % groups) * 128;
-    ptx::mbarrier_expect(x_bar, C::kXBytes);
-    ptx::tensor_load_2d(x_slot, &x_map, k, 0, x_bar);
-    ptx::tensor_load_2d(x_slot + kTokens * 128, &x_map, k + 64, 0, x_bar);
+  auto request_x = [&](int unit, int slot) {
+    if (unit >= u_end) return;
+    const int k = (group0 + unit % span) * 128;
+    const uint32_t to = x_ring + slot * C::kXBytes, bar = x_bars + slot * 8;
+    ptx::mbarrier_expect(bar, C::kXBytes);
+    ptx::tensor_load_2d(to, &x_map, k, 0, bar);
+    ptx::tensor_load_2d(to + kTokens * 128, &x_map, k + 64, 0, bar);
   };
   if (lane == 0) {
     ptx::prefetch_tensor_map(&x_map);
-    for (int i = 0; i <= C::kSlots; ++i) ptx::mbarrier_init(bars + i * 8, 1);
+    for (int i = 0; i < C::kBars; ++i) ptx::mbarrier_init(bars + i * 8, 1);
     ptx::mbarrier_init_fence();
     policy = ptx::policy_evict_first();
     for (int i = 0; i < C::kSlots; ++i) request_block(i);
   }
+  TRACE(1);
   ptx::grid_dependency_wait();
-  if (lane == 0 && u_begin + warp < u_end) request_x(u_begin + warp);
+  TRACE(2);
+  if (lane == 0) {
+    for (int i = 0; i < C::kXSlots; ++i) request_x(u_begin + warp + i * kWarps, i);
+  }
   __syncwarp();
 
-  int slot = 0, slot_phase = 0, x_phase = 0;
+  int slot = 0, slot_phase = 0, x_slot = 0, x_phase = 0;
   int u = u_begin + warp;
   float acc[kHalves * 4][kNt][4];
 
-  for (int tile = u_begin / groups; tile * groups < u_end; ++tile) {
-    const int tile_begin = tile * groups, tile_end = tile_begin + groups;
+  for (int in = u_begin / span; in * span < u_end; ++in) {
+    const int tile = tile0 + in, tile_begin = in * span, tile_end = tile_begin + span;
     const int stop = min(tile_end, u_end);
 #pragma unroll
     for (int m = 0; m < kHalves * 4; ++m)
@@ -129,9 +162,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (; u < stop; u += kWarps) {
       // Operand B of all 8 k16 steps: registers, so that the slot is free again at once.
       uint32_t b[8][kNt][2];
-      ptx::mbarrier_wait(x_bar, x_phase);
-      x_phase ^= 1;
+      ptx::mbarrier_wait(x_bars + x_slot * 8, x_phase);
+      if (u == u_begin) TRACE(3);
       {
+        const uint32_t x = x_ring + x_slot * C::kXBytes;
         const int row = lane & 7;
 #pragma unroll
         for (int k64 = 0; k64 < 2; ++k64)
@@ -141,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int pair = 0; pair < 2; ++pair) {
               const int chunk = 4 * pair + (lane >> 3);
               uint32_t r[4];
-              ptx::ldmatrix_x4(r, x_slot + k64 * kTokens * 128 + n * 1024 + row * 128 +
+              ptx::ldmatrix_x4(r, x + k64 * kTokens * 128 + n * 1024 + row * 128 +
                                       ((chunk ^ row) << 4));
               b[k64 * 4 + pair * 2][n][0] = r[0];
               b[k64 * 4 + pair * 2][n][1] = r[1];
@@ -150,7 +184,11 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
       }
       __syncwarp();
-      if (lane == 0 && u + kWarps < u_end) request_x(u + kWarps);
+      if (lane == 0) request_x(u + C::kXSlots * kWarps, x_slot);
+      if (++x_slot == C::kXSlots) {
+        x_slot = 0;
+        x_phase ^= 1;
+      }
 
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
@@ -183,10 +221,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
 
+    TRACE(4);
     // Add the warps' accumulators, eight tokens at a time; thread: one token, kPer rows.
     constexpr int kPer = C::kRows * 8 / kThreads;
     const bool whole = u_begin <= tile_begin && tile_end <= u_end;
     const int row = lane * kPer;
+    [[maybe_unused]] float peer_sum[kNt][kPer];
     float* partial = p.partials + (static_cast<int64_t>(blockIdx.x) * 2 +
                                    (u_begin > tile_begin ? 0 : 1)) * p.partial_stride;
 #pragma unroll
@@ -209,13 +249,44 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < kPer; ++i) sum[i] += from[i];
       }
       const int token = n * 8 + warp;
-      if (whole) {
+      if constexpr (kCluster > 1) {
+        const uint32_t at = ptx::smem_address(smem) + C::kPeerOffset + (token * C::kRows + row) * 4;
+        if (n == 0) ptx::cluster_wait();  // the leader has started, and has read the last tile
+        if (rank > 0) {
+          ptx::store_cluster(at + (rank - 1) * kTokens * C::kRows * 4, 0, sum);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kPer; ++i) peer_sum[n][i] = sum[i];
+        }
+      } else if (whole) {
         store_rows<kEpilogue, kPer>(p, token, tile * C::kRows, row, sum);
       } else {
         float* to = partial + token * C::kRows + row;
 #pragma unroll
         for (int i = 0; i < kPer; ++i) to[i] = sum[i];
       }
+    }
+    TRACE(5);
+    if constexpr (kCluster > 1) {
+      ptx::cluster_arrive();
+      ptx::cluster_wait();
+      if (rank == 0) {
+        const float* peers = reinterpret_cast<const float*>(smem + C::kPeerOffset);
+#pragma unroll
+        for (int n = 0; n < kNt; ++n) {
+          const int token = n * 8 + warp;
+#pragma unroll
+          for (int peer = 0; peer < kCluster - 1; ++peer) {
+#pragma unroll
+            for (int i = 0; i < kPer; ++i) {
+              peer_sum[n][i] += peers[(peer * kTokens + token) * C::kRows + row + i];
+            }
+          }
+          store_rows<kEpilogue, kPer>(p, token, tile * C::kRows, row, peer_sum[n]);
+        }
+      }
+      ptx::cluster_arrive();
+      continue;
     }
     if (whole) continue;
 
@@ -242,40 +313,75 @@ __global__ void __launch_bounds__(kThreads, 1)
       store_rows<kEpilogue, kPer>(p, token, tile * C::kRows, row, sum);
     }
   }
+  if constexpr (kCluster > 1) ptx::cluster_wait();
+  TRACE(6);
+#ifdef NIBBLE_TRACE
+  if (tid == 0 && p.trace) {
+    uint32_t sm;
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+    p.trace[blockIdx.x * 8 + 7] = sm;
+  }
+#endif
 }
 
-template <int kTokens, int kHalves, Epilogue kEpilogue>
-int launch(const LinearArgs& args, const LinearParams& params, void* stream) {
-  using C = Config<kTokens, kHalves>;
-  auto* kernel = linear_small_kernel<kTokens, kHalves, kEpilogue>;
-  return launch_linear(kernel, args, params, args.num_sms, kThreads, C::kSmemBytes, stream);
+template <int kTokens, int kHalves, int kCluster, Epilogue kEpilogue>
+int launch(const LinearArgs& args, const LinearParams& params, int grid, void* stream) {
+  using C = Config<kTokens, kHalves, kCluster>;
+  auto* kernel = linear_small_kernel<kTokens, kHalves, kCluster, kEpilogue>;
+  return launch_linear(kernel, args, params, grid, kThreads, C::kSmemBytes, stream, kCluster);
 }
 
-template <int kTokens, int kHalves>
-int launch_epilogue(const LinearArgs& args, void* stream) {
-  const LinearParams params = make_linear_params(args, 64 * kHalves);
+template <int kTokens, int kHalves, int kCluster>
+int launch_epilogue(const LinearArgs& args, int grid, void* stream) {
+  const LinearParams p = make_linear_params(args, 64 * kHalves);
   switch (args.epilogue) {
-    case Epilogue::kPlain: return launch<kTokens, kHalves, Epilogue::kPlain>(args, params, stream);
+    case Epilogue::kPlain:
+      return launch<kTokens, kHalves, kCluster, Epilogue::kPlain>(args, p, grid, stream);
     case Epilogue::kResidual:
-      return launch<kTokens, kHalves, Epilogue::kResidual>(args, params, stream);
+      return launch<kTokens, kHalves, kCluster, Epilogue::kResidual>(args, p, grid, stream);
     case Epilogue::kSiluMul:
-      return launch<kTokens, kHalves, Epilogue::kSiluMul>(args, params, stream);
+      return launch<kTokens, kHalves, kCluster, Epilogue::kSiluMul>(args, p, grid, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+template <int kTokens>
+int launch_tactic(const LinearArgs& args, SmallTactic tactic, void* stream) {
+  const int tiles = make_linear_params(args, 64).num_tiles;
+  if (args.k <= 2 * cuda_layout::kGroup && tactic >= SmallTactic::kCluster128x2) {
+    tactic = SmallTactic::kWhole64;  // no K to share
+  }
+  switch (tactic) {
+    case SmallTactic::kWhole64: {  // each CTA whole tiles: no pieces to add
+      const int per_cta = (tiles + args.num_sms - 1) / args.num_sms;
+      return launch_epilogue<kTokens, 1, 1>(args, (tiles + per_cta - 1) / per_cta, stream);
+    }
+    case SmallTactic::kStream64: return launch_epilogue<kTokens, 1, 1>(args, args.num_sms, stream);
+    case SmallTactic::kStream128: return launch_epilogue<kTokens, 2, 1>(args, args.num_sms, stream);
+    case SmallTactic::kCluster128x2:
+      return launch_epilogue<kTokens, 2, 2>(args, std::min(args.num_sms, tiles) / 2 * 2, stream);
+    case SmallTactic::kCluster128x3:
+      return launch_epilogue<kTokens, 2, 3>(args, std::min(args.num_sms / 3, tiles / 2) * 3, stream);
+    default: return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace
 
 int linear_small_box_rows(int tokens) { return tokens <= 8 ? 8 : 16; }
 
-// Tactics: 1 = 64-row tiles, 2 = 128-row tiles.
 int linear_small(const LinearArgs& args, void* stream) {
   if (args.tokens < 1 || args.tokens > 16) return cudaErrorInvalidValue;
-  const int halves = args.tactic > 0 ? args.tactic : 2;
-  if (args.tokens <= 8) {
-    return halves == 1 ? launch_epilogue<8, 1>(args, stream) : launch_epilogue<8, 2>(args, stream);
+  SmallTactic tactic = static_cast<SmallTactic>(args.tactic);
+  if (args.tactic < 0) {
+    const int tiles = make_linear_params(args, 64).num_tiles;
+    const int per_cta = (tiles + args.num_sms - 1) / args.num_sms;
+    // Whole tiles where they fill the chip, or K is short; else three CTAs share a tile's K.
+    const bool fills = tiles * 100 >= per_cta * args.num_sms * 90;
+    tactic = fills || args.k <= 8192 ? SmallTactic::kWhole64 : SmallTactic::kCluster128x3;
   }
-  return halves == 1 ? launch_epilogue<16, 1>(args, stream) : launch_epilogue<16, 2>(args, stream);
+  return args.tokens <= 8 ? launch_tactic<8>(args, tactic, stream)
+                          : launch_tactic<16>(args, tactic, stream);
 }
 
 }  // namespace nibble::cuda
