@@ -132,7 +132,7 @@ struct Options {
 };
 
 int box_rows(const Options& o, int tokens, int tactic) {
-  return o.wgmma ? cuda::linear_wgmma_box_rows(tokens, tactic) : cuda::linear_small_box_rows(tokens);
+  return o.wgmma ? cuda::linear_wgmma_box_rows(tokens, tactic) : 8;
 }
 int run(const Options& o, const cuda::LinearArgs& args, cudaStream_t stream) {
   return o.wgmma ? cuda::linear_wgmma(args, stream) : cuda::linear_small(args, stream);
@@ -220,7 +220,7 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
   cuda::TensorMap map;
   BENCH_CHECK(cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2, box_rows(o, tokens, tactic)));
   cuda::LinearArgs args{.weights = w.packed[0], .rows = s.rows, .k = s.k, .tokens = tokens,
-                        .x = &map, .out = out, .residual = residual, .out_scale = out_scale,
+                        .x = x, .x_stride = s.k, .x_map = &map, .out = out, .residual = residual, .out_scale = out_scale,
                         .epilogue = m.epilogue, .workspace = sizes.workspace,
                         .num_sms = sizes.sms, .dependent = false, .tactic = tactic};
   BENCH_CHECK(run(o, args, stream));
@@ -386,7 +386,8 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
       cuda::TensorMap map;
       BENCH_CHECK(cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2,
                                         box_rows(o, tokens, o.tactic)));
-      args.rows = s.rows, args.k = s.k, args.x = &map, args.out = out;
+      args.rows = s.rows, args.k = s.k, args.x = x, args.x_stride = s.k, args.x_map = &map;
+      args.out = out;
       args.residual = h, args.epilogue = matrices[i].epilogue;
       const int calls = 4 * kLayers;
       const Timing t = time_graph(stream, calls, [&] {
@@ -420,14 +421,16 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
     BENCH_CHECK(cuda::make_tensor_map(&h_map, h, tokens, 5120, 5120 * 2, box));
     BENCH_CHECK(cuda::make_tensor_map(&q_map, qkv, tokens, 4096, 6144 * 2, box));
     BENCH_CHECK(cuda::make_tensor_map(&act_map, act, tokens, 32768, 32768 * 2, box));
-    const cuda::TensorMap* inputs[4] = {&h_map, &q_map, &h_map, &act_map};
+    const cuda::TensorMap* maps[4] = {&h_map, &q_map, &h_map, &act_map};
+    const void* inputs[4] = {h, qkv, h, act};
+    const int64_t strides[4] = {5120, 6144, 5120, 32768};
     void* outputs[4] = {qkv, h, act, h};
     const Timing t = time_graph(stream, kLayers, [&] {
       fill_normal<<<256, 256, 0, stream>>>(h, static_cast<size_t>(tokens) * 5120, 5120, 1.0f, 7);
       for (int layer = 0; layer < kLayers; ++layer) {
         for (int i = 0; i < 4; ++i) {
           args.rows = matrices[i].shape.rows, args.k = matrices[i].shape.k;
-          args.x = inputs[i], args.out = outputs[i], args.residual = h;
+          args.x = inputs[i], args.x_stride = strides[i], args.x_map = maps[i], args.out = outputs[i], args.residual = h;
           args.epilogue = matrices[i].epilogue, args.weights = weights[i].packed[layer];
           args.dependent = layer + i > 0;
           BENCH_CHECK(run(o, args, stream));

@@ -25,12 +25,14 @@ struct LinearArgs {
   const void* weights;      // packed
   int64_t rows, k;          // of W; rows counts gate and up together
   int tokens;               // M
-  const TensorMap* x;       // host pointer; bf16 [tokens, k], box_rows as the kernel asks
+  const void* x;            // bf16 [tokens, k], rows x_stride elements apart, 16-byte aligned
+  int64_t x_stride;
+  const TensorMap* x_map;   // host pointer, for linear_wgmma: x with the box_rows it asks for
   void* out;                // bf16 [tokens, rows] ([tokens, rows/2] for kSiluMul)
   const void* residual;     // bf16 [tokens, rows] for kResidual
   const float* out_scale;   // [rows/2] for kSiluMul, or null: AWQ pre-scale of the next linear
   Epilogue epilogue;
-  void* workspace;          // linear_workspace_bytes(); its first 64 KiB zeroed once
+  void* workspace;          // linear_workspace_bytes(), zeroed once
   int num_sms;
   bool dependent;           // programmatic dependent launch on the kernel before it in the stream
   int tactic;               // -1: chosen by shape
@@ -39,15 +41,12 @@ struct LinearArgs {
 
 size_t linear_workspace_bytes(int num_sms);
 
-// linear_small.cu: M <= 16; box_rows = 8 for M <= 8, else 16.
+// linear_small.cu: M <= 16.
 enum class SmallTactic : int {
-  kWhole64 = 0,   // 64-row tiles, each CTA whole tiles
-  kStream64,      // 64-row tiles, equal bytes per CTA, border tiles through L2
-  kStream128,     // the same, 128-row tiles
-  kCluster128x2,  // 128-row tiles, K shared by a cluster of 2
-  kCluster128x3,  // ... of 3
+  kWhole64 = 0,  // 64-row tiles, each CTA whole tiles
+  kStream64,     // 64-row tiles, equal bytes per CTA, cut tiles handed over
+  kStream128,    // the same, 128-row tiles
 };
-int linear_small_box_rows(int tokens);
 int linear_small(const LinearArgs& args, void* stream);
 
 // linear_wgmma.cu: any M, made for 17 .. 256.

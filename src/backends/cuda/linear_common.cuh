@@ -14,24 +14,22 @@
 
 namespace nibble::cuda {
 
-inline constexpr size_t kCounterBytes = 64 << 10;  // at the start of the workspace
-
 struct LinearParams {
   const uint8_t* weights;
   int num_tiles;  // row tiles, as the kernel cuts them
   int groups;     // K / 128
-  int tokens, rows, out_stride;
+  int tokens, rows, k, x_stride, out_stride;
+  const __nv_bfloat16* x;
   __nv_bfloat16* out;
   const __nv_bfloat16* residual;
   const float* out_scale;
-  float* partials;
-  int64_t partial_stride;  // floats per partial
-  int* counters;           // [row tiles], zero between calls
+  uint4* pieces;         // [CTAs][piece_stride] {value, tag, value, tag}; tags are 0 between calls
+  int64_t piece_stride;
   long long* trace;        // [CTAs][8] clock stamps of a NIBBLE_TRACE build, or null
 };
 
-// Partial tiles: two per CTA, at most 256 rows x 128 tokens.
-inline constexpr int64_t kPartialFloats = 256 * 128;
+// Sums a CTA hands over: at most one row tile, 128 rows x 128 tokens.
+inline constexpr int64_t kPieceFloats = 128 * 128;
 
 inline LinearParams make_linear_params(const LinearArgs& args, int tile_rows) {
   LinearParams p{};
@@ -41,20 +39,22 @@ inline LinearParams make_linear_params(const LinearArgs& args, int tile_rows) {
   p.groups = static_cast<int>(shape.num_groups());
   p.tokens = args.tokens;
   p.rows = static_cast<int>(args.rows);
+  p.k = static_cast<int>(args.k);
+  p.x = static_cast<const __nv_bfloat16*>(args.x);
+  p.x_stride = static_cast<int>(args.x_stride);
   p.out_stride = static_cast<int>(args.epilogue == Epilogue::kSiluMul ? args.rows / 2 : args.rows);
   p.out = static_cast<__nv_bfloat16*>(args.out);
   p.residual = static_cast<const __nv_bfloat16*>(args.residual);
   p.out_scale = args.out_scale;
-  p.counters = static_cast<int*>(args.workspace);
-  p.partials = reinterpret_cast<float*>(static_cast<char*>(args.workspace) + kCounterBytes);
-  p.partial_stride = kPartialFloats;
+  p.pieces = static_cast<uint4*>(args.workspace);
+  p.piece_stride = kPieceFloats / 2;
   p.trace = static_cast<long long*>(args.trace);
   return p;
 }
 
-template <typename Kernel>
-int launch_linear(Kernel* kernel, const LinearArgs& args, const LinearParams& params, int grid,
-                  int threads, int smem_bytes, void* stream, int cluster = 1) {
+template <typename... Parameters>
+int launch_linear(void (*kernel)(Parameters...), const LinearArgs& args, int grid, int threads,
+                  int smem_bytes, void* stream, const Parameters&... parameters) {
   // NOTE: once per kernel would do; the call is cheap and captures fine in a graph.
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
@@ -64,22 +64,12 @@ int launch_linear(Kernel* kernel, const LinearArgs& args, const LinearParams& pa
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attributes[2] = {};
-  unsigned count = 0;
-  if (args.dependent) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  }
-  config.attrs = attributes;
-  config.numAttrs = count;
-  CUtensorMap map;
-  static_assert(sizeof(CUtensorMap) == sizeof(TensorMap));
-  std::memcpy(&map, args.x, sizeof map);
-  return cudaLaunchKernelEx(&config, kernel, map, params);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = args.dependent ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, parameters...);
 }
 
 // Undo the dequantizer's 2^-13, apply the epilogue and store kPer consecutive packed rows
@@ -124,19 +114,34 @@ __device__ __forceinline__ void store_rows(const LinearParams& p, int token, int
   }
 }
 
-// All threads of the CTA; earlier global writes of the CTA are visible to whoever sees true.
-// The counter returns to zero for the next call.
-__device__ __forceinline__ bool arrive_last(int* counter, int others, int* flag) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    const bool is_last = atomicAdd(counter, 1) == others;
-    if (is_last) *counter = 0;
-    __threadfence();
-    *flag = is_last;
+// One-way exchange of f32 sums between CTAs of one grid: each 8-byte half of a 16-byte store carries
+// its own tag, so whoever sees a tag sees the value: no fence, no flag. The reader clears the tags;
+// the next kernel that uses the buffer is ordered after this one.
+template <int kPer>
+__device__ __forceinline__ void hand_over(uint4* piece, const float (&value)[kPer]) {
+#pragma unroll
+  for (int i = 0; i < kPer; i += 2) {
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(piece + i / 2),
+                 "r"(__float_as_uint(value[i])), "r"(1u), "r"(__float_as_uint(value[i + 1]))
+                 : "memory");
   }
-  __syncthreads();
-  return *flag;
+}
+template <int kPer>
+__device__ __forceinline__ void take_over(uint4* piece, float (&sum)[kPer]) {
+#pragma unroll
+  for (int i = 0; i < kPer; i += 2) {
+    uint4 v;
+    do {
+      asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "l"(piece + i / 2)
+                   : "memory");
+    } while (v.y != 1 || v.w != 1);
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(piece + i / 2), "r"(0u)
+                 : "memory");
+    sum[i] += __uint_as_float(v.x);
+    sum[i + 1] += __uint_as_float(v.z);
+  }
 }
 
 }  // namespace nibble::cuda

@@ -6,18 +6,23 @@
 // Flops: 2*M*N*K, on mma.sync m16n8k16 with weights as operand A and tokens as N (pads M to 8).
 //
 // Work split: "units" of R rows x 128 k in memory order (row tile major). CTA c of one per SM takes
-// the units [c*U/grid, (c+1)*U/grid): equal bytes for everyone, whatever the shape. Inside a CTA
+// the units [c*U/grid, (c+1)*U/grid): equal bytes for everyone, whatever the shape; where whole
+// tiles come out even (qkv, o, gate_up) the grid is chosen so that no tile is cut. Inside a CTA
 // the 8 warps take units round-robin and each runs its own ring of bulk copies (own barriers, no
 // producer warp, nobody waits for a neighbour); warps meet only where a row tile ends, to add their
-// accumulators in shared memory in warp order. A tile cut by CTA borders goes through an f32
-// partial in L2; the CTA that arrives last adds the pieces in CTA order, so results do not depend on
-// who that is: run-to-run deterministic.
+// accumulators in shared memory in warp order. A tile cut by CTA borders belongs to the CTA that
+// has its first k; the others hand over f32 sums in {value, tag} pairs (one store, polled by the
+// owner: no fence, no atomic, one trip through L2), added in CTA order: run-to-run deterministic.
+//
+// x goes through cp.async, not the bulk copy engine: the engine serves in order, and an x request
+// would wait behind the whole weight ring (measured: 2.7 us instead of 0.6).
 //
 // Weights do not depend on the kernel before, so the rings are filled before
 // griddepcontrol.wait: under programmatic dependent launch up to 169 KB per SM of the next linear
 // stream in while the tail of this one drains.
 //
-// Limits: N, K padded to 128 by the packer; M <= 16; sm_90 (bulk copies).
+// Limits: N, K padded to 128 by the packer; K a multiple of 8; M <= 16; sm_90 (bulk copies). All CTAs
+// of the grid must be resident at once (one per SM: they are) for the hand-over to end.
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -28,7 +33,6 @@
 #include "backends/cuda/layout.h"
 #include "backends/cuda/linear_common.cuh"
 #include "backends/cuda/ptx/barrier.cuh"
-#include "backends/cuda/ptx/cluster.cuh"
 #include "backends/cuda/ptx/copy.cuh"
 #include "backends/cuda/ptx/dequant.cuh"
 #include "backends/cuda/ptx/mma.cuh"
@@ -48,7 +52,7 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
 constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 
-template <int kTokens, int kHalves, int kCluster>
+template <int kTokens, int kHalves>
 struct Config {
   static constexpr int kRows = 64 * kHalves;
   static constexpr int kSlots = kTokens == 8 ? 5 : 4;  // blocks in a warp's ring
@@ -56,20 +60,17 @@ struct Config {
   static constexpr int kXBytes = kTokens * 256;        // 128 k of every token
   static constexpr int kRedStride = kRows + 4;         // floats; conflict-free scatter
   static constexpr int kRedBytes = kWarps * 8 * kRedStride * 4;
-  static constexpr int kPeerBytes = (kCluster - 1) * kTokens * kRows * 4;
   static constexpr int kRingOffset = kWarps * kXSlots * kXBytes;
   static constexpr int kRedOffset = kRingOffset + kWarps * kSlots * kBlockBytes;
-  static constexpr int kPeerOffset = kRedOffset + kRedBytes;
-  static constexpr int kBarOffset = kPeerOffset + kPeerBytes;
-  static constexpr int kBars = kSlots + kXSlots;
-  static constexpr int kSmemBytes = kBarOffset + kWarps * kBars * 8 + 16;
+  static constexpr int kBarOffset = kRedOffset + kRedBytes;
+  static constexpr int kSmemBytes = kBarOffset + kWarps * kSlots * 8;
   static_assert(kSmemBytes <= 232448);
 };
 
-template <int kTokens, int kHalves, int kCluster, Epilogue kEpilogue>
+template <int kTokens, int kHalves, Epilogue kEpilogue>
 __global__ void __launch_bounds__(kThreads, 1)
-    linear_small_kernel(const __grid_constant__ CUtensorMap x_map, const LinearParams p) {
-  using C = Config<kTokens, kHalves, kCluster>;
+    linear_small_kernel(const LinearParams p) {
+  using C = Config<kTokens, kHalves>;
   constexpr int kNt = kTokens / 8;
   extern __shared__ __align__(1024) uint8_t smem[];
   const int tid = threadIdx.x, lane = tid & 31;
@@ -77,31 +78,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int groups = p.groups;
   const int64_t units = static_cast<int64_t>(p.num_tiles) * groups;
 
-  // The CTA's units u_begin .. u_end: unit u is group group0 + u % span of tile tile0 + u / span.
-  int u_begin, u_end, span = groups, group0 = 0, tile0 = 0;
-  const int rank = kCluster > 1 ? static_cast<int>(blockIdx.x % kCluster) : 0;
-  if constexpr (kCluster == 1) {
-    u_begin = static_cast<int>(blockIdx.x * units / gridDim.x);
-    u_end = static_cast<int>((blockIdx.x + 1) * units / gridDim.x);
-  } else {
-    const int clusters = static_cast<int>(gridDim.x / kCluster), cluster = blockIdx.x / kCluster;
-    tile0 = cluster * p.num_tiles / clusters;
-    group0 = rank * groups / kCluster;
-    span = (rank + 1) * groups / kCluster - group0;
-    u_begin = 0;
-    u_end = ((cluster + 1) * p.num_tiles / clusters - tile0) * span;
-  }
+  const int u_begin = static_cast<int>(blockIdx.x * units / gridDim.x);
+  const int u_end = static_cast<int>((blockIdx.x + 1) * units / gridDim.x);
 
   const uint32_t x_ring = ptx::smem_address(smem) + warp * C::kXSlots * C::kXBytes;
   const uint32_t ring = ptx::smem_address(smem) + C::kRingOffset + warp * C::kSlots * kBlockBytes;
-  const uint32_t bars = ptx::smem_address(smem) + C::kBarOffset + warp * C::kBars * 8;
-  const uint32_t x_bars = bars + C::kSlots * 8;
+  const uint32_t bars = ptx::smem_address(smem) + C::kBarOffset + warp * C::kSlots * 8;
   float* red = reinterpret_cast<float*>(smem + C::kRedOffset);
-  int* last_flag = reinterpret_cast<int*>(smem + C::kBarOffset + kWarps * C::kBars * 8);
 
   TRACE(0);
   ptx::grid_launch_dependents();
-  if constexpr (kCluster > 1) ptx::cluster_arrive();
 
   // The warp's stream of blocks: units u_begin + warp, + 8, ..., kHalves blocks each.
   int load_unit = u_begin + warp;  // next unit to request (lane 0)
@@ -109,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint64_t policy = 0;
   auto request_block = [&](int slot) {
     if (load_unit >= u_end) return;
-    const int in = load_unit / span, tile = tile0 + in, group = group0 + load_unit - in * span;
+    const int tile = load_unit / groups, group = load_unit - tile * groups;
     const int64_t block =
         kHalves == 2 ? (static_cast<int64_t>(tile) * groups + group) * 2 + load_half
                      : (static_cast<int64_t>(tile >> 1) * groups + group) * 2 + (tile & 1);
@@ -121,35 +107,47 @@ __global__ void __launch_bounds__(kThreads, 1)
       load_unit += kWarps;
     }
   };
+  // x of a unit: 16 chunks of 16 bytes per token; this lane copies one chunk of every second token.
+  const int x_row = lane >> 4, x_chunk = lane & 15;
+  const uint32_t x_to = x_ring + (x_chunk >> 3) * kTokens * 128 + x_row * 128;
+  const uint32_t x_swizzle = ((x_chunk & 7) ^ x_row) << 4;
+  const __nv_bfloat16* x_from = p.x + x_row * p.x_stride + x_chunk * 8;
   auto request_x = [&](int unit, int slot) {
-    if (unit >= u_end) return;
-    const int k = (group0 + unit % span) * 128;
-    const uint32_t to = x_ring + slot * C::kXBytes, bar = x_bars + slot * 8;
-    ptx::mbarrier_expect(bar, C::kXBytes);
-    ptx::tensor_load_2d(to, &x_map, k, 0, bar);
-    ptx::tensor_load_2d(to + kTokens * 128, &x_map, k + 64, 0, bar);
+    if (unit < u_end) {
+      const int k = unit % groups * 128;
+      const int bytes = k + x_chunk * 8 < p.k ? 16 : 0;  // past K: zeros
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) {
+        if (x_row + 2 * i < p.tokens) {
+          ptx::copy_16(x_to + slot * C::kXBytes + i * 256 + (x_swizzle ^ ((2 * i & 7) << 4)),
+                       x_from + 2 * i * p.x_stride + (bytes ? k : 0), bytes);
+        }
+      }
+    }
+    ptx::copy_commit();
   };
   if (lane == 0) {
-    ptx::prefetch_tensor_map(&x_map);
-    for (int i = 0; i < C::kBars; ++i) ptx::mbarrier_init(bars + i * 8, 1);
+    for (int i = 0; i < C::kSlots; ++i) ptx::mbarrier_init(bars + i * 8, 1);
     ptx::mbarrier_init_fence();
     policy = ptx::policy_evict_first();
     for (int i = 0; i < C::kSlots; ++i) request_block(i);
   }
   TRACE(1);
-  ptx::grid_dependency_wait();
-  TRACE(2);
-  if (lane == 0) {
-    for (int i = 0; i < C::kXSlots; ++i) request_x(u_begin + warp + i * kWarps, i);
+  for (int i = lane; i < C::kXSlots * C::kXBytes / 16; i += 32) {  // tokens M.. stay 0
+    ptx::store_zero_16(x_ring + i * 16);
   }
   __syncwarp();
+  ptx::grid_dependency_wait();
+  TRACE(2);
+#pragma unroll
+  for (int i = 0; i < C::kXSlots; ++i) request_x(u_begin + warp + i * kWarps, i);
 
-  int slot = 0, slot_phase = 0, x_slot = 0, x_phase = 0;
+  int slot = 0, slot_phase = 0, x_slot = 0;
   int u = u_begin + warp;
   float acc[kHalves * 4][kNt][4];
 
-  for (int in = u_begin / span; in * span < u_end; ++in) {
-    const int tile = tile0 + in, tile_begin = in * span, tile_end = tile_begin + span;
+  for (int tile = u_begin / groups; tile * groups < u_end; ++tile) {
+    const int tile_begin = tile * groups, tile_end = tile_begin + groups;
     const int stop = min(tile_end, u_end);
 #pragma unroll
     for (int m = 0; m < kHalves * 4; ++m)
@@ -162,7 +160,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (; u < stop; u += kWarps) {
       // Operand B of all 8 k16 steps: registers, so that the slot is free again at once.
       uint32_t b[8][kNt][2];
-      ptx::mbarrier_wait(x_bars + x_slot * 8, x_phase);
+      ptx::copy_wait<C::kXSlots - 1>();
+      __syncwarp();
       if (u == u_begin) TRACE(3);
       {
         const uint32_t x = x_ring + x_slot * C::kXBytes;
@@ -184,11 +183,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
       }
       __syncwarp();
-      if (lane == 0) request_x(u + C::kXSlots * kWarps, x_slot);
-      if (++x_slot == C::kXSlots) {
-        x_slot = 0;
-        x_phase ^= 1;
-      }
+      request_x(u + C::kXSlots * kWarps, x_slot);
+      if (++x_slot == C::kXSlots) x_slot = 0;
 
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
@@ -224,11 +220,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     TRACE(4);
     // Add the warps' accumulators, eight tokens at a time; thread: one token, kPer rows.
     constexpr int kPer = C::kRows * 8 / kThreads;
-    const bool whole = u_begin <= tile_begin && tile_end <= u_end;
     const int row = lane * kPer;
-    [[maybe_unused]] float peer_sum[kNt][kPer];
-    float* partial = p.partials + (static_cast<int64_t>(blockIdx.x) * 2 +
-                                   (u_begin > tile_begin ? 0 : 1)) * p.partial_stride;
+    const bool head = u_begin > tile_begin;  // an earlier CTA owns the tile
+    const int others =
+        head ? 0 : static_cast<int>((static_cast<int64_t>(tile_end) * gridDim.x - 1) / units) -
+                       static_cast<int>(blockIdx.x);
 #pragma unroll
     for (int n = 0; n < kNt; ++n) {
       __syncthreads();  // red is free
@@ -249,71 +245,18 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < kPer; ++i) sum[i] += from[i];
       }
       const int token = n * 8 + warp;
-      if constexpr (kCluster > 1) {
-        const uint32_t at = ptx::smem_address(smem) + C::kPeerOffset + (token * C::kRows + row) * 4;
-        if (n == 0) ptx::cluster_wait();  // the leader has started, and has read the last tile
-        if (rank > 0) {
-          ptx::store_cluster(at + (rank - 1) * kTokens * C::kRows * 4, 0, sum);
-        } else {
-#pragma unroll
-          for (int i = 0; i < kPer; ++i) peer_sum[n][i] = sum[i];
-        }
-      } else if (whole) {
-        store_rows<kEpilogue, kPer>(p, token, tile * C::kRows, row, sum);
+      uint4* piece = p.pieces + blockIdx.x * p.piece_stride + (token * C::kRows + row) / 2;
+      if (head) {
+        hand_over<kPer>(piece, sum);
       } else {
-        float* to = partial + token * C::kRows + row;
-#pragma unroll
-        for (int i = 0; i < kPer; ++i) to[i] = sum[i];
+        for (int other = 1; other <= others; ++other) {
+          take_over<kPer>(piece + other * p.piece_stride, sum);
+        }
+        store_rows<kEpilogue, kPer>(p, token, tile * C::kRows, row, sum);
       }
     }
     TRACE(5);
-    if constexpr (kCluster > 1) {
-      ptx::cluster_arrive();
-      ptx::cluster_wait();
-      if (rank == 0) {
-        const float* peers = reinterpret_cast<const float*>(smem + C::kPeerOffset);
-#pragma unroll
-        for (int n = 0; n < kNt; ++n) {
-          const int token = n * 8 + warp;
-#pragma unroll
-          for (int peer = 0; peer < kCluster - 1; ++peer) {
-#pragma unroll
-            for (int i = 0; i < kPer; ++i) {
-              peer_sum[n][i] += peers[(peer * kTokens + token) * C::kRows + row + i];
-            }
-          }
-          store_rows<kEpilogue, kPer>(p, token, tile * C::kRows, row, peer_sum[n]);
-        }
-      }
-      ptx::cluster_arrive();
-      continue;
-    }
-    if (whole) continue;
-
-    // Border tile: the last CTA to arrive adds all pieces in CTA order.
-    const int64_t first = ((static_cast<int64_t>(tile_begin) + 1) * gridDim.x - 1) / units;
-    const int64_t last = (static_cast<int64_t>(tile_end) * gridDim.x - 1) / units;
-    if (!arrive_last(&p.counters[tile], static_cast<int>(last - first), last_flag)) continue;
-#pragma unroll
-    for (int n = 0; n < kNt; ++n) {
-      const int token = n * 8 + warp;
-      float sum[kPer] = {};
-      for (int64_t c = first; c <= last; ++c) {
-        const bool head = c * units / gridDim.x > tile_begin;
-        const float* from =
-            p.partials + (c * 2 + (head ? 0 : 1)) * p.partial_stride + token * C::kRows + row;
-        if constexpr (kPer == 4) {
-          const float4 v = __ldcg(reinterpret_cast<const float4*>(from));
-          sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
-        } else {
-          const float2 v = __ldcg(reinterpret_cast<const float2*>(from));
-          sum[0] += v.x, sum[1] += v.y;
-        }
-      }
-      store_rows<kEpilogue, kPer>(p, token, tile * C::kRows, row, sum);
-    }
   }
-  if constexpr (kCluster > 1) ptx::cluster_wait();
   TRACE(6);
 #ifdef NIBBLE_TRACE
   if (tid == 0 && p.trace) {
@@ -324,23 +267,21 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-template <int kTokens, int kHalves, int kCluster, Epilogue kEpilogue>
+template <int kTokens, int kHalves, Epilogue kEpilogue>
 int launch(const LinearArgs& args, const LinearParams& params, int grid, void* stream) {
-  using C = Config<kTokens, kHalves, kCluster>;
-  auto* kernel = linear_small_kernel<kTokens, kHalves, kCluster, kEpilogue>;
-  return launch_linear(kernel, args, params, grid, kThreads, C::kSmemBytes, stream, kCluster);
+  return launch_linear(linear_small_kernel<kTokens, kHalves, kEpilogue>, args, grid, kThreads,
+                       Config<kTokens, kHalves>::kSmemBytes, stream, params);
 }
 
-template <int kTokens, int kHalves, int kCluster>
+template <int kTokens, int kHalves>
 int launch_epilogue(const LinearArgs& args, int grid, void* stream) {
   const LinearParams p = make_linear_params(args, 64 * kHalves);
   switch (args.epilogue) {
-    case Epilogue::kPlain:
-      return launch<kTokens, kHalves, kCluster, Epilogue::kPlain>(args, p, grid, stream);
+    case Epilogue::kPlain: return launch<kTokens, kHalves, Epilogue::kPlain>(args, p, grid, stream);
     case Epilogue::kResidual:
-      return launch<kTokens, kHalves, kCluster, Epilogue::kResidual>(args, p, grid, stream);
+      return launch<kTokens, kHalves, Epilogue::kResidual>(args, p, grid, stream);
     case Epilogue::kSiluMul:
-      return launch<kTokens, kHalves, kCluster, Epilogue::kSiluMul>(args, p, grid, stream);
+      return launch<kTokens, kHalves, Epilogue::kSiluMul>(args, p, grid, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -348,37 +289,29 @@ int launch_epilogue(const LinearArgs& args, int grid, void* stream) {
 template <int kTokens>
 int launch_tactic(const LinearArgs& args, SmallTactic tactic, void* stream) {
   const int tiles = make_linear_params(args, 64).num_tiles;
-  if (args.k <= 2 * cuda_layout::kGroup && tactic >= SmallTactic::kCluster128x2) {
-    tactic = SmallTactic::kWhole64;  // no K to share
-  }
   switch (tactic) {
-    case SmallTactic::kWhole64: {  // each CTA whole tiles: no pieces to add
+    case SmallTactic::kWhole64: {
       const int per_cta = (tiles + args.num_sms - 1) / args.num_sms;
-      return launch_epilogue<kTokens, 1, 1>(args, (tiles + per_cta - 1) / per_cta, stream);
+      return launch_epilogue<kTokens, 1>(args, (tiles + per_cta - 1) / per_cta, stream);
     }
-    case SmallTactic::kStream64: return launch_epilogue<kTokens, 1, 1>(args, args.num_sms, stream);
-    case SmallTactic::kStream128: return launch_epilogue<kTokens, 2, 1>(args, args.num_sms, stream);
-    case SmallTactic::kCluster128x2:
-      return launch_epilogue<kTokens, 2, 2>(args, std::min(args.num_sms, tiles) / 2 * 2, stream);
-    case SmallTactic::kCluster128x3:
-      return launch_epilogue<kTokens, 2, 3>(args, std::min(args.num_sms / 3, tiles / 2) * 3, stream);
-    default: return cudaErrorInvalidValue;
+    case SmallTactic::kStream64: return launch_epilogue<kTokens, 1>(args, args.num_sms, stream);
+    case SmallTactic::kStream128: return launch_epilogue<kTokens, 2>(args, args.num_sms, stream);
   }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-int linear_small_box_rows(int tokens) { return tokens <= 8 ? 8 : 16; }
-
 int linear_small(const LinearArgs& args, void* stream) {
-  if (args.tokens < 1 || args.tokens > 16) return cudaErrorInvalidValue;
+  if (args.tokens < 1 || args.tokens > 16 || args.k % 8) return cudaErrorInvalidValue;
   SmallTactic tactic = static_cast<SmallTactic>(args.tactic);
   if (args.tactic < 0) {
     const int tiles = make_linear_params(args, 64).num_tiles;
     const int per_cta = (tiles + args.num_sms - 1) / args.num_sms;
-    // Whole tiles where they fill the chip, or K is short; else three CTAs share a tile's K.
+    // Whole tiles where they fill the chip, or where K is short: then the whole matrix fits into the
+    // rings anyway and cutting tiles only adds a hand-over.
     const bool fills = tiles * 100 >= per_cta * args.num_sms * 90;
-    tactic = fills || args.k <= 8192 ? SmallTactic::kWhole64 : SmallTactic::kCluster128x3;
+    tactic = fills || args.k <= 8192 ? SmallTactic::kWhole64 : SmallTactic::kStream64;
   }
   return args.tokens <= 8 ? launch_tactic<8>(args, tactic, stream)
                           : launch_tactic<16>(args, tactic, stream);
