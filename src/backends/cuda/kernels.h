@@ -49,7 +49,13 @@ enum class SmallTactic : int {
 };
 int linear_small(const LinearArgs& args, void* stream);
 
-// linear_wgmma.cu: any M, made for 17 .. 256.
+// linear_wgmma.cu: any M, made for 9 .. 256.
+enum class WgmmaTactic : int {
+  kWhole256 = 0,  // 256-row tiles, each CTA whole tiles
+  kStream256,     // equal units per CTA, cut tiles handed over
+  kWhole128,      // the same with 128-row tiles
+  kStream128,
+};
 int linear_wgmma_box_rows(int tokens, int tactic);
 int linear_wgmma(const LinearArgs& args, void* stream);
 

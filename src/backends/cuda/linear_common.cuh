@@ -18,6 +18,7 @@ struct LinearParams {
   const uint8_t* weights;
   int num_tiles;  // row tiles, as the kernel cuts them
   int groups;     // K / 128
+  int token_tiles;  // linear_wgmma
   int tokens, rows, k, x_stride, out_stride;
   const __nv_bfloat16* x;
   __nv_bfloat16* out;
@@ -28,8 +29,8 @@ struct LinearParams {
   long long* trace;        // [CTAs][8] clock stamps of a NIBBLE_TRACE build, or null
 };
 
-// Sums a CTA hands over: at most one row tile, 128 rows x 128 tokens.
-inline constexpr int64_t kPieceFloats = 128 * 128;
+// Sums a CTA hands over: at most one tile, 256 rows x 128 tokens.
+inline constexpr int64_t kPieceFloats = 256 * 128;
 
 inline LinearParams make_linear_params(const LinearArgs& args, int tile_rows) {
   LinearParams p{};
@@ -141,6 +142,38 @@ __device__ __forceinline__ void take_over(uint4* piece, float (&sum)[kPer]) {
                  : "memory");
     sum[i] += __uint_as_float(v.x);
     sum[i + 1] += __uint_as_float(v.z);
+  }
+}
+
+// kPairs pairs, `stride` apart: all loads in flight at once, then the stragglers again.
+template <int kPairs, int kSums>
+__device__ __forceinline__ void take_over_batch(uint4* piece, int stride, float (&sum)[kSums]) {
+  constexpr int kBatch = kPairs < 8 ? kPairs : 8;
+#pragma unroll
+  for (int i0 = 0; i0 < kPairs; i0 += kBatch) {
+    uint4 v[kBatch];
+    bool ready;
+    do {
+      ready = true;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v[i].x), "=r"(v[i].y), "=r"(v[i].z), "=r"(v[i].w)
+                     : "l"(piece + (i0 + i) * stride)
+                     : "memory");
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) ready = ready && v[i].y == 1 && v[i].w == 1;
+    } while (!ready);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(
+                       piece + (i0 + i) * stride),
+                   "r"(0u)
+                   : "memory");
+      sum[2 * (i0 + i)] += __uint_as_float(v[i].x);
+      sum[2 * (i0 + i) + 1] += __uint_as_float(v[i].z);
+    }
   }
 }
 
