@@ -1,5 +1,6 @@
 // The int4 linears: correctness against a float64 reference, then time per shape and per layer.
-//   linear [--m 1,8,16] [--kernel small|wgmma] [--tactic N] [--no-check] [--layer]
+//   linear [--m 1,8,16] [--kernel auto|small|wgmma] [--tactic N] [--early N]
+//          [--no-check] [--no-shapes] [--no-layer] [--odd-only] [--trace]
 // Time: CUDA graph of calls that walk through separate copies of the weights (more than L2 holds),
 // each call depending on the one before (programmatic dependent launch, as in a real step), median
 // of 21 replays. Rates count packed weight bytes (0.515625 per weight) and 2*M*N*K flops.
@@ -126,16 +127,17 @@ struct Weights {  // device copies of one matrix
 
 struct Options {
   std::vector<int> tokens{1, 8, 16};
-  bool wgmma = false, check = true, layer = true, shapes = true;
+  std::string kernel = "auto";
+  bool check = true, layer = true, shapes = true;
   int tactic = -1;
-  bool trace = false;
+  bool trace = false, odd_only = false;
+  int early = 0;
 };
 
-int box_rows(const Options& o, int tokens, int tactic) {
-  return o.wgmma ? cuda::linear_wgmma_box_rows(tokens, tactic) : 8;
-}
 int run(const Options& o, const cuda::LinearArgs& args, cudaStream_t stream) {
-  return o.wgmma ? cuda::linear_wgmma(args, stream) : cuda::linear_small(args, stream);
+  return o.kernel == "small"   ? cuda::linear_small(args, stream)
+         : o.kernel == "wgmma" ? cuda::linear_wgmma(args, stream)
+                               : cuda::linear(args, stream);
 }
 
 Weights make_weights(const Matrix& matrix, int copies, bool keep_source, uint64_t seed,
@@ -218,11 +220,12 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
   BENCH_CHECK(cudaMemsetAsync(out, 0xff, (out_count + canary) * 2, stream));  // NaN
   BENCH_CHECK(cudaMemsetAsync(acc, 0, 24, stream));
   cuda::TensorMap map;
-  BENCH_CHECK(cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2, box_rows(o, tokens, tactic)));
+  BENCH_CHECK(cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2, cuda::linear_wgmma_box_rows(tokens)));
   cuda::LinearArgs args{.weights = w.packed[0], .rows = s.rows, .k = s.k, .tokens = tokens,
                         .x = x, .x_stride = s.k, .x_map = &map, .out = out, .residual = residual, .out_scale = out_scale,
                         .epilogue = m.epilogue, .workspace = sizes.workspace,
-                        .num_sms = sizes.sms, .dependent = false, .tactic = tactic};
+                        .num_sms = sizes.sms, .dependent = false, .tactic = tactic,
+                        .early = o.early};
   BENCH_CHECK(run(o, args, stream));
   BENCH_CHECK(cudaStreamSynchronize(stream));
   std::vector<uint16_t> first(out_count + canary), again(out_count + canary);
@@ -322,13 +325,17 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
         if (*p == ',') ++p;
       }
     } else if (flag == "--kernel" && i + 1 < argc) {
-      o.wgmma = std::string(argv[++i]) == "wgmma";
+      o.kernel = argv[++i];
     } else if (flag == "--tactic" && i + 1 < argc) {
       o.tactic = std::atoi(argv[++i]);
     } else if (flag == "--no-check") {
       o.check = false;
     } else if (flag == "--no-shapes") {
       o.shapes = false;
+    } else if (flag == "--early" && i + 1 < argc) {
+      o.early = std::atoi(argv[++i]);
+    } else if (flag == "--odd-only") {
+      o.odd_only = true;
     } else if (flag == "--trace") {
       o.trace = true;
     } else if (flag == "--no-layer") {
@@ -360,6 +367,7 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
       free_weights(w);
     }
   }
+  if (o.odd_only) return failures;
   constexpr int kLayers = 6;
   Weights weights[4];
   for (int i = 0; i < 4; ++i) {
@@ -379,13 +387,13 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
   fill_normal<<<1056, 256, 0, stream>>>(x, static_cast<size_t>(max_tokens) * 32768, 5120, 1.0f, 1);
   for (int tokens : o.tokens) {
     cuda::LinearArgs args{.tokens = tokens, .workspace = sizes.workspace, .num_sms = sizes.sms,
-                          .dependent = true, .tactic = o.tactic};
+                          .dependent = true, .tactic = o.tactic, .early = o.early};
     double sum_us = 0, bytes = 0, flops = 0;
     if (o.shapes) for (int i = 0; i < 4; ++i) {
       const Shape& s = matrices[i].shape;
       cuda::TensorMap map;
       BENCH_CHECK(cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2,
-                                        box_rows(o, tokens, o.tactic)));
+                                        cuda::linear_wgmma_box_rows(tokens)));
       args.rows = s.rows, args.k = s.k, args.x = x, args.x_stride = s.k, args.x_map = &map;
       args.out = out;
       args.residual = h, args.epilogue = matrices[i].epilogue;
@@ -416,7 +424,7 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
       bytes += static_cast<double>(m.shape.packed_bytes());
       flops += 2.0 * tokens * static_cast<double>(m.shape.rows) * static_cast<double>(m.shape.k);
     }
-    const int box = box_rows(o, tokens, o.tactic);
+    const int box = cuda::linear_wgmma_box_rows(tokens);
     cuda::TensorMap h_map, q_map, act_map;
     BENCH_CHECK(cuda::make_tensor_map(&h_map, h, tokens, 5120, 5120 * 2, box));
     BENCH_CHECK(cuda::make_tensor_map(&q_map, qkv, tokens, 4096, 6144 * 2, box));

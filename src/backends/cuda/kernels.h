@@ -36,6 +36,7 @@ struct LinearArgs {
   int num_sms;
   bool dependent;           // programmatic dependent launch on the kernel before it in the stream
   int tactic;               // -1: chosen by shape
+  int early;                // 0, or a cap on what is prefetched before the dependency (tuning)
   void* trace;              // clock stamps of a NIBBLE_TRACE build, or null
 };
 
@@ -49,14 +50,12 @@ enum class SmallTactic : int {
 };
 int linear_small(const LinearArgs& args, void* stream);
 
-// linear_wgmma.cu: any M, made for 9 .. 256.
-enum class WgmmaTactic : int {
-  kWhole256 = 0,  // 256-row tiles, each CTA whole tiles
-  kStream256,     // equal units per CTA, cut tiles handed over
-  kWhole128,      // the same with 128-row tiles
-  kStream128,
-};
-int linear_wgmma_box_rows(int tokens, int tactic);
+// linear_wgmma.cu: any M, made for 9 .. 256. tactic = 16 * blocks + split: row tiles of 128 * blocks
+// (1 or 2), each one's k shared by `split` CTAs (1: whole tiles).
+int linear_wgmma_box_rows(int tokens);
 int linear_wgmma(const LinearArgs& args, void* stream);
+
+// The kernel measured best for the shape (docs/kernels.md); x_map has linear_wgmma_box_rows.
+int linear(const LinearArgs& args, void* stream);
 
 }  // namespace nibble::cuda

@@ -18,7 +18,8 @@ struct LinearParams {
   const uint8_t* weights;
   int num_tiles;  // row tiles, as the kernel cuts them
   int groups;     // K / 128
-  int token_tiles;  // linear_wgmma
+  int token_tiles, split;  // linear_wgmma
+  int early_slots;  // linear_small: ring slots requested before the dependency is met
   int tokens, rows, k, x_stride, out_stride;
   const __nv_bfloat16* x;
   __nv_bfloat16* out;
@@ -29,8 +30,9 @@ struct LinearParams {
   long long* trace;        // [CTAs][8] clock stamps of a NIBBLE_TRACE build, or null
 };
 
-// Sums a CTA hands over: at most one tile, 256 rows x 128 tokens.
-inline constexpr int64_t kPieceFloats = 256 * 128;
+// Sums a CTA gets: at most 8 senders x (its share of a tile of 256 rows x 128 tokens, rounded
+// up by 16 tokens).
+inline constexpr int64_t kPieceFloats = 2 * 32768;
 
 inline LinearParams make_linear_params(const LinearArgs& args, int tile_rows) {
   LinearParams p{};

@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < C::kSlots; ++i) ptx::mbarrier_init(bars + i * 8, 1);
     ptx::mbarrier_init_fence();
     policy = ptx::policy_evict_first();
-    for (int i = 0; i < C::kSlots; ++i) request_block(i);
+    for (int i = 0; i < C::kSlots && i < p.early_slots; ++i) request_block(i);
   }
   TRACE(1);
   for (int i = lane; i < C::kXSlots * C::kXBytes / 16; i += 32) {  // tokens M.. stay 0
@@ -141,6 +141,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   TRACE(2);
 #pragma unroll
   for (int i = 0; i < C::kXSlots; ++i) request_x(u_begin + warp + i * kWarps, i);
+  if (lane == 0) {
+    for (int i = p.early_slots; i < C::kSlots; ++i) request_block(i);
+  }
 
   int slot = 0, slot_phase = 0, x_slot = 0;
   int u = u_begin + warp;
@@ -275,7 +278,8 @@ int launch(const LinearArgs& args, const LinearParams& params, int grid, void* s
 
 template <int kTokens, int kHalves>
 int launch_epilogue(const LinearArgs& args, int grid, void* stream) {
-  const LinearParams p = make_linear_params(args, 64 * kHalves);
+  LinearParams p = make_linear_params(args, 64 * kHalves);
+  p.early_slots = args.early > 0 ? args.early : 16;
   switch (args.epilogue) {
     case Epilogue::kPlain: return launch<kTokens, kHalves, Epilogue::kPlain>(args, p, grid, stream);
     case Epilogue::kResidual:

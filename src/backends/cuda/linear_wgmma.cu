@@ -12,8 +12,10 @@
 // wgmma of one block, dequantizes the next block into its other register buffer while they run, and
 // waits: the accumulators are never touched in flight and no group crosses the loop edge (ptxas
 // serialises otherwise, C7514); the other warpgroup fills the gaps.
-// CTA c takes the (tile, group) units [c*U/grid, (c+1)*U/grid); tiles cut by CTA borders are handed
-// to the CTA with the first k, in tagged f32 pairs and CTA order, as in linear_small.cu.
+// Wide matrices: whole tiles per CTA. Narrow ones: S CTAs share a tile's k and reduce-scatter it: each
+// owns some of the tokens (in sixteens), sends the others' sums away and adds what it gets in CTA
+// order, in the tagged f32 pairs of linear_common.cuh. (Measured: one owner that adds whole pieces
+// costs 4 us a piece at 64 tokens.) Deterministic either way.
 // Token tiles are the fastest index of tiles, so their weights come from L2 the second time.
 //
 // Limits: K a multiple of 8, rows a multiple of 8; sm_90a. All CTAs resident at once.
@@ -21,7 +23,9 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/layout.h"
@@ -39,6 +43,7 @@ constexpr int kThreads = 3 * 128;  // consumers are warpgroups 0 and 1, the prod
 constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
 constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 constexpr int kSmemLimit = 232448;
+constexpr int kMaxSplit = 8;
 
 template <int kTokens, int kBlocks>
 struct Config {
@@ -73,9 +78,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int tid = threadIdx.x, lane = tid & 31;
   const int warp = __shfl_sync(0xffffffffu, tid >> 5, 0);
   const int groups = p.groups, token_tiles = p.token_tiles;
-  const int64_t units = static_cast<int64_t>(p.num_tiles) * token_tiles * groups;
-  const int u_begin = static_cast<int>(blockIdx.x * units / gridDim.x);
-  const int u_end = static_cast<int>((blockIdx.x + 1) * units / gridDim.x);
+  // Contiguous units of (tile, group): whole tiles, or one of p.split parts of a tile's groups.
+  const int split = p.split, rank = split > 1 ? blockIdx.x % split : 0;
+  int u_begin, u_end;
+  if (split > 1) {
+    const int first = blockIdx.x / split * groups;
+    u_begin = first + rank * groups / split;
+    u_end = first + (rank + 1) * groups / split;
+  } else {
+    const int tiles = p.num_tiles * token_tiles;
+    u_begin = static_cast<int>(static_cast<int64_t>(blockIdx.x) * tiles / gridDim.x) * groups;
+    u_end = static_cast<int>(static_cast<int64_t>(blockIdx.x + 1) * tiles / gridDim.x) * groups;
+  }
 
   ptx::grid_launch_dependents();
   if (tid == 0) {
@@ -198,26 +212,39 @@ __global__ void __launch_bounds__(kThreads, 1)
       phase = next_phase;
     }
 
-    // Cut tiles: hand over, or add what later CTAs hand over.
-    const bool head = u_begin > tile_begin;
-    uint4* piece = p.pieces + blockIdx.x * p.piece_stride + consumer;
-    if (head) {
+    // Shared tiles: sixteens of tokens [own, own_end) are this CTA's.
+    constexpr int kSixteens = kTokens / 16;
+    const int own = rank * kSixteens / split, own_end = (rank + 1) * kSixteens / split;
+    if (split > 1) {
+      // pieces: [CTA that owns][CTA that sends, of the same tile][sixteen][block][pair 4][thread]
+      auto place = [&](int owner, int sender, int sixteen, int b) {
+        const int cta = blockIdx.x - rank + owner;
+        return p.pieces + cta * p.piece_stride + consumer +
+               (((sender * (kSixteens / split + 1) + sixteen - owner * kSixteens / split) *
+                 kBlocks + b) * 4) * 256;
+      };
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b)
+      for (int i = 0; i < kSixteens; ++i) {
+        if (i >= own && i < own_end) continue;
+        const int owner = ((i + 1) * split - 1) / kSixteens;
 #pragma unroll
-        for (int i = 0; i < kTokens / 4; ++i) {
-          const float pair[2] = {acc[b][2 * i], acc[b][2 * i + 1]};
-          hand_over<2>(piece + (b * kTokens / 4 + i) * 256, pair);
+        for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float pair[2] = {acc[b][i * 8 + 2 * j], acc[b][i * 8 + 2 * j + 1]};
+            hand_over<2>(place(owner, rank, i, b) + j * 256, pair);
+          }
+      }
+#pragma unroll
+      for (int i = 0; i < kSixteens; ++i) {
+        if (i < own || i >= own_end) continue;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          float(&part)[8] = reinterpret_cast<float(&)[8]>(acc[b][i * 8]);
+          for (int sender = 0; sender < split; ++sender) {
+            if (sender != rank) take_over_batch<4>(place(rank, sender, i, b), 256, part);
+          }
         }
-      continue;
-    }
-    const int others = static_cast<int>((static_cast<int64_t>(tile_end) * gridDim.x - 1) / units) -
-                       static_cast<int>(blockIdx.x);
-    for (int other = 1; other <= others; ++other) {
-      uint4* from = piece + other * p.piece_stride;
-      take_over_batch<kTokens / 4>(from, 256, acc[0]);
-      if constexpr (kBlocks == 2) {
-        take_over_batch<kTokens / 4>(from + kTokens / 4 * 256, 256, acc[kBlocks - 1]);
       }
     }
 
@@ -240,6 +267,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::named_barrier(1 + group_id, 128);
 #pragma unroll
         for (int j = 0; j < C::kStageTokens / 8; j += 2) {  // two groups of 8 tokens
+          const int sixteen = (pass * C::kStageTokens / 8 + j) / 2;
+          if (sixteen < own || sixteen >= own_end) continue;
           const int lane_token = j * 8 + (lane >> 4) * 8 + (lane & 7);
           float* d = &acc[b][(pass * C::kStageTokens / 8 + j) * 4];
           if constexpr (kSilu) {
@@ -282,7 +311,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = tid & 127; i < C::kStageTokens * kChunks; i += 128) {
           const int in = i / kChunks, column = column0 + i % kChunks * 8;
           const int token = tile_token + pass * C::kStageTokens + in;
-          if (token < p.tokens && column < p.out_stride) {
+          const int sixteen = (pass * C::kStageTokens + in) / 16;
+          if (token < p.tokens && column < p.out_stride && sixteen >= own && sixteen < own_end) {
             uint32_t v[4];
             ptx::load_shared_16(v, out_smem + in * kStride + i % kChunks * 16);
             *reinterpret_cast<uint4*>(p.out + static_cast<int64_t>(token) * p.out_stride + column) =
@@ -304,13 +334,15 @@ int launch(const LinearArgs& args, const LinearParams& params, int grid, void* s
 }
 
 template <int kTokens, int kBlocks>
-int launch_epilogue(const LinearArgs& args, bool whole, void* stream) {
+int launch_epilogue(const LinearArgs& args, int split, void* stream) {
   LinearParams p = make_linear_params(args, 128 * kBlocks);
   p.token_tiles = (args.tokens + kTokens - 1) / kTokens;
-  int grid = args.num_sms;
-  if (whole) {
-    const int tiles = p.num_tiles * p.token_tiles;
-    const int per_cta = (tiles + grid - 1) / grid;
+  const int tiles = p.num_tiles * p.token_tiles;
+  p.split = std::min({split, p.groups, kMaxSplit});
+  while (p.split > 1 && tiles * p.split > args.num_sms) --p.split;  // all resident at once
+  int grid = tiles * p.split;
+  if (p.split == 1) {
+    const int per_cta = (tiles + args.num_sms - 1) / args.num_sms;
     grid = (tiles + per_cta - 1) / per_cta;
   }
   switch (args.epilogue) {
@@ -323,41 +355,34 @@ int launch_epilogue(const LinearArgs& args, bool whole, void* stream) {
   return cudaErrorInvalidValue;
 }
 
-template <int kTokens>
-int launch_tactic(const LinearArgs& args, WgmmaTactic tactic, void* stream) {
-  switch (tactic) {
-    case WgmmaTactic::kWhole256: return launch_epilogue<kTokens, 2>(args, true, stream);
-    case WgmmaTactic::kStream256: return launch_epilogue<kTokens, 2>(args, false, stream);
-    case WgmmaTactic::kWhole128: return launch_epilogue<kTokens, 1>(args, true, stream);
-    case WgmmaTactic::kStream128: return launch_epilogue<kTokens, 1>(args, false, stream);
-  }
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
-int linear_wgmma_box_rows(int tokens, int) {
+int linear_wgmma_box_rows(int tokens) {
   return tokens <= 16 ? 16 : tokens <= 32 ? 32 : tokens <= 64 ? 64 : 128;
 }
 
 int linear_wgmma(const LinearArgs& args, void* stream) {
   if (args.tokens < 1 || args.k % 8 || args.rows % 16) return cudaErrorInvalidValue;
-  WgmmaTactic tactic = static_cast<WgmmaTactic>(args.tactic);
+  const int box = linear_wgmma_box_rows(args.tokens);
+  const int64_t tiles128 = (args.rows + 127) / 128;
+  const int64_t token_tiles = (args.tokens + box - 1) / box;
+  int blocks = args.tactic / 16, split = args.tactic % 16;
   if (args.tactic < 0) {
-    const int box = linear_wgmma_box_rows(args.tokens, -1);
-    const int64_t tiles = (args.rows + 255) / 256 * ((args.tokens + box - 1) / box);
-    tactic = tiles >= args.num_sms ? WgmmaTactic::kWhole256 : WgmmaTactic::kStream128;
+    // Wide: whole 256-row tiles. Narrow: 128-row tiles, k shared by as many CTAs as there are SMs.
+    blocks = tiles128 / 2 * token_tiles >= args.num_sms * 9 / 10 ? 2 : 1;
+    split = blocks == 2 ? 1 : static_cast<int>(std::max<int64_t>(1, args.num_sms / (tiles128 * token_tiles)));
   }
-  // 256-row tiles need an even number of 128-row tiles.
-  if ((args.rows + 127) / 128 % 2) {
-    if (tactic == WgmmaTactic::kWhole256) tactic = WgmmaTactic::kWhole128;
-    if (tactic == WgmmaTactic::kStream256) tactic = WgmmaTactic::kStream128;
-  }
-  switch (linear_wgmma_box_rows(args.tokens, -1)) {
-    case 16: return launch_tactic<16>(args, tactic, stream);
-    case 32: return launch_tactic<32>(args, tactic, stream);
-    case 64: return launch_tactic<64>(args, tactic, stream);
-    default: return launch_tactic<128>(args, tactic, stream);
+  if (tiles128 % 2) blocks = 1;  // 256-row tiles come in pairs of 128
+  auto go = [&](auto tokens_tag) {
+    constexpr int kTokens = decltype(tokens_tag)::value;
+    return blocks == 2 ? launch_epilogue<kTokens, 2>(args, split, stream)
+                       : launch_epilogue<kTokens, 1>(args, split, stream);
+  };
+  switch (box) {
+    case 16: return go(std::integral_constant<int, 16>{});
+    case 32: return go(std::integral_constant<int, 32>{});
+    case 64: return go(std::integral_constant<int, 64>{});
+    default: return go(std::integral_constant<int, 128>{});
   }
 }
 
