@@ -58,4 +58,26 @@ int linear_wgmma(const LinearArgs& args, void* stream);
 // The kernel measured best for the shape (docs/kernels.md); x_map has linear_wgmma_box_rows.
 int linear(const LinearArgs& args, void* stream);
 
+// attention_decode.cu: one new token per sequence over its paged int8 KV (kv_layout.h), head_dim 128,
+// 4 query heads per KV head. The new token's own K and V are in the cache already.
+struct DecodeAttentionArgs {
+  const void* q;             // bf16, after RoPE: [sequences, 4 * kv_heads, 128]
+  int64_t q_stride;          // elements between sequences
+  const void* pages;         // kv_layout.h
+  const int* page_table;     // [sequences, page_table_stride]
+  int page_table_stride;
+  const int* lengths;        // [sequences], tokens in the cache, >= 1
+  const int* page_starts;    // [sequences + 1], prefix sums of ceil(length / 64)
+  void* out;                 // bf16 [sequences, 4 * kv_heads, 128]
+  int64_t out_stride;
+  int sequences, kv_heads;
+  float softmax_scale;       // 1 / sqrt(128)
+  void* workspace;           // decode_attention_workspace_bytes(), zeroed once
+  int num_sms;
+  bool dependent;
+  int tactic;                // 0: 4 warps x 3 pages, 1: 6 x 2, 2: 3 x 4
+};
+size_t decode_attention_workspace_bytes(int num_sms);
+int decode_attention(const DecodeAttentionArgs& args, void* stream);
+
 }  // namespace nibble::cuda
