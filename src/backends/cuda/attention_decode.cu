@@ -40,6 +40,7 @@ namespace {
 using namespace kv_layout;
 
 constexpr int kMaxWarps = 6;
+constexpr int kMinPages = 6;
 constexpr int kPiece = 17 * 16;  // uint4 per warp: {m, l} and 16 pairs of O, for 16 lanes
 
 struct DecodeParams {
@@ -88,9 +89,13 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
   ptx::grid_dependency_wait();
 
   const int64_t total = static_cast<int64_t>(p.page_starts[p.sequences]) * p.kv_heads;
-  const int num_warps = static_cast<int>(gridDim.x) * kWarps;
-  // Neighbours in the list are neighbours in a CTA.
-  const int me = blockIdx.x * kWarps + warp;
+  // Short work: at least kMinPages a warp, or the merges cost more than the pages.
+  const int num_warps = static_cast<int>(
+      max(int64_t{1}, min(static_cast<int64_t>(gridDim.x) * kWarps, total / kMinPages)));
+  // Few warps: one per SM first. Many: neighbours in the list are neighbours in a CTA.
+  const int me = num_warps < static_cast<int>(gridDim.x) * kWarps ? warp * gridDim.x + blockIdx.x
+                                                                  : blockIdx.x * kWarps + warp;
+  if (me >= num_warps) return;
   const int begin = static_cast<int>(me * total / num_warps);
   const int end = static_cast<int>((me + 1) * total / num_warps);
   if (begin >= end) return;
@@ -273,24 +278,43 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
         }
       }
     } else {
-      const int whole_end = part_begin + pages;  // of this (sequence, head) in the list
-      for (int other = me + 1; other * total / num_warps < whole_end && other < num_warps; ++other) {
-        if (other * total / num_warps == (other + 1) * total / num_warps) continue;  // has nothing
-        if (lane < 16) {
-          uint4* from = piece + static_cast<int64_t>(other - me) * kPiece;
-          float ml[2] = {0.0f, 0.0f}, add[32] = {};
-          take_over_batch<1>(from, 16, ml);
-          take_over_batch<16>(from + 16, 16, add);
-          const float m_new = fmaxf(m, ml[0]);
-          const float mine = exp2_fast(m - m_new), theirs = exp2_fast(ml[0] - m_new);
+      // Merge what later warps have of this (sequence, head): lanes 0-15 add every second one to
+      // this warp's part, lanes 16-31 the ones between; then the halves meet.
+      const int whole_end = part_begin + pages;
+      const int others_end = static_cast<int>(
+          (static_cast<int64_t>(whole_end) * num_warps - 1) / total) + 1;  // first warp past the end
+      if (others_end > me + 1) {
+        if (lane >= 16) {
+          m = -1e30f, l = 0.0f;
+#pragma unroll
+          for (int n = 0; n < 16; ++n) o[n][0] = o[n][1] = 0.0f;
+        }
+        for (int other = me + 1 + (lane >> 4); other < others_end; other += 2) {
+          float add[34] = {};
+          take_over_batch<17>(piece + static_cast<int64_t>(other - me) * kPiece, 16, add);
+          const float m_new = fmaxf(m, add[0]);
+          const float mine = exp2_fast(m - m_new), theirs = exp2_fast(add[0] - m_new);
           m = m_new;
-          l = l * mine + ml[1] * theirs;
+          l = l * mine + add[1] * theirs;
 #pragma unroll
           for (int n = 0; n < 16; ++n) {
-            o[n][0] = o[n][0] * mine + add[2 * n] * theirs;
-            o[n][1] = o[n][1] * mine + add[2 * n + 1] * theirs;
+            o[n][0] = o[n][0] * mine + add[2 * n + 2] * theirs;
+            o[n][1] = o[n][1] * mine + add[2 * n + 3] * theirs;
           }
         }
+        __syncwarp();
+        const float m_other = __shfl_xor_sync(0xffffffffu, m, 16);
+        const float l_other = __shfl_xor_sync(0xffffffffu, l, 16);
+        const float m_new = fmaxf(m, m_other);
+        const float mine = exp2_fast(m - m_new), theirs = exp2_fast(m_other - m_new);
+        l = l * mine + l_other * theirs;
+#pragma unroll
+        for (int n = 0; n < 16; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float add = __shfl_xor_sync(0xffffffffu, o[n][e], 16);
+            o[n][e] = o[n][e] * mine + add * theirs;
+          }
       }
       if (g < 4) {
         const float norm = 1.0f / (256.0f * l);

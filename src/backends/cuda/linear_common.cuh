@@ -150,7 +150,7 @@ __device__ __forceinline__ void take_over(uint4* piece, float (&sum)[kPer]) {
 // kPairs pairs, `stride` apart: all loads in flight at once, then the stragglers again.
 template <int kPairs, int kSums>
 __device__ __forceinline__ void take_over_batch(uint4* piece, int stride, float (&sum)[kSums]) {
-  constexpr int kBatch = kPairs < 8 ? kPairs : 8;
+  constexpr int kBatch = kPairs <= 17 ? kPairs : 8;
 #pragma unroll
   for (int i0 = 0; i0 < kPairs; i0 += kBatch) {
     uint4 v[kBatch];
@@ -177,6 +177,46 @@ __device__ __forceinline__ void take_over_batch(uint4* piece, int stride, float 
       sum[2 * (i0 + i) + 1] += __uint_as_float(v[i].z);
     }
   }
+}
+
+// Four pairs from each of two senders (the second may be null), added in that order.
+__device__ __forceinline__ void take_over_two(uint4* first, uint4* second, int stride,
+                                              float (&sum)[8]) {
+  uint4 v[2][4];
+  bool ready;
+  do {
+    ready = true;
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        v[s][i] = make_uint4(0, 1, 0, 1);
+        uint4* from = (s ? second : first) + i * stride;
+        if (s == 0 || second) {
+          asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                       : "=r"(v[s][i].x), "=r"(v[s][i].y), "=r"(v[s][i].z), "=r"(v[s][i].w)
+                       : "l"(from)
+                       : "memory");
+        }
+      }
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ready = ready && v[s][i].y == 1 && v[s][i].w == 1;
+  } while (!ready);
+#pragma unroll
+  for (int s = 0; s < 2; ++s)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (s == 0 || second) {
+        asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(
+                         (s ? second : first) + i * stride),
+                     "r"(0u)
+                     : "memory");
+        sum[2 * i] += __uint_as_float(v[s][i].x);
+        sum[2 * i + 1] += __uint_as_float(v[s][i].z);
+      }
+    }
 }
 
 }  // namespace nibble::cuda

@@ -146,9 +146,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::registers_grow<240>();
   const int group_id = warp >> 2, m16 = warp & 3, g = lane >> 2, t = lane & 3;
   const int consumer = tid;  // 0 .. 255
-  // A step is one block's k, or half of it where registers are short or there is only one block: an
-  // even number of steps per stage, so that buffers alternate without unrolling stages.
-  constexpr int kParts = kBlocks == 1 || kTokens >= 128 ? 2 : 1;
+  // Three rhythms, by what registers allow:
+  //   one block:            issue a stage, dequantize the whole next stage behind it;
+  //   two blocks, N <= 64:  issue block 0, dequantize block 1, issue it, and when block 0 has retired
+  //                         dequantize the next stage's block 0 behind block 1;
+  //   two blocks, N = 128:  half a block at a time in two alternating buffers.
+  constexpr bool kAhead = kBlocks == 1, kPair = kBlocks == 2 && kTokens <= 64;
+  constexpr int kParts = kAhead || kPair ? 1 : 2;
   constexpr int kSteps = kBlocks * kParts, kStepK = 8 / kParts;
   uint32_t a[2][kStepK][4];
   float acc[kBlocks][kTokens / 2];
@@ -196,16 +200,44 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int u = begin; u < stop; ++u) {
       const int next_stage = stage + 1 == C::kStages ? 0 : stage + 1;
       const int next_phase = phase ^ (next_stage == 0);
+      if constexpr (kAhead) {
+        multiply(acc[0], a[0], stage, 0);
+        if (u + 1 < u_end) {
+          ptx::mbarrier_wait(full + next_stage * 8, next_phase);
+          prepare(a[1], next_stage, 0);
+        }
+        ptx::wgmma_wait<0>();
+        // NOTE: the compiler takes a[0] for dead once the wgmma are issued and would let a[1] share
+        // its registers while the tensor cores still read them. A use after the wait keeps it alive.
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {  // a[step % 2] is ready
-        multiply(acc[step / kParts], a[step % 2], stage, step);
-        if (step + 1 < kSteps) {
-          prepare(a[(step + 1) % 2], stage, step + 1);
-        } else if (u + 1 < u_end) {
+        for (int k = 0; k < kStepK; ++k)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            asm volatile("" ::"r"(a[0][k][i]));
+            a[0][k][i] = a[1][k][i];
+          }
+      } else if constexpr (kPair) {
+        multiply(acc[0], a[0], stage, 0);
+        prepare(a[1], stage, 1);
+        multiply(acc[kBlocks - 1], a[1], stage, 1);
+        ptx::wgmma_wait<1>();
+        if (u + 1 < u_end) {
           ptx::mbarrier_wait(full + next_stage * 8, next_phase);
           prepare(a[0], next_stage, 0);
         }
         ptx::wgmma_wait<0>();
+      } else {
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {  // a[step % 2] is ready
+          multiply(acc[step / kParts], a[step % 2], stage, step);
+          if (step + 1 < kSteps) {
+            prepare(a[(step + 1) % 2], stage, step + 1);
+          } else if (u + 1 < u_end) {
+            ptx::mbarrier_wait(full + next_stage * 8, next_phase);
+            prepare(a[0], next_stage, 0);
+          }
+          ptx::wgmma_wait<0>();
+        }
       }
       if (lane == 0) ptx::mbarrier_arrive(empty + stage * 8);
       stage = next_stage;
@@ -241,8 +273,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
           float(&part)[8] = reinterpret_cast<float(&)[8]>(acc[b][i * 8]);
-          for (int sender = 0; sender < split; ++sender) {
-            if (sender != rank) take_over_batch<4>(place(rank, sender, i, b), 256, part);
+          // Senders in order, two at a time: their loads are in flight together.
+          for (int n = 0; n + 1 < split; n += 2) {
+            const int first = n + (n >= rank), second = n + 1 + (n + 1 >= rank);
+            take_over_two(place(rank, first, i, b), n + 2 < split ? place(rank, second, i, b) : nullptr,
+                          256, part);
           }
         }
       }
