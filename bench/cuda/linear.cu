@@ -1,0 +1,459 @@
+// The int4 linears: correctness against a float64 reference, then time per shape and per layer.
+//   linear [--m 1,8,16] [--kernel auto|small|wgmma] [--tactic N] [--early N]
+//          [--no-check] [--no-shapes] [--no-layer] [--odd-only] [--trace]
+// Time: CUDA graph of calls that walk through separate copies of the weights (more than L2 holds),
+// each call depending on the one before (programmatic dependent launch, as in a real step), median
+// of 21 replays. Rates count packed weight bytes (0.515625 per weight) and 2*M*N*K flops.
+// SPDX-License-Identifier: Apache-2.0
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "backends/cuda/kernels.h"
+#include "backends/cuda/layout.h"
+#include "common.cuh"
+
+namespace nibble::bench {
+namespace {
+
+using cuda::Epilogue;
+using cuda_layout::Shape;
+
+// Same bytes as cuda_layout::pack, one thread per word (checked against it below).
+__global__ void pack_kernel(Shape shape, bool interleave, const uint8_t* nibbles,
+                            const float* scales, uint8_t* out) {
+  constexpr int kWords = cuda_layout::kBlockBytes / 4;
+  const int64_t total = shape.num_tiles() * shape.num_groups() * 2 * kWords;
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < total;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    const int word = static_cast<int>(i % kWords);
+    const int64_t block = i / kWords, half = block % 2, group = block / 2 % shape.num_groups();
+    const int64_t row0 = block / 2 / shape.num_groups() * 128 + half * 64;
+    uint32_t value = 0;
+    if (word < cuda_layout::kBlockNibbleBytes / 4) {
+      const int k16 = word % 4, lane = word / 4 % 32, k64 = word / 128 % 2, m16 = word / 256;
+      for (int j = 0; j < 8; ++j) {
+        const int64_t row = row0 + m16 * 16 + lane / 4 + 8 * (j & 1);
+        const int64_t k = group * 128 + k64 * 64 + k16 * 16 + lane % 4 * 2 + 8 * (j >> 1 & 1) + (j >> 2);
+        uint32_t u = 8;
+        if (row < shape.rows && k < shape.k) {
+          const int64_t source = cuda_layout::source_row(shape, interleave, row);
+          u = ((nibbles[source * (shape.k / 2) + k / 2] >> (k % 2 * 4)) & 15) ^ 8;
+        }
+        value |= u << (16 * (j >> 2) + 8 * (j >> 1 & 1) + 4 * (j & 1));
+      }
+    } else {
+      const int place = (word - cuda_layout::kBlockNibbleBytes / 4) * 2;
+      for (int hi = 0; hi < 2; ++hi) {
+        const int64_t row = row0 + place / 2 % 4 * 16 + place / 8 + 8 * hi;
+        if (row < shape.rows) {
+          const int64_t source = cuda_layout::source_row(shape, interleave, row);
+          const float scale = scales[source * shape.num_groups() + group];
+          value |= uint32_t{__bfloat16_as_ushort(__float2bfloat16(scale))} << (16 * hi);
+        }
+      }
+    }
+    reinterpret_cast<uint32_t*>(out)[i] = value;
+  }
+}
+
+// y[token][row] = sum_k x q bf16(s), float64; one warp per row.
+__global__ void reference_kernel(Shape shape, const uint8_t* nibbles, const float* scales,
+                                 const __nv_bfloat16* x, int tokens, double* y) {
+  const int64_t row = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / 32;
+  const int lane = threadIdx.x % 32;
+  if (row >= shape.rows) return;
+  for (int token0 = 0; token0 < tokens; token0 += 8) {
+    double sum[8] = {};
+    for (int64_t k = lane; k < shape.k; k += 32) {
+      int q = (nibbles[row * (shape.k / 2) + k / 2] >> (k % 2 * 4)) & 15;
+      q = q >= 8 ? q - 16 : q;
+      const double w = static_cast<double>(q) *
+                       static_cast<double>(__bfloat162float(
+                           __float2bfloat16(scales[row * shape.num_groups() + k / 128])));
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (token0 + j < tokens) {
+          sum[j] += w * static_cast<double>(__bfloat162float(x[(token0 + j) * shape.k + k]));
+        }
+      }
+    }
+    for (int j = 0; j < 8; ++j) {
+      for (int offset = 16; offset; offset /= 2) {
+        sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], offset);
+      }
+      if (lane == 0 && token0 + j < tokens) y[(token0 + j) * shape.rows + row] = sum[j];
+    }
+  }
+}
+
+// acc[0] += |out - ref|^2, acc[1] += |ref|^2, acc[2] += number of NaN or wild values.
+__global__ void compare_kernel(Epilogue epilogue, const double* y, const __nv_bfloat16* residual,
+                               const float* out_scale, const __nv_bfloat16* out, int tokens,
+                               int64_t rows, double* acc) {
+  const int64_t columns = epilogue == Epilogue::kSiluMul ? rows / 2 : rows;
+  double error = 0, norm = 0, wild = 0;
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < tokens * columns;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t token = i / columns, column = i % columns;
+    double want = y[token * rows + column];
+    if (epilogue == Epilogue::kSiluMul) {
+      want = want / (1 + exp(-want)) * y[token * rows + column + columns] *
+             static_cast<double>(out_scale[column]);
+    } else if (epilogue == Epilogue::kResidual) {
+      want += static_cast<double>(__bfloat162float(residual[i]));
+    }
+    const double got = static_cast<double>(__bfloat162float(out[i]));
+    error += (got - want) * (got - want);
+    norm += want * want;
+    if (!(fabs(got - want) <= 0.05 * fabs(want) + 0.05)) wild += 1;
+  }
+  atomicAdd(&acc[0], error);
+  atomicAdd(&acc[1], norm);
+  atomicAdd(&acc[2], wild);
+}
+
+struct Matrix {
+  const char* name;
+  Shape shape;
+  Epilogue epilogue;
+};
+
+struct Weights {  // device copies of one matrix
+  uint8_t* nibbles = nullptr;
+  float* scales = nullptr;
+  std::vector<uint8_t*> packed;
+};
+
+struct Options {
+  std::vector<int> tokens{1, 8, 16};
+  std::string kernel = "auto";
+  bool check = true, layer = true, shapes = true;
+  int tactic = -1;
+  bool trace = false, odd_only = false;
+  int early = 0;
+};
+
+int run(const Options& o, const cuda::LinearArgs& args, cudaStream_t stream) {
+  return o.kernel == "small"   ? cuda::linear_small(args, stream)
+         : o.kernel == "wgmma" ? cuda::linear_wgmma(args, stream)
+                               : cuda::linear(args, stream);
+}
+
+Weights make_weights(const Matrix& matrix, int copies, bool keep_source, uint64_t seed,
+                     cudaStream_t stream) {
+  const Shape& s = matrix.shape;
+  Weights w;
+  const size_t nibble_bytes = static_cast<size_t>(s.rows * (s.k / 2));
+  const size_t num_scales = static_cast<size_t>(s.rows * s.num_groups());
+  w.nibbles = device_alloc<uint8_t>(nibble_bytes + 4);
+  w.scales = device_alloc<float>(num_scales);
+  for (int copy = copies - 1; copy >= 0; --copy) {  // the source kept is that of copy 0
+    fill_words<<<1056, 256, 0, stream>>>(reinterpret_cast<uint32_t*>(w.nibbles),
+                                         (nibble_bytes + 3) / 4, seed + copy);
+    const float mean = 1.0f / (4.6f * std::sqrt(static_cast<float>(s.k)));
+    fill_uniform<<<1056, 256, 0, stream>>>(w.scales, num_scales, 0.5f * mean, 1.5f * mean,
+                                           seed + 77 + copy);
+    w.packed.push_back(device_alloc<uint8_t>(static_cast<size_t>(s.packed_bytes())));
+    pack_kernel<<<2112, 256, 0, stream>>>(s, matrix.epilogue == Epilogue::kSiluMul, w.nibbles,
+                                          w.scales, w.packed.back());
+    BENCH_CHECK(cudaGetLastError());
+  }
+  std::reverse(w.packed.begin(), w.packed.end());
+  BENCH_CHECK(cudaStreamSynchronize(stream));
+  if (!keep_source) {
+    BENCH_CHECK(cudaFree(w.nibbles));
+    BENCH_CHECK(cudaFree(w.scales));
+    w.nibbles = nullptr;
+  }
+  return w;
+}
+
+void free_weights(Weights& w) {
+  if (w.nibbles) {
+    BENCH_CHECK(cudaFree(w.nibbles));
+    BENCH_CHECK(cudaFree(w.scales));
+  }
+  for (auto* p : w.packed) BENCH_CHECK(cudaFree(p));
+}
+
+int check_pack(cudaStream_t stream) {
+  int failures = 0;
+  for (bool interleave : {false, true}) {
+    const Matrix m{"pack", {272, 320}, interleave ? Epilogue::kSiluMul : Epilogue::kPlain};
+    Weights w = make_weights(m, 1, true, 5, stream);
+    std::vector<uint8_t> nibbles(static_cast<size_t>(m.shape.rows * m.shape.k / 2));
+    std::vector<float> scales(static_cast<size_t>(m.shape.rows * m.shape.num_groups()));
+    std::vector<uint8_t> host(static_cast<size_t>(m.shape.packed_bytes())), device(host.size());
+    BENCH_CHECK(cudaMemcpy(nibbles.data(), w.nibbles, nibbles.size(), cudaMemcpyDeviceToHost));
+    BENCH_CHECK(cudaMemcpy(scales.data(), w.scales, scales.size() * 4, cudaMemcpyDeviceToHost));
+    BENCH_CHECK(cudaMemcpy(device.data(), w.packed[0], device.size(), cudaMemcpyDeviceToHost));
+    cuda_layout::pack(m.shape, interleave, nibbles.data(), scales.data(), host.data());
+    failures += host != device;
+    free_weights(w);
+  }
+  std::printf("device pack equals host pack: %s\n", failures ? "NO" : "yes");
+  return failures;
+}
+
+struct Sizes {
+  int sms;
+  void* workspace;
+};
+
+int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const Sizes& sizes,
+          int tactic, cudaStream_t stream) {
+  const Shape& s = m.shape;
+  const int64_t columns = m.epilogue == Epilogue::kSiluMul ? s.rows / 2 : s.rows;
+  auto* x = device_alloc<__nv_bfloat16>(static_cast<size_t>(tokens * s.k));
+  auto* residual = device_alloc<__nv_bfloat16>(static_cast<size_t>(tokens * columns));
+  auto* out_scale = device_alloc<float>(static_cast<size_t>(columns));
+  const size_t canary = 1024;
+  const size_t out_count = static_cast<size_t>(tokens * columns);
+  auto* out = device_alloc<__nv_bfloat16>(out_count + canary);
+  auto* y = device_alloc<double>(static_cast<size_t>(tokens * s.rows));
+  auto* acc = device_alloc<double>(3);
+  fill_normal<<<256, 256, 0, stream>>>(x, static_cast<size_t>(tokens * s.k), static_cast<int>(s.k),
+                                       1.0f, 1000 + tokens);
+  fill_normal<<<256, 256, 0, stream>>>(residual, out_count, static_cast<int>(columns), 1.0f, 17);
+  fill_uniform<<<256, 256, 0, stream>>>(out_scale, static_cast<size_t>(columns), 0.5f, 2.0f, 18);
+  BENCH_CHECK(cudaMemsetAsync(out, 0xff, (out_count + canary) * 2, stream));  // NaN
+  BENCH_CHECK(cudaMemsetAsync(acc, 0, 24, stream));
+  cuda::TensorMap map;
+  BENCH_CHECK(cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2, cuda::linear_wgmma_box_rows(tokens)));
+  cuda::LinearArgs args{.weights = w.packed[0], .rows = s.rows, .k = s.k, .tokens = tokens,
+                        .x = x, .x_stride = s.k, .x_map = &map, .out = out, .residual = residual, .out_scale = out_scale,
+                        .epilogue = m.epilogue, .workspace = sizes.workspace,
+                        .num_sms = sizes.sms, .dependent = false, .tactic = tactic,
+                        .early = o.early};
+  BENCH_CHECK(run(o, args, stream));
+  BENCH_CHECK(cudaStreamSynchronize(stream));
+  std::vector<uint16_t> first(out_count + canary), again(out_count + canary);
+  BENCH_CHECK(cudaMemcpy(first.data(), out, first.size() * 2, cudaMemcpyDeviceToHost));
+  bool same = true;
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    BENCH_CHECK(cudaMemsetAsync(out, 0xff, out_count * 2, stream));
+    BENCH_CHECK(run(o, args, stream));
+    BENCH_CHECK(cudaStreamSynchronize(stream));
+    BENCH_CHECK(cudaMemcpy(again.data(), out, again.size() * 2, cudaMemcpyDeviceToHost));
+    same = same && again == first;
+  }
+  bool canaries = true;
+  for (size_t i = out_count; i < first.size(); ++i) canaries = canaries && again[i] == 0xffff;
+  reference_kernel<<<static_cast<unsigned>((s.rows * 32 + 255) / 256), 256, 0, stream>>>(
+      s, w.nibbles, w.scales, x, tokens, y);
+  compare_kernel<<<256, 256, 0, stream>>>(m.epilogue, y, residual, out_scale, out, tokens, s.rows,
+                                          acc);
+  double host[3];
+  BENCH_CHECK(cudaMemcpyAsync(host, acc, 24, cudaMemcpyDeviceToHost, stream));
+  BENCH_CHECK(cudaStreamSynchronize(stream));
+  const double relative = std::sqrt(host[0] / host[1]);
+  const bool ok = relative < 4e-3 && host[2] == 0 && same && canaries;
+  std::printf("check %-8s %6lld x %5lld M=%-4d tactic %2d: error %.2e, wild %.0f, repeatable %s, "
+              "canaries %s  %s\n", m.name, static_cast<long long>(s.rows),
+              static_cast<long long>(s.k), tokens, tactic, relative, host[2], same ? "yes" : "NO",
+              canaries ? "yes" : "NO", ok ? "ok" : "FAILED");
+  for (void* p : {static_cast<void*>(x), static_cast<void*>(residual),
+                  static_cast<void*>(out_scale), static_cast<void*>(out), static_cast<void*>(y),
+                  static_cast<void*>(acc)}) {
+    BENCH_CHECK(cudaFree(p));
+  }
+  return !ok;
+}
+
+// Where one call's time goes, from the clock stamps of a -DNIBBLE_TRACE build: six dependent calls
+// are launched, the fourth and fifth are read. SM clocks, means over the CTAs (and the extremes).
+void trace(const Options& o, cuda::LinearArgs args, const Weights& w, const Sizes& sizes,
+           cudaStream_t stream) {
+  constexpr int kCalls = 6;
+  const size_t per_call = static_cast<size_t>(sizes.sms) * 8;
+  auto* stamps = device_alloc<long long>(per_call * kCalls);
+  BENCH_CHECK(cudaMemsetAsync(stamps, 0, per_call * kCalls * 8, stream));
+  time_graph(stream, kCalls, [&] {
+    for (int c = 0; c < kCalls; ++c) {
+      args.trace = stamps + per_call * c;
+      args.weights = w.packed[c % w.packed.size()];
+      BENCH_CHECK(run(o, args, stream));
+    }
+  }, 3);
+  std::vector<long long> host(per_call * kCalls);
+  BENCH_CHECK(cudaMemcpy(host.data(), stamps, host.size() * 8, cudaMemcpyDeviceToHost));
+  BENCH_CHECK(cudaFree(stamps));
+  const char* names[7] = {"start", "ring requested", "dependency met", "first x there",
+                          "last main loop done", "added in CTA", "end"};
+  const long long* now = &host[per_call * 4];
+  const long long* before = &host[per_call * 3];
+  for (int i = 1; i < 7; ++i) {
+    double sum = 0, low = 1e18, high = 0;
+    int n = 0;
+    for (int cta = 0; cta < sizes.sms; ++cta) {
+      if (!now[cta * 8 + 6]) continue;
+      const double d = static_cast<double>(now[cta * 8 + i] - now[cta * 8 + (i < 3 ? 0 : 2)]);
+      sum += d, ++n, low = std::min(low, d), high = std::max(high, d);
+    }
+    std::printf("    %-20s after %-14s mean %7.0f  min %7.0f  max %7.0f clocks\n", names[i],
+                i < 3 ? "start" : "dependency met", sum / n, low, high);
+  }
+  double gap = 0, period = 0, hidden = 0;
+  int n = 0;
+  for (int a = 0; a < sizes.sms; ++a) {
+    for (int b = 0; b < sizes.sms; ++b) {
+      if (now[a * 8 + 6] && before[b * 8 + 6] && now[a * 8 + 7] == before[b * 8 + 7]) {
+        gap += static_cast<double>(now[a * 8] - before[b * 8 + 6]);
+        period += static_cast<double>(now[a * 8 + 2] - before[b * 8 + 2]);
+        hidden += static_cast<double>(now[a * 8 + 2] - before[b * 8 + 6]);
+        ++n;
+      }
+    }
+  }
+  if (n) {
+    std::printf("    same SM (%d): predecessor's end to start %.0f, to dependency met %.0f; period "
+                "%.0f clocks\n", n, gap / n, hidden / n, period / n);
+  }
+}
+
+}  // namespace
+
+int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** argv) {
+  Options o;
+  for (int i = 0; i < argc; ++i) {
+    const std::string flag = argv[i];
+    if (flag == "--m" && i + 1 < argc) {
+      o.tokens.clear();
+      for (char* p = argv[++i]; *p;) {
+        o.tokens.push_back(static_cast<int>(std::strtol(p, &p, 10)));
+        if (*p == ',') ++p;
+      }
+    } else if (flag == "--kernel" && i + 1 < argc) {
+      o.kernel = argv[++i];
+    } else if (flag == "--tactic" && i + 1 < argc) {
+      o.tactic = std::atoi(argv[++i]);
+    } else if (flag == "--no-check") {
+      o.check = false;
+    } else if (flag == "--no-shapes") {
+      o.shapes = false;
+    } else if (flag == "--early" && i + 1 < argc) {
+      o.early = std::atoi(argv[++i]);
+    } else if (flag == "--odd-only") {
+      o.odd_only = true;
+    } else if (flag == "--trace") {
+      o.trace = true;
+    } else if (flag == "--no-layer") {
+      o.layer = false;
+    } else {
+      std::fprintf(stderr, "linear: unknown flag \"%s\"\n", argv[i]);
+      return 1;
+    }
+  }
+  Sizes sizes{};
+  BENCH_CHECK(cudaDeviceGetAttribute(&sizes.sms, cudaDevAttrMultiProcessorCount, 0));
+  const size_t workspace_bytes = cuda::linear_workspace_bytes(sizes.sms);
+  sizes.workspace = device_alloc<uint8_t>(workspace_bytes);
+  BENCH_CHECK(cudaMemset(sizes.workspace, 0, workspace_bytes));
+  int failures = 0;
+  const Matrix matrices[4] = {{"qkv", {6144, 5120}, Epilogue::kPlain},
+                              {"o", {5120, 4096}, Epilogue::kResidual},
+                              {"gate_up", {65536, 5120}, Epilogue::kSiluMul},
+                              {"down", {5120, 32768}, Epilogue::kResidual}};
+  if (o.check) {
+    failures += check_pack(stream);
+    const Matrix odd[4] = {{"odd", {272, 320}, Epilogue::kPlain},
+                           {"odd", {1040, 1152}, Epilogue::kResidual},
+                           {"odd", {2080, 192}, Epilogue::kSiluMul},
+                           {"odd", {128, 128}, Epilogue::kPlain}};
+    for (const Matrix& m : odd) {
+      Weights w = make_weights(m, 1, true, 3, stream);
+      for (int tokens : o.tokens) failures += check(o, m, w, tokens, sizes, o.tactic, stream);
+      free_weights(w);
+    }
+  }
+  if (o.odd_only) return failures;
+  constexpr int kLayers = 6;
+  Weights weights[4];
+  for (int i = 0; i < 4; ++i) {
+    weights[i] = make_weights(matrices[i], kLayers, true, 100 * i, stream);
+    if (o.check) {
+      for (int tokens : o.tokens) {
+        failures += check(o, matrices[i], weights[i], tokens, sizes, o.tactic, stream);
+      }
+    }
+  }
+  const int max_tokens = *std::max_element(o.tokens.begin(), o.tokens.end());
+  auto* x = device_alloc<__nv_bfloat16>(static_cast<size_t>(max_tokens) * 32768);
+  auto* h = device_alloc<__nv_bfloat16>(static_cast<size_t>(max_tokens) * 5120);
+  auto* qkv = device_alloc<__nv_bfloat16>(static_cast<size_t>(max_tokens) * 6144);
+  auto* act = device_alloc<__nv_bfloat16>(static_cast<size_t>(max_tokens) * 32768);
+  auto* out = device_alloc<__nv_bfloat16>(static_cast<size_t>(max_tokens) * 32768);
+  fill_normal<<<1056, 256, 0, stream>>>(x, static_cast<size_t>(max_tokens) * 32768, 5120, 1.0f, 1);
+  for (int tokens : o.tokens) {
+    cuda::LinearArgs args{.tokens = tokens, .workspace = sizes.workspace, .num_sms = sizes.sms,
+                          .dependent = true, .tactic = o.tactic, .early = o.early};
+    double sum_us = 0, bytes = 0, flops = 0;
+    if (o.shapes) for (int i = 0; i < 4; ++i) {
+      const Shape& s = matrices[i].shape;
+      cuda::TensorMap map;
+      BENCH_CHECK(cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2,
+                                        cuda::linear_wgmma_box_rows(tokens)));
+      args.rows = s.rows, args.k = s.k, args.x = x, args.x_stride = s.k, args.x_map = &map;
+      args.out = out;
+      args.residual = h, args.epilogue = matrices[i].epilogue;
+      const int calls = 4 * kLayers;
+      const Timing t = time_graph(stream, calls, [&] {
+        for (int c = 0; c < calls; ++c) {
+          args.weights = weights[i].packed[c % kLayers];
+          BENCH_CHECK(run(o, args, stream));
+        }
+      });
+      const double b = static_cast<double>(s.packed_bytes());
+      const double f = 2.0 * tokens * static_cast<double>(s.rows) * static_cast<double>(s.k);
+      std::printf("M=%-4d %-8s %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS\n", tokens,
+                  matrices[i].name, t.median_us, b / t.median_us * 1e-3,
+                  b / t.median_us * 0.1 / limits.read_gbps, f / t.median_us * 1e-6);
+      sum_us += t.median_us, bytes += b, flops += f;
+      if (o.trace) trace(o, args, weights[i], sizes, stream);
+    }
+    if (o.shapes) {
+      std::printf("M=%-4d sum      %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS\n", tokens,
+                  sum_us, bytes / sum_us * 1e-3, bytes / sum_us * 0.1 / limits.read_gbps,
+                  flops / sum_us * 1e-6);
+    }
+    if (!o.layer) continue;
+    // The chain of a layer: h -> qkv -> (its q columns as o's input) -> +h -> gate_up -> down + h.
+    bytes = flops = 0;
+    for (const Matrix& m : matrices) {
+      bytes += static_cast<double>(m.shape.packed_bytes());
+      flops += 2.0 * tokens * static_cast<double>(m.shape.rows) * static_cast<double>(m.shape.k);
+    }
+    const int box = cuda::linear_wgmma_box_rows(tokens);
+    cuda::TensorMap h_map, q_map, act_map;
+    BENCH_CHECK(cuda::make_tensor_map(&h_map, h, tokens, 5120, 5120 * 2, box));
+    BENCH_CHECK(cuda::make_tensor_map(&q_map, qkv, tokens, 4096, 6144 * 2, box));
+    BENCH_CHECK(cuda::make_tensor_map(&act_map, act, tokens, 32768, 32768 * 2, box));
+    const cuda::TensorMap* maps[4] = {&h_map, &q_map, &h_map, &act_map};
+    const void* inputs[4] = {h, qkv, h, act};
+    const int64_t strides[4] = {5120, 6144, 5120, 32768};
+    void* outputs[4] = {qkv, h, act, h};
+    const Timing t = time_graph(stream, kLayers, [&] {
+      fill_normal<<<256, 256, 0, stream>>>(h, static_cast<size_t>(tokens) * 5120, 5120, 1.0f, 7);
+      for (int layer = 0; layer < kLayers; ++layer) {
+        for (int i = 0; i < 4; ++i) {
+          args.rows = matrices[i].shape.rows, args.k = matrices[i].shape.k;
+          args.x = inputs[i], args.x_stride = strides[i], args.x_map = maps[i], args.out = outputs[i], args.residual = h;
+          args.epilogue = matrices[i].epilogue, args.weights = weights[i].packed[layer];
+          args.dependent = layer + i > 0;
+          BENCH_CHECK(run(o, args, stream));
+        }
+      }
+    }, 41);
+    std::printf("M=%-4d layer    %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS  "
+                "[best %.2f, worst %.2f]\n", tokens, t.median_us, bytes / t.median_us * 1e-3,
+                bytes / t.median_us * 0.1 / limits.read_gbps, flops / t.median_us * 1e-6,
+                t.best_us, t.worst_us);
+  }
+  for (auto& w : weights) free_weights(w);
+  for (auto* p : {x, h, qkv, act, out}) BENCH_CHECK(cudaFree(p));
+  BENCH_CHECK(cudaFree(sizes.workspace));
+  return failures;
+}
+
+}  // namespace nibble::bench

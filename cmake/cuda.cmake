@@ -1,0 +1,59 @@
+# The CUDA part: nibble_cuda_bench (and, with the backend, libnibble_cuda.so). Built when an nvcc of
+# 12.8 or newer is found; -DNIBBLE_CUDA=OFF leaves it out, ON makes a missing nvcc an error.
+# One architecture: sm_90a code only (no PTX: sm_90a has no forward compatibility). A ptxas message
+# C75xx ("wgmma serialised", "setmaxnreg ignored") fails the build.
+set(NIBBLE_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO, ON or OFF")
+set_property(CACHE NIBBLE_CUDA PROPERTY STRINGS AUTO ON OFF)
+
+if(NOT NIBBLE_CUDA STREQUAL "OFF")
+  find_program(NIBBLE_NVCC nvcc HINTS ${CUDAToolkit_ROOT}/bin ENV CUDA_HOME PATH_SUFFIXES bin
+               PATHS /usr/local/cuda/bin)
+  set(nvcc_version 0)
+  if(NIBBLE_NVCC)
+    execute_process(COMMAND ${NIBBLE_NVCC} --version OUTPUT_VARIABLE nvcc_text ERROR_QUIET)
+    if(nvcc_text MATCHES "release ([0-9]+\\.[0-9]+)")
+      set(nvcc_version ${CMAKE_MATCH_1})
+    endif()
+  endif()
+  if(nvcc_version VERSION_LESS 12.8)
+    if(NIBBLE_CUDA STREQUAL "ON")
+      message(FATAL_ERROR "NIBBLE_CUDA=ON needs nvcc >= 12.8, found \"${NIBBLE_NVCC}\" (${nvcc_version}); "
+                          "run scripts/setup --cuda or pass -DNIBBLE_NVCC=/path/to/nvcc")
+    endif()
+    message(STATUS "CUDA: no nvcc >= 12.8, CPU only")
+    return()
+  endif()
+  message(STATUS "CUDA: ${NIBBLE_NVCC} ${nvcc_version}, sm_90a")
+
+  # NOTE: custom commands, not enable_language(CUDA): CMake 3.25.1 drops CUDA_STANDARD 20, its
+  # compiler check fails on the wheel toolkit's lib/lib64, and this way ptxas' words can fail a build.
+  set(cuda_flags -std=c++20 -O3 -lineinfo -gencode arch=compute_90a,code=sm_90a -Xptxas -v
+      -Xcompiler=-fPIC,-fvisibility=hidden -I${PROJECT_SOURCE_DIR}/src -I${PROJECT_SOURCE_DIR}/bench/cuda)
+  function(nibble_cuda_object out source)
+    file(RELATIVE_PATH name ${PROJECT_SOURCE_DIR} ${source})
+    string(REPLACE "/" "_" name ${name})
+    set(object ${PROJECT_BINARY_DIR}/cuda/${name}.o)
+    add_custom_command(
+      OUTPUT ${object}
+      COMMAND ${CMAKE_COMMAND} -DNVCC=${NIBBLE_NVCC} "-DFLAGS=${cuda_flags}" -DSOURCE=${source}
+              -DOBJECT=${object} -P ${PROJECT_SOURCE_DIR}/cmake/nvcc.cmake
+      DEPENDS ${source} ${PROJECT_SOURCE_DIR}/cmake/nvcc.cmake
+      DEPFILE ${object}.d
+      COMMENT "nvcc ${name}" VERBATIM)
+    set(${out} ${object} PARENT_SCOPE)
+  endfunction()
+
+  file(GLOB kernel_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/backends/cuda/*.cu)
+  file(GLOB bench_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/bench/cuda/*.cu)
+  set(bench_objects)
+  foreach(source ${kernel_sources} ${bench_sources})
+    nibble_cuda_object(object ${source})
+    list(APPEND bench_objects ${object})
+  endforeach()
+  add_custom_command(
+    OUTPUT ${PROJECT_BINARY_DIR}/nibble_cuda_bench
+    COMMAND ${NIBBLE_NVCC} -cudart static -gencode arch=compute_90a,code=sm_90a ${bench_objects}
+            -o ${PROJECT_BINARY_DIR}/nibble_cuda_bench
+    DEPENDS ${bench_objects} COMMENT "link nibble_cuda_bench" VERBATIM)
+  add_custom_target(cuda_bench DEPENDS ${PROJECT_BINARY_DIR}/nibble_cuda_bench)
+endif()

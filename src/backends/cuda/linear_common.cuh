@@ -1,0 +1,222 @@
+// What the linear kernels share: parameters, the epilogue, the last-arriver test, the launch.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+#include "backends/cuda/kernels.h"
+#include "backends/cuda/layout.h"
+#include "backends/cuda/ptx/dequant.cuh"
+
+namespace nibble::cuda {
+
+struct LinearParams {
+  const uint8_t* weights;
+  int num_tiles;  // row tiles, as the kernel cuts them
+  int groups;     // K / 128
+  int token_tiles, split;  // linear_wgmma
+  int early_slots;  // linear_small: ring slots requested before the dependency is met
+  int tokens, rows, k, x_stride, out_stride;
+  const __nv_bfloat16* x;
+  __nv_bfloat16* out;
+  const __nv_bfloat16* residual;
+  const float* out_scale;
+  uint4* pieces;         // [CTAs][piece_stride] {value, tag, value, tag}; tags are 0 between calls
+  int64_t piece_stride;
+  long long* trace;        // [CTAs][8] clock stamps of a NIBBLE_TRACE build, or null
+};
+
+// Sums a CTA gets: at most 8 senders x (its share of a tile of 256 rows x 128 tokens, rounded
+// up by 16 tokens).
+inline constexpr int64_t kPieceFloats = 2 * 32768;
+
+inline LinearParams make_linear_params(const LinearArgs& args, int tile_rows) {
+  LinearParams p{};
+  p.weights = static_cast<const uint8_t*>(args.weights);
+  const cuda_layout::Shape shape{args.rows, args.k};
+  p.num_tiles = static_cast<int>(shape.num_tiles() * cuda_layout::kTileRows / tile_rows);
+  p.groups = static_cast<int>(shape.num_groups());
+  p.tokens = args.tokens;
+  p.rows = static_cast<int>(args.rows);
+  p.k = static_cast<int>(args.k);
+  p.x = static_cast<const __nv_bfloat16*>(args.x);
+  p.x_stride = static_cast<int>(args.x_stride);
+  p.out_stride = static_cast<int>(args.epilogue == Epilogue::kSiluMul ? args.rows / 2 : args.rows);
+  p.out = static_cast<__nv_bfloat16*>(args.out);
+  p.residual = static_cast<const __nv_bfloat16*>(args.residual);
+  p.out_scale = args.out_scale;
+  p.pieces = static_cast<uint4*>(args.workspace);
+  p.piece_stride = kPieceFloats / 2;
+  p.trace = static_cast<long long*>(args.trace);
+  return p;
+}
+
+template <typename... Parameters>
+int launch_linear(void (*kernel)(Parameters...), const LinearArgs& args, int grid, int threads,
+                  int smem_bytes, void* stream, const Parameters&... parameters) {
+  // NOTE: once per kernel would do; the call is cheap and captures fine in a graph.
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+  if (status != cudaSuccess) return status;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = args.dependent ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, parameters...);
+}
+
+// Undo the dequantizer's 2^-13, apply the epilogue and store kPer consecutive packed rows
+// (tile_row + row ...) of one token. Called by whole warps: lane l holds rows kPer * l ...
+template <Epilogue kEpilogue, int kPer>
+__device__ __forceinline__ void store_rows(const LinearParams& p, int token, int tile_row, int row,
+                                           float (&value)[kPer]) {
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) value[i] *= ptx::kDequantUndo;
+  if constexpr (kEpilogue == Epilogue::kSiluMul) {
+    // Packed rows 16b..16b+7 are gate 8b.., 16b+8.. are up 8b..: the partner is 8/kPer lanes on.
+    float up[kPer];
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) up[i] = __shfl_down_sync(0xffffffffu, value[i], 8 / kPer);
+    if ((row & 8) || token >= p.tokens) return;
+    const int column = (tile_row + row) / 16 * 8 + (row & 7);
+    if (column >= p.out_stride) return;
+    __nv_bfloat16* to = p.out + static_cast<int64_t>(token) * p.out_stride + column;
+#pragma unroll
+    for (int i = 0; i < kPer; i += 2) {
+      float v[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        v[j] = value[i + j] / (1.0f + __expf(-value[i + j])) * up[i + j];
+        if (p.out_scale) v[j] *= p.out_scale[column + i + j];
+      }
+      *reinterpret_cast<__nv_bfloat162*>(to + i) = __floats2bfloat162_rn(v[0], v[1]);
+    }
+  } else {
+    if (token >= p.tokens || tile_row + row >= p.rows) return;
+    const int64_t at = static_cast<int64_t>(token) * p.out_stride + tile_row + row;
+#pragma unroll
+    for (int i = 0; i < kPer; i += 2) {
+      float v0 = value[i], v1 = value[i + 1];
+      if constexpr (kEpilogue == Epilogue::kResidual) {
+        const __nv_bfloat162 r = *reinterpret_cast<const __nv_bfloat162*>(p.residual + at + i);
+        v0 += __low2float(r);
+        v1 += __high2float(r);
+      }
+      *reinterpret_cast<__nv_bfloat162*>(p.out + at + i) = __floats2bfloat162_rn(v0, v1);
+    }
+  }
+}
+
+// One-way exchange of f32 sums between CTAs of one grid: each 8-byte half of a 16-byte store carries
+// its own tag, so whoever sees a tag sees the value: no fence, no flag. The reader clears the tags;
+// the next kernel that uses the buffer is ordered after this one.
+template <int kPer>
+__device__ __forceinline__ void hand_over(uint4* piece, const float (&value)[kPer]) {
+#pragma unroll
+  for (int i = 0; i < kPer; i += 2) {
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(piece + i / 2),
+                 "r"(__float_as_uint(value[i])), "r"(1u), "r"(__float_as_uint(value[i + 1]))
+                 : "memory");
+  }
+}
+template <int kPer>
+__device__ __forceinline__ void take_over(uint4* piece, float (&sum)[kPer]) {
+#pragma unroll
+  for (int i = 0; i < kPer; i += 2) {
+    uint4 v;
+    do {
+      asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "l"(piece + i / 2)
+                   : "memory");
+    } while (v.y != 1 || v.w != 1);
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(piece + i / 2), "r"(0u)
+                 : "memory");
+    sum[i] += __uint_as_float(v.x);
+    sum[i + 1] += __uint_as_float(v.z);
+  }
+}
+
+// kPairs pairs, `stride` apart: all loads in flight at once, then the stragglers again.
+template <int kPairs, int kSums>
+__device__ __forceinline__ void take_over_batch(uint4* piece, int stride, float (&sum)[kSums]) {
+  constexpr int kBatch = kPairs <= 17 ? kPairs : 8;
+#pragma unroll
+  for (int i0 = 0; i0 < kPairs; i0 += kBatch) {
+    uint4 v[kBatch];
+    bool ready;
+    do {
+      ready = true;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v[i].x), "=r"(v[i].y), "=r"(v[i].z), "=r"(v[i].w)
+                     : "l"(piece + (i0 + i) * stride)
+                     : "memory");
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) ready = ready && v[i].y == 1 && v[i].w == 1;
+    } while (!ready);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(
+                       piece + (i0 + i) * stride),
+                   "r"(0u)
+                   : "memory");
+      sum[2 * (i0 + i)] += __uint_as_float(v[i].x);
+      sum[2 * (i0 + i) + 1] += __uint_as_float(v[i].z);
+    }
+  }
+}
+
+// Four pairs from each of two senders (the second may be null), added in that order.
+__device__ __forceinline__ void take_over_two(uint4* first, uint4* second, int stride,
+                                              float (&sum)[8]) {
+  uint4 v[2][4];
+  bool ready;
+  do {
+    ready = true;
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        v[s][i] = make_uint4(0, 1, 0, 1);
+        uint4* from = (s ? second : first) + i * stride;
+        if (s == 0 || second) {
+          asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                       : "=r"(v[s][i].x), "=r"(v[s][i].y), "=r"(v[s][i].z), "=r"(v[s][i].w)
+                       : "l"(from)
+                       : "memory");
+        }
+      }
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ready = ready && v[s][i].y == 1 && v[s][i].w == 1;
+  } while (!ready);
+#pragma unroll
+  for (int s = 0; s < 2; ++s)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (s == 0 || second) {
+        asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(
+                         (s ? second : first) + i * stride),
+                     "r"(0u)
+                     : "memory");
+        sum[2 * i] += __uint_as_float(v[s][i].x);
+        sum[2 * i + 1] += __uint_as_float(v[s][i].z);
+      }
+    }
+}
+
+}  // namespace nibble::cuda

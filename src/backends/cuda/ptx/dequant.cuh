@@ -1,0 +1,50 @@
+// int4 -> bf16 in 9 instructions per 8 weights (4 LOP3, 1 SHF, 4 HFMA2.BF16), exact up to the one
+// rounding of (u - 8) * scale.
+//
+// A word's nibbles masked in place are subnormal bf16 numbers (layout.h): u * 2^-133 in the low
+// slots (row g), u * 2^-129 in the high ones (row g+8). With S = scale * 2^120 (row g+8: * 2^116)
+// and C = -scale * 2^-10, fma(bits, S, C) = (u - 8) * scale * 2^-13, rounded once: both S and C are
+// exact. The epilogue multiplies by kDequantUndo = 2^13. Limits: scale < 2^7.
+// No magic number to OR in, no subtraction, no second rounding; the usual 0x4300 form for bf16
+// costs 15. fma.rn.bf16x2 takes subnormal inputs at full speed (measured, docs/kernels.md).
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+namespace nibble::ptx {
+
+inline constexpr float kDequantUndo = 8192.0f;
+
+__device__ __forceinline__ uint32_t bf16x2_fma(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ uint32_t bf16x2_mul(uint32_t a, uint32_t b) {
+  // -0 as the addend keeps it a plain product.
+  return bf16x2_fma(a, b, 0x80008000u);
+}
+
+// Per (row g, row g+8) and group: duplicated multiplier and addend.
+struct RowScales {
+  uint32_t s_lo, s_hi, c_lo, c_hi;
+};
+// pair: bf16 scale of row g (low half) and of row g+8 (high half).
+__device__ __forceinline__ RowScales row_scales(uint32_t pair) {
+  const uint32_t s = bf16x2_mul(pair, 0x79807b80u);  // 2^116 : 2^120
+  const uint32_t c = bf16x2_mul(pair, 0xba80ba80u);  // -2^-10
+  return {__byte_perm(s, s, 0x1010), __byte_perm(s, s, 0x3232), __byte_perm(c, c, 0x1010),
+          __byte_perm(c, c, 0x3232)};
+}
+
+// One word -> operand A registers of a 16x16 tile.
+__device__ __forceinline__ void dequant(uint32_t (&a)[4], uint32_t word, const RowScales& r) {
+  const uint32_t upper = word >> 8;
+  a[0] = bf16x2_fma(word & 0x000f000fu, r.s_lo, r.c_lo);
+  a[1] = bf16x2_fma(word & 0x00f000f0u, r.s_hi, r.c_hi);
+  a[2] = bf16x2_fma(upper & 0x000f000fu, r.s_lo, r.c_lo);
+  a[3] = bf16x2_fma(upper & 0x00f000f0u, r.s_hi, r.c_hi);
+}
+
+}  // namespace nibble::ptx
