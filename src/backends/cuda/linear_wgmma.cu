@@ -146,14 +146,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::registers_grow<240>();
   const int group_id = warp >> 2, m16 = warp & 3, g = lane >> 2, t = lane & 3;
   const int consumer = tid;  // 0 .. 255
-  // Three rhythms, by what registers allow:
-  //   one block:            issue a stage, dequantize the whole next stage behind it;
-  //   two blocks, N <= 64:  issue block 0, dequantize block 1, issue it, and when block 0 has retired
-  //                         dequantize the next stage's block 0 behind block 1;
-  //   two blocks, N = 128:  half a block at a time in two alternating buffers.
-  constexpr bool kAhead = kBlocks == 1, kPair = kBlocks == 2 && kTokens <= 64;
-  constexpr int kParts = kAhead || kPair ? 1 : 2;
+  // A step is one block's k, or half of it where registers are short or there is only one block: an
+  // even number of steps per stage, so that the two buffers alternate and a buffer is never rewritten
+  // before its wgmma have retired. NOTE: a loop-carried "next" buffer copied into the current one after
+  // the wait is not safe: the compiler takes the current one for dead once the wgmma are issued and
+  // merges the two (seen: wrong, unrepeatable results). Kept apart by force it was slower.
+  constexpr int kParts = kBlocks == 1 || kTokens >= 128 ? 2 : 1;
   constexpr int kSteps = kBlocks * kParts, kStepK = 8 / kParts;
+  static_assert(kSteps % 2 == 0);
   uint32_t a[2][kStepK][4];
   float acc[kBlocks][kTokens / 2];
   int stage = 0, phase = 0;
@@ -200,44 +200,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int u = begin; u < stop; ++u) {
       const int next_stage = stage + 1 == C::kStages ? 0 : stage + 1;
       const int next_phase = phase ^ (next_stage == 0);
-      if constexpr (kAhead) {
-        multiply(acc[0], a[0], stage, 0);
-        if (u + 1 < u_end) {
-          ptx::mbarrier_wait(full + next_stage * 8, next_phase);
-          prepare(a[1], next_stage, 0);
-        }
-        ptx::wgmma_wait<0>();
-        // NOTE: the compiler takes a[0] for dead once the wgmma are issued and would let a[1] share
-        // its registers while the tensor cores still read them. A use after the wait keeps it alive.
 #pragma unroll
-        for (int k = 0; k < kStepK; ++k)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            asm volatile("" ::"r"(a[0][k][i]));
-            a[0][k][i] = a[1][k][i];
-          }
-      } else if constexpr (kPair) {
-        multiply(acc[0], a[0], stage, 0);
-        prepare(a[1], stage, 1);
-        multiply(acc[kBlocks - 1], a[1], stage, 1);
-        ptx::wgmma_wait<1>();
-        if (u + 1 < u_end) {
+      for (int step = 0; step < kSteps; ++step) {  // a[step % 2] is ready
+        multiply(acc[step / kParts], a[step % 2], stage, step);
+        if (step + 1 < kSteps) {
+          prepare(a[(step + 1) % 2], stage, step + 1);
+        } else if (u + 1 < u_end) {
           ptx::mbarrier_wait(full + next_stage * 8, next_phase);
           prepare(a[0], next_stage, 0);
         }
         ptx::wgmma_wait<0>();
-      } else {
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {  // a[step % 2] is ready
-          multiply(acc[step / kParts], a[step % 2], stage, step);
-          if (step + 1 < kSteps) {
-            prepare(a[(step + 1) % 2], stage, step + 1);
-          } else if (u + 1 < u_end) {
-            ptx::mbarrier_wait(full + next_stage * 8, next_phase);
-            prepare(a[0], next_stage, 0);
-          }
-          ptx::wgmma_wait<0>();
-        }
       }
       if (lane == 0) ptx::mbarrier_arrive(empty + stage * 8);
       stage = next_stage;
