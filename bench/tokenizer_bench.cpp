@@ -1,7 +1,7 @@
-// Tokenizer speed on one core, in CPU time. Usage: tokenizer_bench MODEL_DIR_OR_TOKENIZER_JSON TEXT.jsonl...
-// Texts are the "text" or message "content" strings of JSON lines, each encoded by itself, as requests
-// are. Nothing is cached between texts; the first pass over the file is printed apart, caches cold.
-// SPDX-License-Identifier: Apache-2.0
+// Tokenizer speed on one core, in CPU time. Usage: tokenizer_bench MODEL_DIR_OR_TOKENIZER_JSON
+// TEXT.jsonl... Texts are the "text" or message "content" strings of JSON lines, each encoded by
+// itself, as requests are. Nothing is cached between texts; the first pass over the file is printed
+// apart, caches cold. SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -17,7 +17,8 @@ namespace {
 
 using namespace nibble;
 
-// CPU seconds of this thread: the machines this runs on are shared, and wall time measures the others.
+// CPU seconds of this thread: the machines this runs on are shared, and wall time measures the
+// others.
 double now() {
   timespec t;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
@@ -38,7 +39,8 @@ void collect(const json::value& value, std::vector<std::string>& out) {
   }
 }
 
-void measure(const Tokenizer& tokenizer, const std::string& name, const std::vector<std::string>& texts) {
+void measure(const Tokenizer& tokenizer, const std::string& name,
+             const std::vector<std::string>& texts) {
   size_t num_bytes = 0, num_tokens = 0;
   for (const std::string& text : texts) num_bytes += text.size();
   std::vector<double> seconds;
@@ -66,10 +68,12 @@ void measure(const Tokenizer& tokenizer, const std::string& name, const std::vec
     decoded += out.size();
   }
   const double detokenize = now() - begin;
-  fmt::print("{:28} {:6.2f} MB {:5.2f} bytes/token  encode MB/s: first {:6.1f}  median {:6.1f}  best {:6.1f}   "
-             "detokenize: {:4.0f} ns/token\n",
-             name, mb, static_cast<double>(num_bytes) / static_cast<double>(num_tokens), mb / first,
-             mb / seconds[5], mb / seconds[0], detokenize / static_cast<double>(num_tokens) * 1e9);
+  fmt::print(
+      "{:28} {:6.2f} MB {:5.2f} bytes/token  encode MB/s: first {:6.1f}  median {:6.1f}  best "
+      "{:6.1f}   "
+      "detokenize: {:4.0f} ns/token\n",
+      name, mb, static_cast<double>(num_bytes) / static_cast<double>(num_tokens), mb / first,
+      mb / seconds[5], mb / seconds[0], detokenize / static_cast<double>(num_tokens) * 1e9);
   if (decoded > num_bytes) fmt::print("decoded more than was encoded?\n");
 }
 
@@ -82,9 +86,10 @@ int main(int argc, char** argv) try {
   }
   const fs::path model = argv[1];
   double begin = now();
-  const Tokenizer tokenizer = fs::is_directory(model) ? Tokenizer::load(model)
-                                                      : Tokenizer::from_json(read_file(model));
-  fmt::print("load {}: {:.0f} ms, {} ids\n", model.string(), (now() - begin) * 1e3, tokenizer.vocab_size());
+  const Tokenizer tokenizer =
+      fs::is_directory(model) ? Tokenizer::load(model) : Tokenizer::from_json(read_file(model));
+  fmt::print("load {}: {:.0f} ms, {} ids\n", model.string(), (now() - begin) * 1e3,
+             tokenizer.vocab_size());
   for (int i = 2; i < argc; ++i) {
     const std::string file = read_file(argv[i]);
     std::vector<std::string> texts;

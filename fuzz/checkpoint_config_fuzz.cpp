@@ -1,6 +1,5 @@
-// Any bytes as a config.json, in both dialects, and as an engine plan: a value or an Error, never a crash;
-// a spec that is accepted survives its own JSON.
-// SPDX-License-Identifier: Apache-2.0
+// Any bytes as a config.json, in both dialects, and as an engine plan: a value or an Error, never a
+// crash; a spec that is accepted survives its own JSON. SPDX-License-Identifier: Apache-2.0
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>

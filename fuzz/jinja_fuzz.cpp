@@ -1,6 +1,6 @@
-// Chat templates are untrusted: compile and render any bytes. Only nibble::Error may come out, within
-// the limits. Provenance is checked too: data typed by the user must not come out as template text.
-// SPDX-License-Identifier: Apache-2.0
+// Chat templates are untrusted: compile and render any bytes. Only nibble::Error may come out,
+// within the limits. Provenance is checked too: data typed by the user must not come out as
+// template text. SPDX-License-Identifier: Apache-2.0
 #include <cstdlib>
 #include <string_view>
 
@@ -39,7 +39,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const auto segments = nibble::jinja::Template::compile(source).render(
         variables(), {{"bos_token", "<s>"}, {"eos_token", "</s>"}}, options);
     for (const auto& segment : segments) {
-      if (segment.is_template && !in_source && segment.text.find(kSkull) != std::string::npos) abort();
+      if (segment.is_template && !in_source && segment.text.find(kSkull) != std::string::npos)
+        abort();
     }
   } catch (const nibble::Error& error) {
     if (error.kind() == nibble::ErrorKind::kInternal) abort();

@@ -1,5 +1,5 @@
-// Any bytes as a safetensors file: parsed or refused with an Error, and what was accepted is consistent.
-// SPDX-License-Identifier: Apache-2.0
+// Any bytes as a safetensors file: parsed or refused with an Error, and what was accepted is
+// consistent. SPDX-License-Identifier: Apache-2.0
 #include <cstdint>
 #include <cstdlib>
 #include <span>

@@ -70,15 +70,15 @@ __global__ void reference(const __nv_bfloat16* q, int64_t q_stride, const uint8_
   __shared__ double shared[256];
   double peak = -1e300;
   for (int i = threadIdx.x; i < length; i += blockDim.x) {
-    const uint8_t* pair =
-        pages + pair_offset(table[s * stride + i / kPageTokens], kKvHeads, h / 4);
+    const uint8_t* pair = pages + pair_offset(table[s * stride + i / kPageTokens], kKvHeads, h / 4);
     double dot = 0;
     for (int d = 0; d < kHeadDim; ++d) {
       dot += static_cast<double>(__bfloat162float(q[s * q_stride + h * kHeadDim + d])) *
              (pair[k_byte(i % kPageTokens, d)] - 128);
     }
-    score[i] = dot * scale * static_cast<double>(__half2float(*reinterpret_cast<const __half*>(
-                                 pair + k_scale_byte(i % kPageTokens))));
+    score[i] = dot * scale *
+               static_cast<double>(__half2float(
+                   *reinterpret_cast<const __half*>(pair + k_scale_byte(i % kPageTokens))));
     peak = fmax(peak, score[i]);
   }
   shared[threadIdx.x] = peak;
@@ -136,7 +136,8 @@ Case make_case(const std::vector<int>& lengths, uint64_t seed, cudaStream_t stre
   c.device_lengths = device_alloc<int>(lengths.size());
   c.starts = device_alloc<int>(starts.size());
   c.table = device_alloc<int>(table.size());
-  BENCH_CHECK(cudaMemcpy(c.device_lengths, lengths.data(), lengths.size() * 4, cudaMemcpyHostToDevice));
+  BENCH_CHECK(
+      cudaMemcpy(c.device_lengths, lengths.data(), lengths.size() * 4, cudaMemcpyHostToDevice));
   BENCH_CHECK(cudaMemcpy(c.starts, starts.data(), starts.size() * 4, cudaMemcpyHostToDevice));
   BENCH_CHECK(cudaMemcpy(c.table, table.data(), table.size() * 4, cudaMemcpyHostToDevice));
   c.out_count = lengths.size() * kHeads * kHeadDim;
@@ -146,20 +147,31 @@ Case make_case(const std::vector<int>& lengths, uint64_t seed, cudaStream_t stre
   return c;
 }
 void free_case(Case& c) {
-  for (void* p : {static_cast<void*>(c.device_lengths), static_cast<void*>(c.starts),
-                  static_cast<void*>(c.table), static_cast<void*>(c.q), static_cast<void*>(c.out)}) {
+  for (void* p :
+       {static_cast<void*>(c.device_lengths), static_cast<void*>(c.starts),
+        static_cast<void*>(c.table), static_cast<void*>(c.q), static_cast<void*>(c.out)}) {
     BENCH_CHECK(cudaFree(p));
   }
 }
 
 cuda::DecodeAttentionArgs arguments(const Case& c, const uint8_t* pages, void* workspace, int sms,
                                     int tactic) {
-  return {.q = c.q, .q_stride = kHeads * kHeadDim, .pages = pages, .page_table = c.table,
-          .page_table_stride = c.max_pages, .lengths = c.device_lengths, .page_starts = c.starts,
-          .out = c.out, .out_stride = kHeads * kHeadDim,
-          .sequences = static_cast<int>(c.lengths.size()), .kv_heads = kKvHeads,
-          .softmax_scale = 1.0f / std::sqrt(128.0f), .workspace = workspace, .num_sms = sms,
-          .dependent = false, .tactic = tactic};
+  return {.q = c.q,
+          .q_stride = kHeads * kHeadDim,
+          .pages = pages,
+          .page_table = c.table,
+          .page_table_stride = c.max_pages,
+          .lengths = c.device_lengths,
+          .page_starts = c.starts,
+          .out = c.out,
+          .out_stride = kHeads * kHeadDim,
+          .sequences = static_cast<int>(c.lengths.size()),
+          .kv_heads = kKvHeads,
+          .softmax_scale = 1.0f / std::sqrt(128.0f),
+          .workspace = workspace,
+          .num_sms = sms,
+          .dependent = false,
+          .tactic = tactic};
 }
 
 int check(const char* name, const std::vector<int>& lengths, void* workspace, int sms, int tactic,
@@ -194,9 +206,10 @@ int check(const char* name, const std::vector<int>& lengths, void* workspace, in
   BENCH_CHECK(cudaStreamSynchronize(stream));
   const double relative = std::sqrt(host[0] / host[1]);
   const bool ok = relative < 4e-3 && host[2] == 0 && same && canaries;
-  std::printf("check attention %-22s tactic %d: error %.2e, wild %.0f, repeatable %s, canaries %s  %s\n",
-              name, tactic, relative, host[2], same ? "yes" : "NO", canaries ? "yes" : "NO",
-              ok ? "ok" : "FAILED");
+  std::printf(
+      "check attention %-22s tactic %d: error %.2e, wild %.0f, repeatable %s, canaries %s  %s\n",
+      name, tactic, relative, host[2], same ? "yes" : "NO", canaries ? "yes" : "NO",
+      ok ? "ok" : "FAILED");
   BENCH_CHECK(cudaFree(scores));
   BENCH_CHECK(cudaFree(acc));
   BENCH_CHECK(cudaFree(pages));
@@ -246,8 +259,8 @@ int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** 
     }
   }
   if (small_only) return failures;
-  std::vector<std::pair<int, int>> sizes{{64, 5600}, {32, 5600}, {16, 5600}, {64, 1024}, {8, 2048},
-                                         {1, 5600}, {1, 512}};
+  std::vector<std::pair<int, int>> sizes{{64, 5600}, {32, 5600}, {16, 5600}, {64, 1024},
+                                         {8, 2048},  {1, 5600},  {1, 512}};
   if (sequences) sizes = {{sequences, tokens}};
   for (const auto& [batch, length] : sizes) {
     Case c = make_case(std::vector<int>(static_cast<size_t>(batch), length), 7, stream);
@@ -266,9 +279,10 @@ int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** 
       }
     });
     const double bytes = 260.0 * kKvHeads * batch * length;
-    std::printf("decode attention %2d x %4d tokens, tactic %d: %8.2f us  %6.0f GB/s (%4.1f %% of read)\n",
-                batch, length, tactic, t.median_us, bytes / t.median_us * 1e-3,
-                bytes / t.median_us * 0.1 / limits.read_gbps);
+    std::printf(
+        "decode attention %2d x %4d tokens, tactic %d: %8.2f us  %6.0f GB/s (%4.1f %% of read)\n",
+        batch, length, tactic, t.median_us, bytes / t.median_us * 1e-3,
+        bytes / t.median_us * 0.1 / limits.read_gbps);
     for (auto* p : pages) BENCH_CHECK(cudaFree(p));
     free_case(c);
   }

@@ -12,14 +12,14 @@
 #include <functional>
 #include <vector>
 
-#define BENCH_CHECK(call)                                                                     \
-  do {                                                                                        \
-    const auto status_ = static_cast<cudaError_t>(call);                                      \
-    if (status_ != cudaSuccess) {                                                             \
-      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call,                      \
-                   cudaGetErrorString(status_));                                              \
-      std::exit(1);                                                                           \
-    }                                                                                         \
+#define BENCH_CHECK(call)                                                \
+  do {                                                                   \
+    const auto status_ = static_cast<cudaError_t>(call);                 \
+    if (status_ != cudaSuccess) {                                        \
+      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, \
+                   cudaGetErrorString(status_));                         \
+      std::exit(1);                                                      \
+    }                                                                    \
   } while (0)
 
 namespace nibble::bench {
@@ -58,7 +58,8 @@ static __global__ void fill_normal(__nv_bfloat16* out, size_t count, int columns
     out[i] = __float2bfloat16(normal(seed * 0x1000000007ull + i) * scale * outlier);
   }
 }
-static __global__ void fill_uniform(float* out, size_t count, float low, float high, uint64_t seed) {
+static __global__ void fill_uniform(float* out, size_t count, float low, float high,
+                                    uint64_t seed) {
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count;
        i += size_t{gridDim.x} * blockDim.x) {
     out[i] = low + (high - low) * uniform(seed * 0x1000000007ull + i);

@@ -34,7 +34,8 @@ __global__ void pack_kernel(Shape shape, bool interleave, const uint8_t* nibbles
       const int k16 = word % 4, lane = word / 4 % 32, k64 = word / 128 % 2, m16 = word / 256;
       for (int j = 0; j < 8; ++j) {
         const int64_t row = row0 + m16 * 16 + lane / 4 + 8 * (j & 1);
-        const int64_t k = group * 128 + k64 * 64 + k16 * 16 + lane % 4 * 2 + 8 * (j >> 1 & 1) + (j >> 2);
+        const int64_t k =
+            group * 128 + k64 * 64 + k16 * 16 + lane % 4 * 2 + 8 * (j >> 1 & 1) + (j >> 2);
         uint32_t u = 8;
         if (row < shape.rows && k < shape.k) {
           const int64_t source = cuda_layout::source_row(shape, interleave, row);
@@ -220,11 +221,23 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
   BENCH_CHECK(cudaMemsetAsync(out, 0xff, (out_count + canary) * 2, stream));  // NaN
   BENCH_CHECK(cudaMemsetAsync(acc, 0, 24, stream));
   cuda::TensorMap map;
-  BENCH_CHECK(cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2, cuda::linear_wgmma_box_rows(tokens)));
-  cuda::LinearArgs args{.weights = w.packed[0], .rows = s.rows, .k = s.k, .tokens = tokens,
-                        .x = x, .x_stride = s.k, .x_map = &map, .out = out, .residual = residual, .out_scale = out_scale,
-                        .epilogue = m.epilogue, .workspace = sizes.workspace,
-                        .num_sms = sizes.sms, .dependent = false, .tactic = tactic,
+  BENCH_CHECK(
+      cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2, cuda::linear_wgmma_box_rows(tokens)));
+  cuda::LinearArgs args{.weights = w.packed[0],
+                        .rows = s.rows,
+                        .k = s.k,
+                        .tokens = tokens,
+                        .x = x,
+                        .x_stride = s.k,
+                        .x_map = &map,
+                        .out = out,
+                        .residual = residual,
+                        .out_scale = out_scale,
+                        .epilogue = m.epilogue,
+                        .workspace = sizes.workspace,
+                        .num_sms = sizes.sms,
+                        .dependent = false,
+                        .tactic = tactic,
                         .early = o.early};
   BENCH_CHECK(run(o, args, stream));
   BENCH_CHECK(cudaStreamSynchronize(stream));
@@ -249,13 +262,14 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
   BENCH_CHECK(cudaStreamSynchronize(stream));
   const double relative = std::sqrt(host[0] / host[1]);
   const bool ok = relative < 4e-3 && host[2] == 0 && same && canaries;
-  std::printf("check %-8s %6lld x %5lld M=%-4d tactic %2d: error %.2e, wild %.0f, repeatable %s, "
-              "canaries %s  %s\n", m.name, static_cast<long long>(s.rows),
-              static_cast<long long>(s.k), tokens, tactic, relative, host[2], same ? "yes" : "NO",
-              canaries ? "yes" : "NO", ok ? "ok" : "FAILED");
-  for (void* p : {static_cast<void*>(x), static_cast<void*>(residual),
-                  static_cast<void*>(out_scale), static_cast<void*>(out), static_cast<void*>(y),
-                  static_cast<void*>(acc)}) {
+  std::printf(
+      "check %-8s %6lld x %5lld M=%-4d tactic %2d: error %.2e, wild %.0f, repeatable %s, "
+      "canaries %s  %s\n",
+      m.name, static_cast<long long>(s.rows), static_cast<long long>(s.k), tokens, tactic, relative,
+      host[2], same ? "yes" : "NO", canaries ? "yes" : "NO", ok ? "ok" : "FAILED");
+  for (void* p :
+       {static_cast<void*>(x), static_cast<void*>(residual), static_cast<void*>(out_scale),
+        static_cast<void*>(out), static_cast<void*>(y), static_cast<void*>(acc)}) {
     BENCH_CHECK(cudaFree(p));
   }
   return !ok;
@@ -269,18 +283,26 @@ void trace(const Options& o, cuda::LinearArgs args, const Weights& w, const Size
   const size_t per_call = static_cast<size_t>(sizes.sms) * 8;
   auto* stamps = device_alloc<long long>(per_call * kCalls);
   BENCH_CHECK(cudaMemsetAsync(stamps, 0, per_call * kCalls * 8, stream));
-  time_graph(stream, kCalls, [&] {
-    for (int c = 0; c < kCalls; ++c) {
-      args.trace = stamps + per_call * c;
-      args.weights = w.packed[c % w.packed.size()];
-      BENCH_CHECK(run(o, args, stream));
-    }
-  }, 3);
+  time_graph(
+      stream, kCalls,
+      [&] {
+        for (int c = 0; c < kCalls; ++c) {
+          args.trace = stamps + per_call * c;
+          args.weights = w.packed[c % w.packed.size()];
+          BENCH_CHECK(run(o, args, stream));
+        }
+      },
+      3);
   std::vector<long long> host(per_call * kCalls);
   BENCH_CHECK(cudaMemcpy(host.data(), stamps, host.size() * 8, cudaMemcpyDeviceToHost));
   BENCH_CHECK(cudaFree(stamps));
-  const char* names[7] = {"start", "ring requested", "dependency met", "first x there",
-                          "last main loop done", "added in CTA", "end"};
+  const char* names[7] = {"start",
+                          "ring requested",
+                          "dependency met",
+                          "first x there",
+                          "last main loop done",
+                          "added in CTA",
+                          "end"};
   const long long* now = &host[per_call * 4];
   const long long* before = &host[per_call * 3];
   for (int i = 1; i < 7; ++i) {
@@ -307,8 +329,10 @@ void trace(const Options& o, cuda::LinearArgs args, const Weights& w, const Size
     }
   }
   if (n) {
-    std::printf("    same SM (%d): predecessor's end to start %.0f, to dependency met %.0f; period "
-                "%.0f clocks\n", n, gap / n, hidden / n, period / n);
+    std::printf(
+        "    same SM (%d): predecessor's end to start %.0f, to dependency met %.0f; period "
+        "%.0f clocks\n",
+        n, gap / n, hidden / n, period / n);
   }
 }
 
@@ -386,32 +410,37 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
   auto* out = device_alloc<__nv_bfloat16>(static_cast<size_t>(max_tokens) * 32768);
   fill_normal<<<1056, 256, 0, stream>>>(x, static_cast<size_t>(max_tokens) * 32768, 5120, 1.0f, 1);
   for (int tokens : o.tokens) {
-    cuda::LinearArgs args{.tokens = tokens, .workspace = sizes.workspace, .num_sms = sizes.sms,
-                          .dependent = true, .tactic = o.tactic, .early = o.early};
+    cuda::LinearArgs args{.tokens = tokens,
+                          .workspace = sizes.workspace,
+                          .num_sms = sizes.sms,
+                          .dependent = true,
+                          .tactic = o.tactic,
+                          .early = o.early};
     double sum_us = 0, bytes = 0, flops = 0;
-    if (o.shapes) for (int i = 0; i < 4; ++i) {
-      const Shape& s = matrices[i].shape;
-      cuda::TensorMap map;
-      BENCH_CHECK(cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2,
-                                        cuda::linear_wgmma_box_rows(tokens)));
-      args.rows = s.rows, args.k = s.k, args.x = x, args.x_stride = s.k, args.x_map = &map;
-      args.out = out;
-      args.residual = h, args.epilogue = matrices[i].epilogue;
-      const int calls = 4 * kLayers;
-      const Timing t = time_graph(stream, calls, [&] {
-        for (int c = 0; c < calls; ++c) {
-          args.weights = weights[i].packed[c % kLayers];
-          BENCH_CHECK(run(o, args, stream));
-        }
-      });
-      const double b = static_cast<double>(s.packed_bytes());
-      const double f = 2.0 * tokens * static_cast<double>(s.rows) * static_cast<double>(s.k);
-      std::printf("M=%-4d %-8s %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS\n", tokens,
-                  matrices[i].name, t.median_us, b / t.median_us * 1e-3,
-                  b / t.median_us * 0.1 / limits.read_gbps, f / t.median_us * 1e-6);
-      sum_us += t.median_us, bytes += b, flops += f;
-      if (o.trace) trace(o, args, weights[i], sizes, stream);
-    }
+    if (o.shapes)
+      for (int i = 0; i < 4; ++i) {
+        const Shape& s = matrices[i].shape;
+        cuda::TensorMap map;
+        BENCH_CHECK(cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2,
+                                          cuda::linear_wgmma_box_rows(tokens)));
+        args.rows = s.rows, args.k = s.k, args.x = x, args.x_stride = s.k, args.x_map = &map;
+        args.out = out;
+        args.residual = h, args.epilogue = matrices[i].epilogue;
+        const int calls = 4 * kLayers;
+        const Timing t = time_graph(stream, calls, [&] {
+          for (int c = 0; c < calls; ++c) {
+            args.weights = weights[i].packed[c % kLayers];
+            BENCH_CHECK(run(o, args, stream));
+          }
+        });
+        const double b = static_cast<double>(s.packed_bytes());
+        const double f = 2.0 * tokens * static_cast<double>(s.rows) * static_cast<double>(s.k);
+        std::printf("M=%-4d %-8s %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS\n", tokens,
+                    matrices[i].name, t.median_us, b / t.median_us * 1e-3,
+                    b / t.median_us * 0.1 / limits.read_gbps, f / t.median_us * 1e-6);
+        sum_us += t.median_us, bytes += b, flops += f;
+        if (o.trace) trace(o, args, weights[i], sizes, stream);
+      }
     if (o.shapes) {
       std::printf("M=%-4d sum      %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS\n", tokens,
                   sum_us, bytes / sum_us * 1e-3, bytes / sum_us * 0.1 / limits.read_gbps,
@@ -433,22 +462,29 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
     const void* inputs[4] = {h, qkv, h, act};
     const int64_t strides[4] = {5120, 6144, 5120, 32768};
     void* outputs[4] = {qkv, h, act, h};
-    const Timing t = time_graph(stream, kLayers, [&] {
-      fill_normal<<<256, 256, 0, stream>>>(h, static_cast<size_t>(tokens) * 5120, 5120, 1.0f, 7);
-      for (int layer = 0; layer < kLayers; ++layer) {
-        for (int i = 0; i < 4; ++i) {
-          args.rows = matrices[i].shape.rows, args.k = matrices[i].shape.k;
-          args.x = inputs[i], args.x_stride = strides[i], args.x_map = maps[i], args.out = outputs[i], args.residual = h;
-          args.epilogue = matrices[i].epilogue, args.weights = weights[i].packed[layer];
-          args.dependent = layer + i > 0;
-          BENCH_CHECK(run(o, args, stream));
-        }
-      }
-    }, 41);
-    std::printf("M=%-4d layer    %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS  "
-                "[best %.2f, worst %.2f]\n", tokens, t.median_us, bytes / t.median_us * 1e-3,
-                bytes / t.median_us * 0.1 / limits.read_gbps, flops / t.median_us * 1e-6,
-                t.best_us, t.worst_us);
+    const Timing t = time_graph(
+        stream, kLayers,
+        [&] {
+          fill_normal<<<256, 256, 0, stream>>>(h, static_cast<size_t>(tokens) * 5120, 5120, 1.0f,
+                                               7);
+          for (int layer = 0; layer < kLayers; ++layer) {
+            for (int i = 0; i < 4; ++i) {
+              args.rows = matrices[i].shape.rows, args.k = matrices[i].shape.k;
+              args.x = inputs[i], args.x_stride = strides[i], args.x_map = maps[i],
+              args.out = outputs[i], args.residual = h;
+              args.epilogue = matrices[i].epilogue, args.weights = weights[i].packed[layer];
+              args.dependent = layer + i > 0;
+              BENCH_CHECK(run(o, args, stream));
+            }
+          }
+        },
+        41);
+    std::printf(
+        "M=%-4d layer    %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS  "
+        "[best %.2f, worst %.2f]\n",
+        tokens, t.median_us, bytes / t.median_us * 1e-3,
+        bytes / t.median_us * 0.1 / limits.read_gbps, flops / t.median_us * 1e-6, t.best_us,
+        t.worst_us);
   }
   for (auto& w : weights) free_weights(w);
   for (auto* p : {x, h, qkv, act, out}) BENCH_CHECK(cudaFree(p));

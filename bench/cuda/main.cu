@@ -12,7 +12,8 @@ namespace nibble::bench {
 namespace {
 
 template <int kUnroll>
-__global__ void __launch_bounds__(512) read_kernel(const uint4* data, size_t count, uint32_t* sink) {
+__global__ void __launch_bounds__(512)
+    read_kernel(const uint4* data, size_t count, uint32_t* sink) {
   uint32_t sum = 0;
   const size_t stride = size_t{gridDim.x} * blockDim.x;
   size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x;
@@ -48,8 +49,8 @@ Limits measure_limits(cudaStream_t stream, bool print) {
         stream, 2,
         [&] {
           for (int i = 0; i < 2; ++i) {
-            read_kernel<8><<<sms * blocks, 512, 0, stream>>>(
-                reinterpret_cast<const uint4*>(data), bytes / 16, sink);
+            read_kernel<8><<<sms * blocks, 512, 0, stream>>>(reinterpret_cast<const uint4*>(data),
+                                                             bytes / 16, sink);
           }
         },
         9);
@@ -58,12 +59,15 @@ Limits measure_limits(cudaStream_t stream, bool print) {
     limits.read_gbps = std::max(limits.read_gbps, gbps);
   }
   auto* copy = device_alloc<uint32_t>(bytes / 8);
-  const auto t = time_graph(stream, 2, [&] {
-    for (int i = 0; i < 2; ++i) {
-      BENCH_CHECK(cudaMemcpyAsync(copy, data + (i ? bytes / 8 : 0), bytes / 2,
-                                  cudaMemcpyDeviceToDevice, stream));
-    }
-  }, 9);
+  const auto t = time_graph(
+      stream, 2,
+      [&] {
+        for (int i = 0; i < 2; ++i) {
+          BENCH_CHECK(cudaMemcpyAsync(copy, data + (i ? bytes / 8 : 0), bytes / 2,
+                                      cudaMemcpyDeviceToDevice, stream));
+        }
+      },
+      9);
   if (print) {
     std::printf("copy 2 GiB (read + write bytes): %.0f GB/s\n",
                 static_cast<double>(bytes) / t.median_us * 1e-3);

@@ -1,6 +1,5 @@
-// The engine as a library: requests in from any thread, tokens out through each request's sink. Owners and
-// invariants: docs/engine-contract.md.
-// SPDX-License-Identifier: Apache-2.0
+// The engine as a library: requests in from any thread, tokens out through each request's sink.
+// Owners and invariants: docs/engine-contract.md. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <array>
@@ -18,27 +17,34 @@ struct EngineParts;  // engine/engine_parts.h; build/ makes one from an engine d
 
 struct EngineStats {
   // Gauges.
-  int num_running = 0;          // sequences holding KV blocks
-  int num_waiting = 0;          // sequences waiting, preempted ones included
-  int num_queued = 0;           // requests accepted and not yet started, and reserved slots (what max_queue bounds)
+  int num_running = 0;  // sequences holding KV blocks
+  int num_waiting = 0;  // sequences waiting, preempted ones included
+  int num_queued =
+      0;  // requests accepted and not yet started, and reserved slots (what max_queue bounds)
   int kv_blocks_total = 0;
-  int kv_blocks_used = 0;       // held by running sequences
-  int kv_blocks_cached = 0;     // unheld, content kept for reuse
+  int kv_blocks_used = 0;    // held by running sequences
+  int kv_blocks_cached = 0;  // unheld, content kept for reuse
   // Counters.
-  uint64_t requests = 0;        // accepted
+  uint64_t requests = 0;                               // accepted
   std::array<uint64_t, kNumFinishReasons> finished{};  // choices, by FinishReason
-  uint64_t prompt_tokens = 0;   // of started sequences (siblings of n > 1 not counted)
+  uint64_t prompt_tokens = 0;  // of started sequences (siblings of n > 1 not counted)
   uint64_t prefix_query_tokens = 0, prefix_hit_tokens = 0;
   uint64_t generated_tokens = 0;
   uint64_t preemptions = 0;
   uint64_t steps = 0;
-  uint64_t step_tokens = 0;     // rows computed
-  uint64_t step_us = 0;         // whole steps: plan, run, commit, sinks
-  uint64_t run_us = 0;          // inside Executor::run
-  uint64_t forward_us = 0;      // inside the decoder and the sampling op: step_us - forward_us is overhead
+  uint64_t step_tokens = 0;  // rows computed
+  uint64_t step_us = 0;      // whole steps: plan, run, commit, sinks
+  uint64_t run_us = 0;       // inside Executor::run
+  uint64_t forward_us =
+      0;  // inside the decoder and the sampling op: step_us - forward_us is overhead
 };
 
-enum class SubmitStatus : uint8_t { kAccepted, kQueueFull, kDraining, kFailed /* see Engine::failure() */ };
+enum class SubmitStatus : uint8_t {
+  kAccepted,
+  kQueueFull,
+  kDraining,
+  kFailed /* see Engine::failure() */
+};
 
 struct Submitted {
   SubmitStatus status = SubmitStatus::kAccepted;
@@ -48,8 +54,8 @@ struct Submitted {
 
 class Engine;
 
-/// A place in the queue, taken before the work of making a request (templating, tokenizing). Gives itself
-/// back. Must not outlive the engine.
+/// A place in the queue, taken before the work of making a request (templating, tokenizing). Gives
+/// itself back. Must not outlive the engine.
 class QueueSlot {
  public:
   QueueSlot() = default;
@@ -74,16 +80,16 @@ class Engine {
   static std::unique_ptr<Engine> create(EngineParts parts);
   virtual ~Engine() = default;  // stop()
 
-  /// Throws Error{kLimit} when prompt or max_tokens exceed the engine's limits (named in the message) and
-  /// Error{kInput} for parameters out of range; nothing was queued then.
+  /// Throws Error{kLimit} when prompt or max_tokens exceed the engine's limits (named in the
+  /// message) and Error{kInput} for parameters out of range; nothing was queued then.
   [[nodiscard]] virtual Submitted submit(Request request) = 0;
   /// submit() with a slot taken before; never kQueueFull.
   [[nodiscard]] virtual Submitted submit(Request request, QueueSlot slot) = 0;
   /// Empty when the queue is full.
   [[nodiscard]] virtual QueueSlot reserve_slot() = 0;
 
-  /// Ends a request, or one of its choices, within two steps; its last event says kCancelled. Unknown and
-  /// finished ids are ignored.
+  /// Ends a request, or one of its choices, within two steps; its last event says kCancelled.
+  /// Unknown and finished ids are ignored.
   virtual void cancel(RequestId id) = 0;
   virtual void cancel(RequestId id, int index) = 0;
 
@@ -95,8 +101,8 @@ class Engine {
   virtual int max_output_len() const = 0;  // generated tokens
   virtual int max_seq_len() const = 0;     // both together
 
-  /// Takes no more requests and waits for those it has; cancels what is left at the deadline. True when
-  /// nothing had to be cancelled.
+  /// Takes no more requests and waits for those it has; cancels what is left at the deadline. True
+  /// when nothing had to be cancelled.
   virtual bool drain(std::chrono::milliseconds deadline) = 0;
   /// Cancels everything and joins the engine thread.
   virtual void stop() = 0;

@@ -1,5 +1,6 @@
 // Errors of the whole library, in three tiers (docs/architecture.md, "Errors").
-//   1. Somebody else's fault (file, flag, request, device, memory): throw nibble::Error. The message
+//   1. Somebody else's fault (file, flag, request, device, memory): throw nibble::Error. The
+//   message
 //      names the thing, the value seen, the value wanted and what to do.
 //   2. Ours: NIBBLE_CHECK, always on, throws ErrorKind::kInternal.
 //   3. Expected outcomes (no free block, queue full): std::optional or an enum, [[nodiscard]].
@@ -48,11 +49,11 @@ template <typename... Args>
                                const std::string& detail);
 
 /// An invariant of ours. NIBBLE_CHECK(n > 0) or NIBBLE_CHECK(n > 0, "n is {}", n).
-#define NIBBLE_CHECK(condition, ...)                                             \
-  do {                                                                           \
-    if (!(condition)) [[unlikely]]                                               \
-      ::nibble::check_failed(#condition, __FILE__, __LINE__,                     \
-                             ::nibble::internal::check_detail(__VA_ARGS__));     \
+#define NIBBLE_CHECK(condition, ...)                                         \
+  do {                                                                       \
+    if (!(condition)) [[unlikely]]                                           \
+      ::nibble::check_failed(#condition, __FILE__, __LINE__,                 \
+                             ::nibble::internal::check_detail(__VA_ARGS__)); \
   } while (false)
 
 namespace internal {

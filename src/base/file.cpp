@@ -34,7 +34,7 @@ class FileDescriptor {
 uint64_t open_regular(const fs::path& path, int* fd) {
   *fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (*fd < 0) fail(ErrorKind::kIo, "cannot open {}: {}", path.string(), std::strerror(errno));
-  struct stat status {};
+  struct stat status{};
   if (::fstat(*fd, &status) != 0 || !S_ISREG(status.st_mode)) {
     ::close(*fd);
     fail(ErrorKind::kIo, "{} is not a regular file", path.string());
@@ -43,7 +43,8 @@ uint64_t open_regular(const fs::path& path, int* fd) {
 }
 
 void sync_directory(const fs::path& directory) {
-  const FileDescriptor fd(::open(directory.empty() ? "." : directory.c_str(), O_RDONLY | O_DIRECTORY));
+  const FileDescriptor fd(
+      ::open(directory.empty() ? "." : directory.c_str(), O_RDONLY | O_DIRECTORY));
   if (fd.get() >= 0) ::fsync(fd.get());
 }
 
@@ -62,7 +63,8 @@ std::string read_file(const fs::path& path, uint64_t max_bytes) {
     const ssize_t got = ::read(fd.get(), content.data() + done, size - done);
     if (got < 0 && errno == EINTR) continue;
     if (got <= 0) {
-      fail(ErrorKind::kIo, "cannot read {}: {}", path.string(), got < 0 ? std::strerror(errno) : "it shrank");
+      fail(ErrorKind::kIo, "cannot read {}: {}", path.string(),
+           got < 0 ? std::strerror(errno) : "it shrank");
     }
     done += static_cast<size_t>(got);
   }
@@ -77,7 +79,8 @@ MappedFile MappedFile::open(const fs::path& path) {
   file.path_ = path;
   if (file.size_ == 0) return file;
   void* data = ::mmap(nullptr, file.size_, PROT_READ, MAP_PRIVATE, fd.get(), 0);
-  if (data == MAP_FAILED) fail(ErrorKind::kIo, "cannot map {}: {}", path.string(), std::strerror(errno));
+  if (data == MAP_FAILED)
+    fail(ErrorKind::kIo, "cannot map {}: {}", path.string(), std::strerror(errno));
   file.data_ = static_cast<const std::byte*>(data);
   return file;
 }
@@ -100,7 +103,8 @@ void MappedFile::advise(size_t offset, size_t length, bool will_need) const {
   const size_t page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
   const size_t begin = offset / page * page;
   const size_t end = std::min(size_, offset + length);
-  ::madvise(const_cast<std::byte*>(data_) + begin, end - begin, will_need ? MADV_WILLNEED : MADV_DONTNEED);
+  ::madvise(const_cast<std::byte*>(data_) + begin, end - begin,
+            will_need ? MADV_WILLNEED : MADV_DONTNEED);
 }
 
 AtomicFile AtomicFile::create(const fs::path& final_path) {
@@ -110,7 +114,8 @@ AtomicFile AtomicFile::create(const fs::path& final_path) {
   file.temporary_path_ += ".tmp";
   file.fd_ = ::open(file.temporary_path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
   if (file.fd_ < 0) {
-    fail(ErrorKind::kIo, "cannot create {}: {}", file.temporary_path_.string(), std::strerror(errno));
+    fail(ErrorKind::kIo, "cannot create {}: {}", file.temporary_path_.string(),
+         std::strerror(errno));
   }
   return file;
 }
@@ -167,7 +172,8 @@ AtomicDirectory AtomicDirectory::create(const fs::path& final_path) {
   AtomicDirectory directory;
   directory.final_path_ = final_path.has_filename() ? final_path : final_path.parent_path();
   if (fs::exists(directory.final_path_, ignored) &&
-      !(fs::is_directory(directory.final_path_, ignored) && fs::is_empty(directory.final_path_, ignored))) {
+      !(fs::is_directory(directory.final_path_, ignored) &&
+        fs::is_empty(directory.final_path_, ignored))) {
     fail(ErrorKind::kIo, "{} exists already; remove it or choose another output directory",
          directory.final_path_.string());
   }
@@ -198,8 +204,8 @@ void AtomicDirectory::commit() {
   fs::remove(final_path_, error);  // only an empty directory can be there
   fs::rename(temporary_path_, final_path_, error);
   if (error) {
-    fail(ErrorKind::kIo, "cannot rename {} to {}: {}", temporary_path_.string(), final_path_.string(),
-         error.message());
+    fail(ErrorKind::kIo, "cannot rename {} to {}: {}", temporary_path_.string(),
+         final_path_.string(), error.message());
   }
   temporary_path_.clear();
   sync_directory(final_path_.parent_path());

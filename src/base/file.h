@@ -14,8 +14,8 @@ namespace nibble {
 
 namespace fs = std::filesystem;
 
-/// Whole content of a regular file. Throws Error{kIo} (cannot open or read) or Error{kLimit} (larger
-/// than `max_bytes`).
+/// Whole content of a regular file. Throws Error{kIo} (cannot open or read) or Error{kLimit}
+/// (larger than `max_bytes`).
 std::string read_file(const fs::path& path, uint64_t max_bytes = uint64_t{1} << 31);
 
 /// Read-only memory map of a regular file. Move-only; spans into it live as long as it does.

@@ -15,7 +15,8 @@ void request_interrupt() noexcept { interrupted.store(true, std::memory_order_re
 void clear_interrupt() noexcept { interrupted.store(false, std::memory_order_relaxed); }
 bool interrupt_requested() noexcept { return interrupted.load(std::memory_order_relaxed); }
 void throw_if_interrupted() {
-  if (interrupt_requested()) fail(ErrorKind::kInterrupted, "interrupted; nothing half-written was left behind");
+  if (interrupt_requested())
+    fail(ErrorKind::kInterrupted, "interrupted; nothing half-written was left behind");
 }
 
 }  // namespace nibble

@@ -1,5 +1,5 @@
-// Ctrl-C: main's signal handler sets one flag; long work calls throw_if_interrupted() at its natural
-// steps, so that destructors remove temporaries. Only the CLI installs the handler.
+// Ctrl-C: main's signal handler sets one flag; long work calls throw_if_interrupted() at its
+// natural steps, so that destructors remove temporaries. Only the CLI installs the handler.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

@@ -61,7 +61,8 @@ std::string_view trim_right(std::string_view text) {
 
 void append_value(std::string& out, const json::value& value, const JsonStyle& style, int depth);
 
-void append_object(std::string& out, const json::object& object, const JsonStyle& style, int depth) {
+void append_object(std::string& out, const json::object& object, const JsonStyle& style,
+                   int depth) {
   if (object.empty()) {
     out += "{}";
     return;
@@ -109,7 +110,9 @@ void append_value(std::string& out, const json::value& value, const JsonStyle& s
     case json::kind::null: out += "null"; break;
     case json::kind::bool_: out += value.get_bool() ? "true" : "false"; break;
     case json::kind::int64: fmt::format_to(std::back_inserter(out), "{}", value.get_int64()); break;
-    case json::kind::uint64: fmt::format_to(std::back_inserter(out), "{}", value.get_uint64()); break;
+    case json::kind::uint64:
+      fmt::format_to(std::back_inserter(out), "{}", value.get_uint64());
+      break;
     case json::kind::double_: out += python_float_repr(value.get_double()); break;
     case json::kind::string: append_json_string(out, value.get_string(), style.ensure_ascii); break;
     case json::kind::array: append_array(out, value.get_array(), style, depth); break;
@@ -131,8 +134,7 @@ json::value parse_json(std::string_view text, std::string_view what, int max_dep
   json::stream_parser parser({}, options);
   json::error_code code;
   const size_t consumed = parser.write_some(text.data(), text.size(), code);
-  if (!code && consumed < text.size() &&
-      text.find_first_not_of(" \t\r\n", consumed) != text.npos) {
+  if (!code && consumed < text.size() && text.find_first_not_of(" \t\r\n", consumed) != text.npos) {
     code = json::error::extra_data;
   }
   if (!code) parser.finish(code);
@@ -141,8 +143,8 @@ json::value parse_json(std::string_view text, std::string_view what, int max_dep
     const auto line = std::count(before.begin(), before.end(), '\n') + 1;
     const size_t line_start = before.rfind('\n');
     const size_t column = before.size() - (line_start == before.npos ? 0 : line_start + 1) + 1;
-    fail(ErrorKind::kInput, "{} is not valid JSON: {} at line {} column {}", what, code.message(), line,
-         column);
+    fail(ErrorKind::kInput, "{} is not valid JSON: {} at line {} column {}", what, code.message(),
+         line, column);
   }
   return parser.release();
 }
@@ -191,7 +193,8 @@ void append_json_string(std::string& out, std::string_view text, bool ensure_asc
           }
           if (point >= 0x10000) {
             fmt::format_to(std::back_inserter(out), "\\u{:04x}\\u{:04x}",
-                           0xd800 + ((point - 0x10000) >> 10), 0xdc00 + ((point - 0x10000) & 0x3ff));
+                           0xd800 + ((point - 0x10000) >> 10),
+                           0xdc00 + ((point - 0x10000) & 0x3ff));
           } else {
             fmt::format_to(std::back_inserter(out), "\\u{:04x}", point);
           }

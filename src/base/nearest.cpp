@@ -38,7 +38,8 @@ int edit_distance(std::string_view a, std::string_view b) {
     current[0] = static_cast<int>(i);
     for (size_t j = 1; j < width; ++j) {
       const char x = fold(a[i - 1]), y = fold(b[j - 1]);
-      current[j] = std::min({previous[j] + 1, current[j - 1] + 1, previous[j - 1] + (x == y ? 0 : 1)});
+      current[j] =
+          std::min({previous[j] + 1, current[j - 1] + 1, previous[j - 1] + (x == y ? 0 : 1)});
       if (i > 1 && j > 1 && x == fold(b[j - 2]) && fold(a[i - 2]) == y) {
         current[j] = std::min(current[j], before[j - 2] + 1);
       }

@@ -1,6 +1,6 @@
-// Progress of long work. The library reports through this interface and never prints; the CLI shows a bar with rate
-// and ETA on a terminal and plain lines elsewhere.
-// SPDX-License-Identifier: Apache-2.0
+// Progress of long work. The library reports through this interface and never prints; the CLI shows
+// a bar with rate and ETA on a terminal and plain lines elsewhere. SPDX-License-Identifier:
+// Apache-2.0
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,8 @@ namespace nibble {
 class Progress {
  public:
   virtual ~Progress() = default;
-  /// A stage begins: "quantizing layers", with `total` units ("layers", "B" for bytes); 0 when unknown.
+  /// A stage begins: "quantizing layers", with `total` units ("layers", "B" for bytes); 0 when
+  /// unknown.
   virtual void begin(std::string_view stage, int64_t total, std::string_view unit) = 0;
   virtual void advance(int64_t done) = 0;  // absolute count of units done
   virtual void end() = 0;

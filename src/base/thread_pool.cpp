@@ -11,8 +11,8 @@
 namespace nibble {
 namespace {
 
-// Spinning longer than this hurts everybody else on an oversubscribed machine; sleeping at once costs
-// a futex round trip per region.
+// Spinning longer than this hurts everybody else on an oversubscribed machine; sleeping at once
+// costs a futex round trip per region.
 constexpr int kSpins = 4000;
 
 inline void cpu_relax() {

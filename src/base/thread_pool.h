@@ -1,5 +1,5 @@
-// A persistent pool for data-parallel loops: the caller's thread works too, workers spin briefly and
-// then sleep. One pool per backend or job; parallel_for may not be nested on the same pool.
+// A persistent pool for data-parallel loops: the caller's thread works too, workers spin briefly
+// and then sleep. One pool per backend or job; parallel_for may not be nested on the same pool.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -27,8 +27,9 @@ class ThreadPool {
 
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  /// Runs body(chunk, thread) for chunk in [0, num_chunks), handed out in order to whichever thread is
-  /// free; returns when all are done. thread in [0, num_threads()). The first exception is rethrown.
+  /// Runs body(chunk, thread) for chunk in [0, num_chunks), handed out in order to whichever thread
+  /// is free; returns when all are done. thread in [0, num_threads()). The first exception is
+  /// rethrown.
   void parallel_for(int64_t num_chunks, const std::function<void(int64_t chunk, int thread)>& body);
 
  private:

@@ -1,5 +1,5 @@
-// `nibble bench ops`: every op of a model's step, timed alone, against the read bandwidth measured in the same run.
-// SPDX-License-Identifier: Apache-2.0
+// `nibble bench ops`: every op of a model's step, timed alone, against the read bandwidth measured
+// in the same run. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <string>
@@ -13,9 +13,9 @@ namespace nibble {
 
 struct OpTiming {
   std::string name;
-  double us = 0;        // median over rounds of one call
-  double calls = 1;     // per step of the model: layers, or 1
-  double bytes = 0;     // that one call must move
+  double us = 0;     // median over rounds of one call
+  double calls = 1;  // per step of the model: layers, or 1
+  double bytes = 0;  // that one call must move
   double flops = 0;
   double gb_per_s() const { return bytes / us * 1e-3; }
   double gflops() const { return flops / us * 1e-3; }
@@ -27,17 +27,18 @@ struct BenchOpsOptions {
   int group_size = 128;
   KvFormat kv_format = KvFormat::kInt8Dynamic;
   int kv_block_tokens = 32;
-  int rows = 1;          // sequences of a decode step, or tokens of a prefill step
-  bool prefill = false;  // rows tokens of one sequence instead of one token of each of rows sequences
-  int context = 512;     // cached tokens of each sequence before the step
+  int rows = 1;  // sequences of a decode step, or tokens of a prefill step
+  bool prefill =
+      false;          // rows tokens of one sequence instead of one token of each of rows sequences
+  int context = 512;  // cached tokens of each sequence before the step
   double min_seconds = 0.3;  // per op
 };
 
 /// The 1.1B Mistral shape of the speed targets.
 ModelSpec bench_model_spec();
 
-/// Calls reserve() itself. Weights are rotated through copies larger than caches (1 GiB at most per op), as a model's
-/// layers are.
+/// Calls reserve() itself. Weights are rotated through copies larger than caches (1 GiB at most per
+/// op), as a model's layers are.
 std::vector<OpTiming> bench_ops(Backend& backend, const BenchOpsOptions& options);
 
 /// Step time and tokens/s that the ops alone allow.

@@ -53,10 +53,11 @@ Buffer to_device(Backend& backend, const void* host, size_t bytes) {
   return buffer;
 }
 
-// Weights --------------------------------------------------------------------------------------------------------
+// Weights
+// --------------------------------------------------------------------------------------------------------
 
-TestWeight::TestWeight(Backend& backend, WeightLayout layout, int out_features, int in_features, int group_size,
-                       uint64_t seed, bool pre_scale)
+TestWeight::TestWeight(Backend& backend, WeightLayout layout, int out_features, int in_features,
+                       int group_size, uint64_t seed, bool pre_scale)
     : packed_memory_(nullptr, [](void* p) { std::free(p); }) {
   const auto n = static_cast<size_t>(out_features), k = static_cast<size_t>(in_features);
   operand_ = {.layout = layout, .out_features = out_features, .in_features = in_features};
@@ -64,7 +65,8 @@ TestWeight::TestWeight(Backend& backend, WeightLayout layout, int out_features, 
   std::vector<std::byte> bytes;
   if (is_int4(layout)) {
     operand_.group_size = group_size;
-    Int4Matrix m{.out_features = out_features, .in_features = in_features, .group_size = group_size};
+    Int4Matrix m{
+        .out_features = out_features, .in_features = in_features, .group_size = group_size};
     m.q.resize(n * k);
     for (size_t i = 0; i < m.q.size(); i += 16) {
       const uint64_t bits = mix(seed ^ mix(i));
@@ -91,13 +93,15 @@ TestWeight::TestWeight(Backend& backend, WeightLayout layout, int out_features, 
     } else {
       auto* out = reinterpret_cast<uint16_t*>(bytes.data());
       for (size_t i = 0; i < values.size(); ++i) {
-        out[i] = layout == WeightLayout::kBf16Rows ? float_to_bf16(values[i]) : float_to_f16(values[i]);
+        out[i] =
+            layout == WeightLayout::kBf16Rows ? float_to_bf16(values[i]) : float_to_f16(values[i]);
       }
     }
   }
-  // A weight lies in a mapping of its exact size in real use: leave no slack that a kernel could read by mistake
-  // under AddressSanitizer.
-  packed_memory_.reset(static_cast<std::byte*>(std::aligned_alloc(64, (bytes.size() + 63) / 64 * 64)));
+  // A weight lies in a mapping of its exact size in real use: leave no slack that a kernel could
+  // read by mistake under AddressSanitizer.
+  packed_memory_.reset(
+      static_cast<std::byte*>(std::aligned_alloc(64, (bytes.size() + 63) / 64 * 64)));
   std::memcpy(packed_memory_.get(), bytes.data(), bytes.size());
   operand_.weight = backend.import_weights(packed_memory_.get(), bytes.size());
   if (pre_scale) {
@@ -109,11 +113,15 @@ TestWeight::TestWeight(Backend& backend, WeightLayout layout, int out_features, 
 }
 
 std::string LinearCase::name() const {
-  return fmt::format("{} {}x{}{} rows {}{}{}", gate_up ? "gate_up" : "linear", out_features, in_features,
-                     is_int4(layout) ? fmt::format(" int4 g{}", group_size) : fmt::format(" {}", weight_layout_name(layout)),
+  return fmt::format("{} {}x{}{} rows {}{}{}", gate_up ? "gate_up" : "linear", out_features,
+                     in_features,
+                     is_int4(layout) ? fmt::format(" int4 g{}", group_size)
+                                     : fmt::format(" {}", weight_layout_name(layout)),
                      rows, add ? " add" : "", pre_scale ? " pre_scale" : "");
 }
-double LinearCase::flops() const { return 2.0 * rows * out_features * in_features * (gate_up ? 2 : 1); }
+double LinearCase::flops() const {
+  return 2.0 * rows * out_features * in_features * (gate_up ? 2 : 1);
+}
 double LinearCase::bytes() const {
   return weight_bytes(layout, out_features, in_features, group_size) * (gate_up ? 2 : 1) +
          4.0 * rows * (double{1} * in_features + out_features * (add ? 2.0 : 1.0));
@@ -122,27 +130,43 @@ double LinearCase::bytes() const {
 std::vector<LinearCase> linear_cases() {
   std::vector<LinearCase> cases;
   uint64_t seed = 100;
-  // N even because the portable layout pairs rows; N not a multiple of 16; K of one and several groups.
-  const int int4_shapes[][3] = {{2, 64, 64},   {16, 128, 128}, {18, 64, 64},     {34, 256, 128},
-                                {50, 384, 64}, {98, 192, 64},  {130, 1024, 128}, {66, 512, 256}, {20, 96, 32}};
+  // N even because the portable layout pairs rows; N not a multiple of 16; K of one and several
+  // groups.
+  const int int4_shapes[][3] = {{2, 64, 64},      {16, 128, 128}, {18, 64, 64},
+                                {34, 256, 128},   {50, 384, 64},  {98, 192, 64},
+                                {130, 1024, 128}, {66, 512, 256}, {20, 96, 32}};
   const int rows[] = {1, 2, 3, 4, 5, 7, 8, 11, 12, 13, 16, 17, 33, 100, 200};
   for (const auto& [n, k, group] : int4_shapes) {
     for (const int r : rows) {
       const bool gate_up = seed % 3 == 0;
-      cases.push_back({.layout = WeightLayout::kCpuInt4, .out_features = n, .in_features = k, .group_size = group,
-                       .rows = r, .add = !gate_up && seed % 2 == 0, .pre_scale = seed % 5 < 2, .gate_up = gate_up,
+      cases.push_back({.layout = WeightLayout::kCpuInt4,
+                       .out_features = n,
+                       .in_features = k,
+                       .group_size = group,
+                       .rows = r,
+                       .add = !gate_up && seed % 2 == 0,
+                       .pre_scale = seed % 5 < 2,
+                       .gate_up = gate_up,
                        .seed = seed});
       ++seed;
     }
   }
-  const WeightLayout dense[] = {WeightLayout::kBf16Rows, WeightLayout::kF16Rows, WeightLayout::kF32Rows};
-  const int dense_shapes[][2] = {{1, 1}, {3, 5}, {13, 33}, {17, 100}, {37, 64}, {100, 257}, {25, 1030}};
+  const WeightLayout dense[] = {WeightLayout::kBf16Rows, WeightLayout::kF16Rows,
+                                WeightLayout::kF32Rows};
+  const int dense_shapes[][2] = {{1, 1},   {3, 5},     {13, 33},  {17, 100},
+                                 {37, 64}, {100, 257}, {25, 1030}};
   for (const WeightLayout layout : dense) {
     for (const auto& [n, k] : dense_shapes) {
       for (const int r : {1, 2, 3, 5, 6, 8, 11, 12, 13, 19, 100, 200}) {
         const bool gate_up = seed % 3 == 0;
-        cases.push_back({.layout = layout, .out_features = n, .in_features = k, .rows = r,
-                         .add = !gate_up && seed % 2 == 0, .pre_scale = seed % 5 < 1, .gate_up = gate_up, .seed = seed});
+        cases.push_back({.layout = layout,
+                         .out_features = n,
+                         .in_features = k,
+                         .rows = r,
+                         .add = !gate_up && seed % 2 == 0,
+                         .pre_scale = seed % 5 < 1,
+                         .gate_up = gate_up,
+                         .seed = seed});
         ++seed;
       }
     }
@@ -150,21 +174,35 @@ std::vector<LinearCase> linear_cases() {
   return cases;
 }
 
-std::vector<LinearCase> model_linear_cases(const ModelSpec& s, WeightLayout int4_layout, int group_size, int rows) {
+std::vector<LinearCase> model_linear_cases(const ModelSpec& s, WeightLayout int4_layout,
+                                           int group_size, int rows) {
   const auto int4 = [&](int n, int k, bool add, bool gate_up) {
-    return LinearCase{.layout = int4_layout, .out_features = n, .in_features = k, .group_size = group_size,
-                      .rows = rows, .add = add, .gate_up = gate_up, .seed = static_cast<uint64_t>(n + k)};
+    return LinearCase{.layout = int4_layout,
+                      .out_features = n,
+                      .in_features = k,
+                      .group_size = group_size,
+                      .rows = rows,
+                      .add = add,
+                      .gate_up = gate_up,
+                      .seed = static_cast<uint64_t>(n + k)};
   };
-  return {int4(s.qkv_size(), s.hidden_size, false, false), int4(s.hidden_size, s.q_size(), true, false),
-          int4(s.ffn_size, s.hidden_size, false, true), int4(s.hidden_size, s.ffn_size, true, false),
-          LinearCase{.layout = WeightLayout::kBf16Rows, .out_features = s.vocab_size, .in_features = s.hidden_size,
-                     .rows = rows, .seed = 7}};
+  return {
+      int4(s.qkv_size(), s.hidden_size, false, false), int4(s.hidden_size, s.q_size(), true, false),
+      int4(s.ffn_size, s.hidden_size, false, true), int4(s.hidden_size, s.ffn_size, true, false),
+      LinearCase{.layout = WeightLayout::kBf16Rows,
+                 .out_features = s.vocab_size,
+                 .in_features = s.hidden_size,
+                 .rows = rows,
+                 .seed = 7}};
 }
 
-// Outputs --------------------------------------------------------------------------------------------------------
+// Outputs
+// --------------------------------------------------------------------------------------------------------
 
 GuardedOutput::GuardedOutput(Backend& backend, size_t num_floats)
-    : backend_(backend), size_(num_floats), buffer_(backend.alloc((num_floats + 2 * kGuard) * sizeof(float))) {
+    : backend_(backend),
+      size_(num_floats),
+      buffer_(backend.alloc((num_floats + 2 * kGuard) * sizeof(float))) {
   fill(std::vector<float>(num_floats, std::numeric_limits<float>::quiet_NaN()));
 }
 
@@ -185,15 +223,17 @@ std::vector<float> GuardedOutput::read() const {
   }
   std::vector<float> values(size_);
   std::memcpy(values.data(), all.data() + kGuard, size_ * sizeof(float));
-  for (size_t i = 0; i < size_; ++i) NIBBLE_CHECK(!std::isnan(values[i]), "element {} is NaN or unwritten", i);
+  for (size_t i = 0; i < size_; ++i)
+    NIBBLE_CHECK(!std::isnan(values[i]), "element {} is NaN or unwritten", i);
   return values;
 }
 
-// Attention ------------------------------------------------------------------------------------------------------
+// Attention
+// ------------------------------------------------------------------------------------------------------
 
 std::string AttentionShape::name() const {
-  return fmt::format("heads {} kv {} dim {} block {} {}", num_heads, num_kv_heads, head_dim, block_tokens,
-                     kv_format_name(format));
+  return fmt::format("heads {} kv {} dim {} block {} {}", num_heads, num_kv_heads, head_dim,
+                     block_tokens, kv_format_name(format));
 }
 
 std::vector<AttentionShape> attention_shapes() {
@@ -202,42 +242,54 @@ std::vector<AttentionShape> attention_shapes() {
        {KvFormat::kInt8Dynamic, KvFormat::kInt8Static, KvFormat::kF16, KvFormat::kF32}) {
     shapes.push_back({4, 2, 32, 16, format});
     shapes.push_back({6, 2, 64, 32, format});
-    shapes.push_back({8, 1, 40, 32, format});   // head_dim not a multiple of 16; 8 heads a kv head
-    shapes.push_back({3, 3, 18, 5, format});    // odd everything: no grouping, blocks that divide nothing
+    shapes.push_back({8, 1, 40, 32, format});  // head_dim not a multiple of 16; 8 heads a kv head
+    shapes.push_back(
+        {3, 3, 18, 5, format});  // odd everything: no grouping, blocks that divide nothing
     shapes.push_back({4, 1, 128, 64, format});
   }
   return shapes;
 }
 
-AttentionRun::AttentionRun(Backend& backend, const AttentionShape& shape, int num_sequences, int max_tokens,
-                           uint64_t shuffle, bool out_scale)
-    : backend_(backend), shape_(shape), num_sequences_(num_sequences),
+AttentionRun::AttentionRun(Backend& backend, const AttentionShape& shape, int num_sequences,
+                           int max_tokens, uint64_t shuffle, bool out_scale)
+    : backend_(backend),
+      shape_(shape),
+      num_sequences_(num_sequences),
       blocks_per_seq_((max_tokens + shape.block_tokens - 1) / shape.block_tokens),
       lengths_(static_cast<size_t>(num_sequences)) {
-  NIBBLE_CHECK(backend.act_bytes() == sizeof(float), "op cases feed fp32 activations; {} has {}-byte ones",
-               backend.name(), backend.act_bytes());
+  NIBBLE_CHECK(backend.act_bytes() == sizeof(float),
+               "op cases feed fp32 activations; {} has {}-byte ones", backend.name(),
+               backend.act_bytes());
   const int num_blocks = num_sequences * blocks_per_seq_;
   tables_.resize(static_cast<size_t>(num_blocks));
   std::iota(tables_.begin(), tables_.end(), 0);
-  for (size_t i = tables_.size(); shuffle != 0 && i > 1; --i) std::swap(tables_[i - 1], tables_[mix(shuffle + i) % i]);
+  for (size_t i = tables_.size(); shuffle != 0 && i > 1; --i)
+    std::swap(tables_[i - 1], tables_[mix(shuffle + i) % i]);
 
   const auto half = static_cast<size_t>(shape.head_dim / 2);
   std::vector<float> cos(kMaxPosition * half), sin(cos.size());
   for (size_t p = 0; p < kMaxPosition; ++p) {
     for (size_t d = 0; d < half; ++d) {
-      const double angle = static_cast<double>(p) * std::pow(10000.0, -static_cast<double>(d) / static_cast<double>(half));
+      const double angle = static_cast<double>(p) *
+                           std::pow(10000.0, -static_cast<double>(d) / static_cast<double>(half));
       cos[p * half + d] = static_cast<float>(std::cos(angle));
       sin[p * half + d] = static_cast<float>(std::sin(angle));
     }
   }
   cos_ = to_device(backend, cos);
   sin_ = to_device(backend, sin);
-  const size_t kv_bytes = static_cast<size_t>(num_blocks) * backend.kv_block_bytes(shape.format, shape.block_tokens,
-                                                                                  shape.num_kv_heads, shape.head_dim);
+  const size_t kv_bytes =
+      static_cast<size_t>(num_blocks) *
+      backend.kv_block_bytes(shape.format, shape.block_tokens, shape.num_kv_heads, shape.head_dim);
   kv_ = to_device(backend, std::vector<uint8_t>(kv_bytes, 0xff));  // NaN wherever nobody wrote
-  layer_ = {.format = shape.format, .num_blocks = num_blocks, .block_tokens = shape.block_tokens,
-            .num_kv_heads = shape.num_kv_heads, .head_dim = shape.head_dim, .data = kv_.data(),
-            .k_scale = 0.02f, .v_scale = 0.015f};  // static: normal values saturate past 2.5 and 1.9 sigma
+  layer_ = {.format = shape.format,
+            .num_blocks = num_blocks,
+            .block_tokens = shape.block_tokens,
+            .num_kv_heads = shape.num_kv_heads,
+            .head_dim = shape.head_dim,
+            .data = kv_.data(),
+            .k_scale = 0.02f,
+            .v_scale = 0.015f};  // static: normal values saturate past 2.5 and 1.9 sigma
   if (out_scale) {
     std::vector<float> values(static_cast<size_t>(shape.num_heads * shape.head_dim));
     for (size_t i = 0; i < values.size(); ++i) values[i] = std::exp(0.3f * normal_value(77, i));
@@ -258,8 +310,10 @@ void AttentionRun::prepare(const std::vector<Chunk>& chunks) {
     for (int i = 0; i < chunk.count; ++i) {
       const int position = length + i;
       positions_.push_back(position);
-      const uint64_t seed = 1000 + static_cast<uint64_t>(chunk.sequence) * 100000 + static_cast<uint64_t>(position);
-      for (int j = 0; j < row_size; ++j) qkv.push_back(normal_value(seed, static_cast<uint64_t>(j)));
+      const uint64_t seed =
+          1000 + static_cast<uint64_t>(chunk.sequence) * 100000 + static_cast<uint64_t>(position);
+      for (int j = 0; j < row_size; ++j)
+        qkv.push_back(normal_value(seed, static_cast<uint64_t>(j)));
     }
     length += chunk.count;
     seq_starts_.push_back(static_cast<int32_t>(positions_.size()));
@@ -281,22 +335,27 @@ void AttentionRun::prepare(const std::vector<Chunk>& chunks) {
             .block_tables = tables_dev_.as<int32_t>(),
             .host_seq_starts = seq_starts_.data(),
             .host_kv_lens = kv_lens_.data()};
-  y_ = backend_.alloc(positions_.size() * static_cast<size_t>(shape_.num_heads * shape_.head_dim) * sizeof(float));
+  y_ = backend_.alloc(positions_.size() * static_cast<size_t>(shape_.num_heads * shape_.head_dim) *
+                      sizeof(float));
 }
 
 void AttentionRun::store() {
-  backend_.rope_store_kv(batch_, qkv_.data(), shape_.num_heads,
-                         {.cos = cos_.as<float>(), .sin = sin_.as<float>(), .max_position = kMaxPosition}, layer_);
+  backend_.rope_store_kv(
+      batch_, qkv_.data(), shape_.num_heads,
+      {.cos = cos_.as<float>(), .sin = sin_.as<float>(), .max_position = kMaxPosition}, layer_);
 }
 void AttentionRun::attend() {
-  backend_.attention(batch_, qkv_.data(), shape_.num_heads, layer_, out_scale_.as<float>(), y_.data());
+  backend_.attention(batch_, qkv_.data(), shape_.num_heads, layer_, out_scale_.as<float>(),
+                     y_.data());
 }
 
 std::vector<float> AttentionRun::step(const std::vector<Chunk>& chunks) {
   prepare(chunks);
   store();
-  GuardedOutput y(backend_, positions_.size() * static_cast<size_t>(shape_.num_heads * shape_.head_dim));
-  backend_.attention(batch_, qkv_.data(), shape_.num_heads, layer_, out_scale_.as<float>(), y.data());
+  GuardedOutput y(backend_,
+                  positions_.size() * static_cast<size_t>(shape_.num_heads * shape_.head_dim));
+  backend_.attention(batch_, qkv_.data(), shape_.num_heads, layer_, out_scale_.as<float>(),
+                     y.data());
   return y.read();
 }
 
@@ -307,9 +366,10 @@ double AttentionRun::attend_flops() const {
 }
 double AttentionRun::attend_bytes() const {
   double blocks = 0;
-  for (const int32_t length : kv_lens_) blocks += (length + shape_.block_tokens - 1) / shape_.block_tokens;
-  return blocks * static_cast<double>(backend_.kv_block_bytes(shape_.format, shape_.block_tokens, shape_.num_kv_heads,
-                                                              shape_.head_dim));
+  for (const int32_t length : kv_lens_)
+    blocks += (length + shape_.block_tokens - 1) / shape_.block_tokens;
+  return blocks * static_cast<double>(backend_.kv_block_bytes(
+                      shape_.format, shape_.block_tokens, shape_.num_kv_heads, shape_.head_dim));
 }
 
 }  // namespace nibble::ops

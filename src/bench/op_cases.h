@@ -1,7 +1,7 @@
-// One case table per op: shapes, seed, flops and bytes. tests/ops runs the small ones on every backend against the
-// reference; `nibble bench ops` times the model-sized ones. Data are generated from the seed, row by row and
-// sequence by sequence, so that the same row in another batch has the same content.
-// SPDX-License-Identifier: Apache-2.0
+// One case table per op: shapes, seed, flops and bytes. tests/ops runs the small ones on every
+// backend against the reference; `nibble bench ops` times the model-sized ones. Data are generated
+// from the seed, row by row and sequence by sequence, so that the same row in another batch has the
+// same content. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,8 @@ void fill_normal(std::vector<float>& out, uint64_t seed, float scale = 1.0f);
 class TestWeight {
  public:
   /// layout: dense or int4. Int4: q uniform in [-8, 7], scales positive.
-  TestWeight(Backend& backend, WeightLayout layout, int out_features, int in_features, int group_size, uint64_t seed,
-             bool pre_scale);
+  TestWeight(Backend& backend, WeightLayout layout, int out_features, int in_features,
+             int group_size, uint64_t seed, bool pre_scale);
   const LinearOperand& operand() const { return operand_; }
 
  private:
@@ -51,7 +51,8 @@ struct LinearCase {
 /// Small, ragged and odd: correctness.
 std::vector<LinearCase> linear_cases();
 /// A model's linears at `rows` rows: speed.
-std::vector<LinearCase> model_linear_cases(const ModelSpec& spec, WeightLayout int4_layout, int group_size, int rows);
+std::vector<LinearCase> model_linear_cases(const ModelSpec& spec, WeightLayout int4_layout,
+                                           int group_size, int rows);
 
 struct AttentionShape {
   int num_heads = 0, num_kv_heads = 0, head_dim = 0, block_tokens = 32;
@@ -60,18 +61,21 @@ struct AttentionShape {
 };
 std::vector<AttentionShape> attention_shapes();
 
-/// Runs rope_store_kv and attention over sequences whose q, k and v depend on (seed, sequence id, position) only.
+/// Runs rope_store_kv and attention over sequences whose q, k and v depend on (seed, sequence id,
+/// position) only.
 class AttentionRun {
  public:
   struct Chunk {
     int sequence, count;  // next `count` tokens of `sequence`
   };
   /// `shuffle` permutes block ids; out_scale adds o's pre-scale.
-  AttentionRun(Backend& backend, const AttentionShape& shape, int num_sequences, int max_tokens, uint64_t shuffle,
-               bool out_scale = false);
-  /// One ragged step. Returns y [sum of counts, H D]; throws when the op wrote outside y or left y unwritten.
+  AttentionRun(Backend& backend, const AttentionShape& shape, int num_sequences, int max_tokens,
+               uint64_t shuffle, bool out_scale = false);
+  /// One ragged step. Returns y [sum of counts, H D]; throws when the op wrote outside y or left y
+  /// unwritten.
   std::vector<float> step(const std::vector<Chunk>& chunks);
-  /// The same step's ops, timed by the caller: prepare() sets the batch up, attend() may be repeated.
+  /// The same step's ops, timed by the caller: prepare() sets the batch up, attend() may be
+  /// repeated.
   void prepare(const std::vector<Chunk>& chunks);
   void store();
   void attend();
@@ -86,7 +90,8 @@ class AttentionRun {
   std::vector<int> lengths_;
   std::vector<int32_t> tables_;  // [sequences, blocks]
   std::vector<int32_t> positions_, seq_starts_, kv_lens_, step_tables_;
-  Buffer cos_, sin_, kv_, qkv_, y_, out_scale_, positions_dev_, seq_starts_dev_, kv_lens_dev_, tables_dev_;
+  Buffer cos_, sin_, kv_, qkv_, y_, out_scale_, positions_dev_, seq_starts_dev_, kv_lens_dev_,
+      tables_dev_;
   StepBatch batch_;
   KvLayer layer_;
 };

@@ -32,11 +32,13 @@ WeightLayout dense_layout_of(DType dtype) {
 }
 
 // The rows the packer will emit, in its order, without packing anything.
-std::vector<SafetensorsWriter::Declaration> declarations(const WeightSource& source, const EnginePlan& plan) {
+std::vector<SafetensorsWriter::Declaration> declarations(const WeightSource& source,
+                                                         const EnginePlan& plan) {
   std::vector<SafetensorsWriter::Declaration> out;
-  describe_engine(source, plan, [&](const std::string& name, DType dtype, const std::vector<int64_t>& shape) {
-    out.push_back({name, dtype, shape});
-  });
+  describe_engine(source, plan,
+                  [&](const std::string& name, DType dtype, const std::vector<int64_t>& shape) {
+                    out.push_back({name, dtype, shape});
+                  });
   out.push_back({std::string(kChecksums), DType::kU64, {static_cast<int64_t>(out.size())}});
   return out;
 }
@@ -59,14 +61,17 @@ EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options) 
   check_limit("--max-num-tokens", plan.limits.max_num_tokens, plan.limits.max_batch_size, 1 << 20);
   if (plan.limits.max_seq_len() > plan.spec.max_position) {
     fail(ErrorKind::kUsage,
-         "--max-input-len {} + --max-output-len {} is {} tokens, but the model has only {} positions; lower one of them",
-         plan.limits.max_input_len, plan.limits.max_output_len, plan.limits.max_seq_len(), plan.spec.max_position);
+         "--max-input-len {} + --max-output-len {} is {} tokens, but the model has only {} "
+         "positions; lower one of them",
+         plan.limits.max_input_len, plan.limits.max_output_len, plan.limits.max_seq_len(),
+         plan.spec.max_position);
   }
   plan.kv_format = options.kv_format;
   plan.kv_block_tokens = options.kv_block_tokens;
   if (plan.kv_format == KvFormat::kInt8Static && !source.kv_scales()) {
     fail(ErrorKind::kInput,
-         "--kv-cache int8-static needs the checkpoint's calibrated KV scales and it has none; use --kv-cache int8 "
+         "--kv-cache int8-static needs the checkpoint's calibrated KV scales and it has none; use "
+         "--kv-cache int8 "
          "(scales made at run time), or quantize again with --kv-cache int8");
   }
   plan.dense_layout = dense_layout_of(plan.spec.dtype);
@@ -83,22 +88,23 @@ EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options) 
   return plan;
 }
 
-void build_engine(const fs::path& model_dir, const WeightSource& source, const BuildOptions& options,
-                  const fs::path& out, Progress& progress) {
+void build_engine(const fs::path& model_dir, const WeightSource& source,
+                  const BuildOptions& options, const fs::path& out, Progress& progress) {
   const EnginePlan plan = plan_engine(source, options);
   AtomicDirectory directory = AtomicDirectory::create(out);
   std::vector<SafetensorsWriter::Declaration> tensors = declarations(source, plan);
   const auto total = static_cast<int64_t>(tensors.size());
   const std::string plan_json = dump_json(plan.to_json());
-  SafetensorsWriter writer = SafetensorsWriter::create(
-      directory.path() / "rank0.engine", tensors, {{"format", "nibble-engine"}, {"plan", plan_json}}, kAlignment);
+  SafetensorsWriter writer =
+      SafetensorsWriter::create(directory.path() / "rank0.engine", tensors,
+                                {{"format", "nibble-engine"}, {"plan", plan_json}}, kAlignment);
   progress.begin(fmt::format("packing weights for {}", plan.target), total, "tensors");
   std::vector<uint64_t> checksums;
   pack_engine(source, plan, [&](const PackedTensor& tensor) {
     throw_if_interrupted();
     const SafetensorsWriter::Declaration& declared = tensors[checksums.size()];
-    NIBBLE_CHECK(declared.name == tensor.name && declared.shape == tensor.shape, "{} was declared as {}", tensor.name,
-                 declared.name);
+    NIBBLE_CHECK(declared.name == tensor.name && declared.shape == tensor.shape,
+                 "{} was declared as {}", tensor.name, declared.name);
     checksums.push_back(xxh3_64(tensor.bytes));
     writer.write(tensor.bytes);
     progress.advance(static_cast<int64_t>(checksums.size()));
@@ -106,7 +112,8 @@ void build_engine(const fs::path& model_dir, const WeightSource& source, const B
   writer.write(std::as_bytes(std::span(checksums)));
   writer.commit();
   progress.end();
-  write_file_atomically(directory.path() / "config.json", dump_json(plan.to_json(), {.indent = 2}) + "\n");
+  write_file_atomically(directory.path() / "config.json",
+                        dump_json(plan.to_json(), {.indent = 2}) + "\n");
   copy_tokenizer_files(options.tokenizer_dir.value_or(model_dir), directory.path());
   directory.commit();
 }
@@ -116,30 +123,36 @@ EnginePlan read_engine_plan(const SafetensorsFile& file, const fs::path& engine_
   for (const auto& [key, value] : file.metadata()) {
     if (key != "plan") continue;
     const json::value parsed = parse_json(value, what + " (plan)");
-    if (!parsed.is_object()) fail(ErrorKind::kInput, "{}: the plan is not an object; {}", what, rebuild_command(engine_dir));
+    if (!parsed.is_object())
+      fail(ErrorKind::kInput, "{}: the plan is not an object; {}", what,
+           rebuild_command(engine_dir));
     // The version comes first: a newer plan may hold keys this binary does not know.
     const json::value* version = parsed.get_object().if_contains("nibble_version");
     if (version == nullptr || !version->is_string() || version->get_string() != NIBBLE_VERSION) {
       fail(ErrorKind::kInput, "{} was built by nibble {}, this is nibble {}; rebuild it: {}", what,
-           version != nullptr && version->is_string() ? std::string_view(version->get_string()) : "(unknown)",
+           version != nullptr && version->is_string() ? std::string_view(version->get_string())
+                                                      : "(unknown)",
            NIBBLE_VERSION, rebuild_command(engine_dir));
     }
     EnginePlan plan = EnginePlan::from_json(parsed.get_object(), what);
     if (plan.tp_size != 1) {
-      fail(ErrorKind::kUnsupported, "{} was built for tensor-parallel size {}, this process runs 1; rebuild it: {}", what,
+      fail(ErrorKind::kUnsupported,
+           "{} was built for tensor-parallel size {}, this process runs 1; rebuild it: {}", what,
            plan.tp_size, rebuild_command(engine_dir));
     }
     std::string here;
     try {
       here = resolve_target(plan.target);
     } catch (const Error& error) {
-      fail(ErrorKind::kDevice, "{} was built for {}, which this machine cannot run ({}); rebuild it: {}", what,
+      fail(ErrorKind::kDevice,
+           "{} was built for {}, which this machine cannot run ({}); rebuild it: {}", what,
            plan.target, error.what(), rebuild_command(engine_dir));
     }
     NIBBLE_CHECK(here == plan.target);
     return plan;
   }
-  fail(ErrorKind::kInput, "{} has no plan in its metadata, so it is not a nibble engine; rebuild it: {}", what,
+  fail(ErrorKind::kInput,
+       "{} has no plan in its metadata, so it is not a nibble engine; rebuild it: {}", what,
        rebuild_command(engine_dir));
 }
 
@@ -151,12 +164,14 @@ void verify_engine(const SafetensorsFile& file) {
     throw_if_interrupted();
     uint64_t expected = 0;
     if (stored.dtype != DType::kU64 || (i + 1) * sizeof expected > stored.bytes.size()) {
-      fail(ErrorKind::kInput, "{}: {} checksums for more tensors; rebuild the engine", file.file().path().string(), i);
+      fail(ErrorKind::kInput, "{}: {} checksums for more tensors; rebuild the engine",
+           file.file().path().string(), i);
     }
     std::memcpy(&expected, stored.bytes.data() + i * sizeof expected, sizeof expected);
     const uint64_t actual = xxh3_64(file.tensor(entry.name).bytes);
     if (actual != expected) {
-      fail(ErrorKind::kInput, "{}: tensor {} is damaged (checksum {}, built with {}); rebuild the engine",
+      fail(ErrorKind::kInput,
+           "{}: tensor {} is damaged (checksum {}, built with {}); rebuild the engine",
            file.file().path().string(), entry.name, hex64(actual), hex64(expected));
     }
     ++i;

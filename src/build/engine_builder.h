@@ -1,6 +1,6 @@
-// `build`: decides the plan and writes an engine directory: rank0.engine (safetensors with the plan and checksums
-// in its metadata), config.json (the plan), and the tokenizer, chat template and generation config of the model.
-// SPDX-License-Identifier: Apache-2.0
+// `build`: decides the plan and writes an engine directory: rank0.engine (safetensors with the plan
+// and checksums in its metadata), config.json (the plan), and the tokenizer, chat template and
+// generation config of the model. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <optional>
@@ -24,14 +24,15 @@ struct BuildOptions {
 EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options);
 
 /// Writes `out` atomically. `model_dir` is where tokenizer files are looked for.
-void build_engine(const fs::path& model_dir, const WeightSource& source, const BuildOptions& options,
-                  const fs::path& out, Progress& progress);
+void build_engine(const fs::path& model_dir, const WeightSource& source,
+                  const BuildOptions& options, const fs::path& out, Progress& progress);
 
-/// The engine file's plan, checked against this binary: version, target available here, tp. The message of a
-/// refusal holds the exact command that rebuilds.
+/// The engine file's plan, checked against this binary: version, target available here, tp. The
+/// message of a refusal holds the exact command that rebuilds.
 EnginePlan read_engine_plan(const SafetensorsFile& file, const fs::path& engine_dir);
 
-/// Compares every tensor's XXH3 with the one recorded at build time. Throws Error{kInput} naming the tensor.
+/// Compares every tensor's XXH3 with the one recorded at build time. Throws Error{kInput} naming
+/// the tensor.
 void verify_engine(const SafetensorsFile& file);
 
 }  // namespace nibble

@@ -14,15 +14,18 @@ namespace nibble {
 std::string resolve_target(const std::string& target) {
   if (target == "ref") return target;
   if (target.starts_with("cuda")) {
-    fail(ErrorKind::kUnsupported, "target {}: this build of nibble has no CUDA engine yet; use --target cpu:native", target);
+    fail(ErrorKind::kUnsupported,
+         "target {}: this build of nibble has no CUDA engine yet; use --target cpu:native", target);
   }
   if (target.starts_with("cpu:")) return "cpu:" + resolve_cpu_isa(target.substr(4));
-  const std::vector<std::string> known = {"cpu:native", "cpu:avx512", "cpu:avx2", "cpu:generic", "ref"};
-  fail(ErrorKind::kUsage, "unknown target {}; did you mean {}? Known: {}", target, nearest_name(target, known),
-       fmt::join(known, ", "));
+  const std::vector<std::string> known = {"cpu:native", "cpu:avx512", "cpu:avx2", "cpu:generic",
+                                          "ref"};
+  fail(ErrorKind::kUsage, "unknown target {}; did you mean {}? Known: {}", target,
+       nearest_name(target, known), fmt::join(known, ", "));
 }
 
-std::unique_ptr<Backend> make_backend(const std::string& target, ActivationPrecision precision, int num_threads) {
+std::unique_ptr<Backend> make_backend(const std::string& target, ActivationPrecision precision,
+                                      int num_threads) {
   const std::string resolved = resolve_target(target);
   if (resolved == "ref") return make_reference_backend();
   return make_cpu_backend(resolved.substr(4), precision, num_threads);
@@ -31,7 +34,8 @@ std::unique_ptr<Backend> make_backend(const std::string& target, ActivationPreci
 namespace {
 
 void finish_loading(LoadedModel& model, const LoadOptions& options) {
-  model.backend = make_backend(model.plan.target, model.plan.activation_precision, options.num_threads);
+  model.backend =
+      make_backend(model.plan.target, model.plan.activation_precision, options.num_threads);
   model.weights = ModelWeights::load(*model.backend, model.plan, *model.tensors);
 }
 
@@ -57,7 +61,8 @@ LoadedModel load_model(const fs::path& directory, const LoadOptions& options) {
     model.tensors = std::make_unique<EngineTensors>(EngineTensors::from_file(std::move(file)));
     finish_loading(model, options);
   } else {
-    model = load_source(kind == ModelKind::kCheckpoint ? open_checkpoint(directory) : open_hf(directory), options);
+    model = load_source(
+        kind == ModelKind::kCheckpoint ? open_checkpoint(directory) : open_hf(directory), options);
   }
   model.kind = kind;
   model.directory = tokenizer_directory(directory);

@@ -1,5 +1,5 @@
-// Opens anything that can run: an engine, a checkpoint or a Hugging Face directory (the latter two are packed in
-// memory for the asked target), with its backend and weights.
+// Opens anything that can run: an engine, a checkpoint or a Hugging Face directory (the latter two
+// are packed in memory for the asked target), with its backend and weights.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -17,21 +17,22 @@ namespace nibble {
 inline constexpr ActivationPrecision kDefaultCpuActivationPrecision = ActivationPrecision::kF32;
 
 /// "ref", "cpu:native", "cpu:avx512", "cpu:avx2", "cpu:generic". Throws Error{kDevice or kUsage}.
-std::unique_ptr<Backend> make_backend(const std::string& target, ActivationPrecision precision, int num_threads);
+std::unique_ptr<Backend> make_backend(const std::string& target, ActivationPrecision precision,
+                                      int num_threads);
 /// cpu:native -> the best instruction set of this machine.
 std::string resolve_target(const std::string& target);
 
 struct LoadOptions {
-  BuildOptions build;       // for what is not an engine yet; limits and kv format matter
-  int num_threads = 0;      // 0: usable_cpu_count()
-  bool verify = false;      // check the engine's checksums first
+  BuildOptions build;   // for what is not an engine yet; limits and kv format matter
+  int num_threads = 0;  // 0: usable_cpu_count()
+  bool verify = false;  // check the engine's checksums first
 };
 
 struct LoadedModel {
-  fs::path directory;                     // tokenizer and chat template are here
+  fs::path directory;  // tokenizer and chat template are here
   ModelKind kind = ModelKind::kEngine;
   EnginePlan plan;
-  std::unique_ptr<WeightSource> source;   // null for engines; host backends map its bytes
+  std::unique_ptr<WeightSource> source;  // null for engines; host backends map its bytes
   std::unique_ptr<EngineTensors> tensors;
   std::unique_ptr<Backend> backend;
   ModelWeights weights;

@@ -25,9 +25,11 @@ DType dense_dtype(WeightLayout layout) {
   }
 }
 
-// Emits name, dtype and shape, and a function that makes the bytes; describing a model never calls the latter.
+// Emits name, dtype and shape, and a function that makes the bytes; describing a model never calls
+// the latter.
 using MakeBytes = std::function<std::vector<std::byte>()>;
-using Emit = std::function<void(std::string name, DType dtype, std::vector<int64_t> shape, const MakeBytes& make)>;
+using Emit = std::function<void(std::string name, DType dtype, std::vector<int64_t> shape,
+                                const MakeBytes& make)>;
 
 class Packer {
  public:
@@ -70,10 +72,12 @@ class Packer {
   }
 
  private:
-  std::vector<float> pre_scale_of(const std::vector<WeightRow>& table, size_t from, WeightRole role) {
+  std::vector<float> pre_scale_of(const std::vector<WeightRow>& table, size_t from,
+                                  WeightRole role) {
     for (size_t i = from; i < table.size(); ++i) {
       if (table[i].role != role) continue;
-      return source_.is_quantized(table[i]) ? source_.load_int4(table[i]).pre_scale : std::vector<float>();
+      return source_.is_quantized(table[i]) ? source_.load_int4(table[i]).pre_scale
+                                            : std::vector<float>();
     }
     NIBBLE_CHECK(false, "the weight table lost a row");
     return {};
@@ -97,7 +101,8 @@ class Packer {
       if (wanted == DType::kF32) return to_bytes(values);
       std::vector<std::byte> narrowed(values.size() * sizeof(uint16_t));
       for (size_t i = 0; i < values.size(); ++i) {
-        const uint16_t bits = wanted == DType::kF16 ? float_to_f16(values[i]) : float_to_bf16(values[i]);
+        const uint16_t bits =
+            wanted == DType::kF16 ? float_to_f16(values[i]) : float_to_bf16(values[i]);
         std::memcpy(narrowed.data() + i * sizeof bits, &bits, sizeof bits);
       }
       return narrowed;
@@ -110,20 +115,28 @@ class Packer {
       return;
     }
     const Int4Weight weight = source_.load_int4(row);
-    const int out = static_cast<int>(weight.out_features), in = static_cast<int>(weight.in_features);
+    const int out = static_cast<int>(weight.out_features),
+              in = static_cast<int>(weight.in_features);
     if (weight.group_size != plan_.group_size) {
-      fail(ErrorKind::kUnsupported, "{} is quantized in groups of {}, the layers before it in groups of {}; one size a model",
-           row.name, weight.group_size, plan_.group_size);
+      fail(
+          ErrorKind::kUnsupported,
+          "{} is quantized in groups of {}, the layers before it in groups of {}; one size a model",
+          row.name, weight.group_size, plan_.group_size);
     }
-    const auto size = static_cast<int64_t>(packed_int4_bytes(out, in, weight.group_size, plan_.linear_layout));
+    const auto size =
+        static_cast<int64_t>(packed_int4_bytes(out, in, weight.group_size, plan_.linear_layout));
     emit_(row.name + ".weight", DType::kU8, {size}, [&] {
-      const Int4Matrix matrix{out, in, weight.group_size, unpack_nibbles(weight.nibbles, out, in), weight.scales};
+      const Int4Matrix matrix{out, in, weight.group_size, unpack_nibbles(weight.nibbles, out, in),
+                              weight.scales};
       return pack_int4(matrix, plan_.linear_layout).weight;
     });
-    if (plan_.linear_layout == WeightLayout::kInt4Portable) {  // the other layouts hold scales inline
-      emit_(row.name + ".scales", DType::kF32, {out, in / weight.group_size}, [&] { return to_bytes(weight.scales); });
+    if (plan_.linear_layout ==
+        WeightLayout::kInt4Portable) {  // the other layouts hold scales inline
+      emit_(row.name + ".scales", DType::kF32, {out, in / weight.group_size},
+            [&] { return to_bytes(weight.scales); });
     }
-    const bool all_ones = std::all_of(weight.pre_scale.begin(), weight.pre_scale.end(), [](float s) { return s == 1; });
+    const bool all_ones = std::all_of(weight.pre_scale.begin(), weight.pre_scale.end(),
+                                      [](float s) { return s == 1; });
     if (keep_pre_scale && !all_ones) {
       emit_(row.name + ".pre_scale", DType::kF32, {in}, [&] { return to_bytes(weight.pre_scale); });
     }
@@ -137,8 +150,10 @@ class Packer {
 
 }  // namespace
 
-void pack_engine(const WeightSource& source, const EnginePlan& plan, const std::function<void(PackedTensor)>& emit) {
-  const Emit make_and_emit = [&](std::string name, DType dtype, std::vector<int64_t> shape, const MakeBytes& make) {
+void pack_engine(const WeightSource& source, const EnginePlan& plan,
+                 const std::function<void(PackedTensor)>& emit) {
+  const Emit make_and_emit = [&](std::string name, DType dtype, std::vector<int64_t> shape,
+                                 const MakeBytes& make) {
     emit(PackedTensor{std::move(name), dtype, std::move(shape), make()});
   };
   Packer(source, plan, make_and_emit).run();
@@ -155,7 +170,8 @@ void describe_engine(
 EngineTensors pack_in_memory(const WeightSource& source, const EnginePlan& plan) {
   EngineTensors tensors;
   pack_engine(source, plan, [&](PackedTensor tensor) {
-    tensors.add(std::move(tensor.name), tensor.dtype, std::move(tensor.shape), std::move(tensor.bytes));
+    tensors.add(std::move(tensor.name), tensor.dtype, std::move(tensor.shape),
+                std::move(tensor.bytes));
   });
   return tensors;
 }

@@ -1,6 +1,6 @@
-// From a WeightSource to the tensors of an engine: layouts by plan, AWQ pre-scales folded where the mathematics
-// allows it (qkv's and a shared gate/up one into the norm before them; o's and down's stay beside the
-// weights and are applied by the op that produces their input).
+// From a WeightSource to the tensors of an engine: layouts by plan, AWQ pre-scales folded where the
+// mathematics allows it (qkv's and a shared gate/up one into the norm before them; o's and down's
+// stay beside the weights and are applied by the op that produces their input).
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -20,7 +20,8 @@ struct PackedTensor {
   std::vector<std::byte> bytes;
 };
 
-/// Calls `emit` for every engine tensor, in the order of the forward pass, one weight in memory at a time.
+/// Calls `emit` for every engine tensor, in the order of the forward pass, one weight in memory at
+/// a time.
 void pack_engine(const WeightSource& source, const EnginePlan& plan,
                  const std::function<void(PackedTensor)>& emit);
 

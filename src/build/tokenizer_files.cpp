@@ -7,8 +7,8 @@ namespace nibble {
 
 void copy_tokenizer_files(const fs::path& from, const fs::path& to) {
   const fs::path source = tokenizer_directory(from);
-  for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                           "generation_config.json"}) {
+  for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                           "chat_template.jinja", "generation_config.json"}) {
     if (fs::exists(source / name)) write_file_atomically(to / name, read_file(source / name));
   }
 }

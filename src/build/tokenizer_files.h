@@ -1,5 +1,5 @@
-// The files that make a weights directory a chat model: tokenizer, chat template, generation config.
-// SPDX-License-Identifier: Apache-2.0
+// The files that make a weights directory a chat model: tokenizer, chat template, generation
+// config. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include "base/file.h"

@@ -30,7 +30,8 @@ uint64_t available_memory_bytes() {
 int choose_num_blocks(const LoadedModel& model, uint64_t wanted_bytes, uint64_t* bytes) {
   const uint64_t per_block = KvCache::bytes_per_block(*model.backend, model.plan);
   const int tokens = model.plan.kv_block_tokens;
-  const auto per_sequence = static_cast<uint64_t>((model.plan.limits.max_seq_len() + tokens - 1) / tokens);
+  const auto per_sequence =
+      static_cast<uint64_t>((model.plan.limits.max_seq_len() + tokens - 1) / tokens);
   uint64_t blocks = wanted_bytes / per_block;
   if (wanted_bytes == 0) {
     blocks = std::min(4 * per_sequence, available_memory_bytes() / 2 / per_block);
@@ -38,9 +39,11 @@ int choose_num_blocks(const LoadedModel& model, uint64_t wanted_bytes, uint64_t*
   }
   if (blocks < per_sequence) {
     fail(ErrorKind::kMemory,
-         "a KV cache of {} bytes holds {} tokens, fewer than one sequence of {} (--max-input-len + --max-output-len); give it "
+         "a KV cache of {} bytes holds {} tokens, fewer than one sequence of {} (--max-input-len + "
+         "--max-output-len); give it "
          "at least {} bytes, or build the engine for shorter sequences",
-         wanted_bytes, blocks * static_cast<uint64_t>(tokens), model.plan.limits.max_seq_len(), per_sequence * per_block);
+         wanted_bytes, blocks * static_cast<uint64_t>(tokens), model.plan.limits.max_seq_len(),
+         per_sequence * per_block);
   }
   *bytes = blocks * per_block;
   return static_cast<int>(std::min<uint64_t>(blocks, 1u << 30));
@@ -48,31 +51,39 @@ int choose_num_blocks(const LoadedModel& model, uint64_t wanted_bytes, uint64_t*
 
 }  // namespace
 
-std::vector<uint64_t> allowed_tokens(const Tokenizer& tokenizer, int vocab_size, std::span<const int> eos_ids) {
+std::vector<uint64_t> allowed_tokens(const Tokenizer& tokenizer, int vocab_size,
+                                     std::span<const int> eos_ids) {
   std::vector<uint64_t> allowed((static_cast<size_t>(vocab_size) + 63) / 64);
   for (int32_t id = 0; id < vocab_size; ++id) {
     const bool is_eos = std::find(eos_ids.begin(), eos_ids.end(), id) != eos_ids.end();
     bool ok = tokenizer.has_token(id);
     if (ok && tokenizer.is_special(id)) {
       const std::string_view text = tokenizer.token_bytes(id);
-      ok = !text.starts_with("<SPECIAL_") && text != "<unk>" && text != "<pad>" && id != tokenizer.bos_id();
+      ok = !text.starts_with("<SPECIAL_") && text != "<unk>" && text != "<pad>" &&
+           id != tokenizer.bos_id();
     }
     if (ok || is_eos) allowed[static_cast<size_t>(id) / 64] |= uint64_t{1} << (id % 64);
   }
   return allowed;
 }
 
-std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory, const ChatModelOptions& options) {
+std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory,
+                                           const ChatModelOptions& options) {
   LoadedModel model = load_model(directory, options.load);
   if (!fs::exists(model.directory / "tokenizer.json")) {
-    fail(ErrorKind::kInput, "{} has no tokenizer.json, so nobody can talk to it; build the engine with --tokenizer DIR",
-         model.directory.string());
+    fail(
+        ErrorKind::kInput,
+        "{} has no tokenizer.json, so nobody can talk to it; build the engine with --tokenizer DIR",
+        model.directory.string());
   }
-  auto chat = std::unique_ptr<ChatModel>(
-      new ChatModel(Tokenizer::load(model.directory, options.tokenizer), ChatTemplate::load(model.directory)));
+  auto chat = std::unique_ptr<ChatModel>(new ChatModel(
+      Tokenizer::load(model.directory, options.tokenizer), ChatTemplate::load(model.directory)));
   if (chat->tokenizer_.vocab_size() > model.plan.spec.vocab_size) {
-    fail(ErrorKind::kInput, "{}/tokenizer.json has ids up to {}, the model's vocabulary ends at {}: they do not belong together",
-         model.directory.string(), chat->tokenizer_.vocab_size() - 1, model.plan.spec.vocab_size - 1);
+    fail(ErrorKind::kInput,
+         "{}/tokenizer.json has ids up to {}, the model's vocabulary ends at {}: they do not "
+         "belong together",
+         model.directory.string(), chat->tokenizer_.vocab_size() - 1,
+         model.plan.spec.vocab_size - 1);
   }
   chat->roles_ = options.roles;
   chat->plan_ = model.plan;
@@ -85,7 +96,8 @@ std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory, const Chat
   EngineParts parts;
   parts.plan = model.plan;
   parts.num_kv_blocks = choose_num_blocks(model, options.kv_cache_bytes, &chat->kv_cache_bytes_);
-  parts.allowed_tokens = allowed_tokens(chat->tokenizer_, model.plan.spec.vocab_size, model.plan.spec.eos_token_ids);
+  parts.allowed_tokens =
+      allowed_tokens(chat->tokenizer_, model.plan.spec.vocab_size, model.plan.spec.eos_token_ids);
   parts.max_queue = options.max_queue;
   parts.backend = std::move(model.backend);
   parts.tensors = std::move(model.tensors);
@@ -99,7 +111,8 @@ std::vector<int32_t> ChatModel::encode_chat(ChatRequest request) const {
   request.roles = roles_;
   const RenderedSegments rendered = template_.render(request);
   std::vector<Tokenizer::Segment> segments;
-  for (const RenderedSegment& segment : rendered) segments.push_back({segment.text, segment.is_template});
+  for (const RenderedSegment& segment : rendered)
+    segments.push_back({segment.text, segment.is_template});
   return tokenizer_.encode_segments(segments);
 }
 
@@ -129,13 +142,16 @@ Generated generate(ChatModel& model, std::vector<int32_t> prompt, const Sampling
   request.sink = [inbox](const TokenEvent& event) {
     {
       const std::lock_guard lock(inbox->mutex);
-      inbox->news.push_back({{event.tokens.begin(), event.tokens.end()}, event.finish_reason, std::string(event.error),
+      inbox->news.push_back({{event.tokens.begin(), event.tokens.end()},
+                             event.finish_reason,
+                             std::string(event.error),
                              event.usage});
     }
     inbox->arrived.notify_one();
   };
   const Submitted submitted = model.engine().submit(std::move(request));
-  if (!submitted) fail(ErrorKind::kLimit, "the engine takes no request now: {}", model.engine().failure());
+  if (!submitted)
+    fail(ErrorKind::kLimit, "the engine takes no request now: {}", model.engine().failure());
 
   Generated result;
   Detokenizer detokenizer(model.tokenizer(), {.stop = stop});
@@ -162,7 +178,8 @@ Generated generate(ChatModel& model, std::vector<int32_t> prompt, const Sampling
     result.usage = news.usage;
     for (size_t i = 0; i < news.tokens.size(); ++i) {
       result.tokens.push_back(news.tokens[i]);
-      const bool is_end = news.finish_reason && *news.finish_reason == FinishReason::kEos && i + 1 == news.tokens.size();
+      const bool is_end = news.finish_reason && *news.finish_reason == FinishReason::kEos &&
+                          i + 1 == news.tokens.size();
       if (!is_end && !detokenizer.stopped()) show(detokenizer.push(news.tokens[i]));
     }
     if (detokenizer.stopped() && !cancelled && !news.finish_reason) {

@@ -1,6 +1,6 @@
-// A model one can talk to: weights, tokenizer, chat template and engine opened together from one directory. `run`, `chat`
-// and `serve` stand on this. Thread-safe once open, except where a class says otherwise.
-// SPDX-License-Identifier: Apache-2.0
+// A model one can talk to: weights, tokenizer, chat template and engine opened together from one
+// directory. `run`, `chat` and `serve` stand on this. Thread-safe once open, except where a class
+// says otherwise. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <functional>
@@ -26,8 +26,10 @@ struct ChatModelOptions {
 
 class ChatModel {
  public:
-  /// Throws Error naming what is missing (no tokenizer.json, KV memory too small for one sequence, ...).
-  static std::unique_ptr<ChatModel> open(const fs::path& directory, const ChatModelOptions& options);
+  /// Throws Error naming what is missing (no tokenizer.json, KV memory too small for one sequence,
+  /// ...).
+  static std::unique_ptr<ChatModel> open(const fs::path& directory,
+                                         const ChatModelOptions& options);
 
   const Tokenizer& tokenizer() const { return tokenizer_; }
   const ChatTemplate& chat_template() const { return template_; }
@@ -64,14 +66,17 @@ struct Generated {
   Usage usage;
 };
 
-/// Submits one request and blocks until it ends, handing text to `on_text` as it becomes safe to show (whole characters,
-/// never part of a stop string). An interrupt (Ctrl-C) cancels it. Throws Error{kLimit} for a prompt that is too long.
+/// Submits one request and blocks until it ends, handing text to `on_text` as it becomes safe to
+/// show (whole characters, never part of a stop string). An interrupt (Ctrl-C) cancels it. Throws
+/// Error{kLimit} for a prompt that is too long.
 Generated generate(ChatModel& model, std::vector<int32_t> prompt, const SamplingParams& params,
                    std::optional<int> max_tokens, const std::vector<std::string>& stop,
                    const std::function<void(std::string_view)>& on_text);
 
-/// Bits of the ids that may be drawn: those with a text or an end-of-sequence role; never <unk>, <pad>, BOS or the
+/// Bits of the ids that may be drawn: those with a text or an end-of-sequence role; never <unk>,
+/// <pad>, BOS or the
 /// "<SPECIAL_n>" fillers of Tekken vocabularies.
-std::vector<uint64_t> allowed_tokens(const Tokenizer& tokenizer, int vocab_size, std::span<const int> eos_ids);
+std::vector<uint64_t> allowed_tokens(const Tokenizer& tokenizer, int vocab_size,
+                                     std::span<const int> eos_ids);
 
 }  // namespace nibble

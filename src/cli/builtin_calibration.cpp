@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cli/builtin_calibration.h"
 
-// The assembler copies the file into read-only data; CMake passes its path and makes this file depend on it.
+// The assembler copies the file into read-only data; CMake passes its path and makes this file
+// depend on it.
 asm(R"(
   .section .rodata
   .global nibble_builtin_calibration_begin

@@ -1,6 +1,5 @@
-// The calibration texts shipped inside the binary (models/texts/calib.jsonl; sources and licences in
-// models/PROVENANCE.md).
-// SPDX-License-Identifier: Apache-2.0
+// The calibration texts shipped inside the binary (models/texts/calib.jsonl; sources and licences
+// in models/PROVENANCE.md). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <string_view>

@@ -20,7 +20,10 @@ std::unique_ptr<ChatModel> open_chat_model(const RunFlags& flags) {
   options.roles = flags.roles == "strict" ? RolePolicy::kStrict : RolePolicy::kTolerant;
   options.kv_cache_bytes = static_cast<uint64_t>(flags.kv_memory_gib * (1 << 30));
   if (model_kind(flags.model) != ModelKind::kEngine) {
-    fmt::print(stderr, "{} is not an engine: packing it in memory (nibble build makes one that starts at once)\n", flags.model);
+    fmt::print(
+        stderr,
+        "{} is not an engine: packing it in memory (nibble build makes one that starts at once)\n",
+        flags.model);
   }
   auto model = ChatModel::open(flags.model, options);
   for (const std::string& notice : model->notices()) fmt::print(stderr, "{}\n", notice);
@@ -53,13 +56,17 @@ std::string SpeedReport::line(const Generated& generated) const {
   const Usage& usage = generated.usage;
   std::string line = fmt::format("[{} tokens", usage.completion_tokens);
   if (usage.completion_tokens > 1 && usage.decode_us > 0) {
-    const double rate = (usage.completion_tokens - 1) / (static_cast<double>(usage.decode_us) * 1e-6);
+    const double rate =
+        (usage.completion_tokens - 1) / (static_cast<double>(usage.decode_us) * 1e-6);
     const double gb_per_s = rate * static_cast<double>(bytes_per_step_) * 1e-9;
-    line += fmt::format(" at {:.1f} tokens/s, {:.2f} GB/s of weights = {:.0f} % of the {:.1f} GB/s this machine reads", rate,
-                        gb_per_s, 100 * gb_per_s / read_bandwidth_, read_bandwidth_);
+    line += fmt::format(
+        " at {:.1f} tokens/s, {:.2f} GB/s of weights = {:.0f} % of the {:.1f} GB/s this machine "
+        "reads",
+        rate, gb_per_s, 100 * gb_per_s / read_bandwidth_, read_bandwidth_);
   }
-  line += fmt::format("; prompt {} tokens ({} cached) in {}]", usage.prompt_tokens, usage.cached_tokens,
-                      human_duration(static_cast<double>(usage.prefill_us) * 1e-6));
+  line +=
+      fmt::format("; prompt {} tokens ({} cached) in {}]", usage.prompt_tokens, usage.cached_tokens,
+                  human_duration(static_cast<double>(usage.prefill_us) * 1e-6));
   return line;
 }
 

@@ -15,10 +15,12 @@ std::unique_ptr<ChatModel> open_chat_model(const RunFlags& flags);
 SamplingParams sampling_params(const SamplingFlags& flags);
 std::optional<int> max_tokens(const SamplingFlags& flags);
 
-/// "31 tokens at 212.4 tokens/s, 1.6 GB/s = 8 % of this machine's 19.8 GB/s; prompt 27 tokens (16 cached) in 0.02 s".
+/// "31 tokens at 212.4 tokens/s, 1.6 GB/s = 8 % of this machine's 19.8 GB/s; prompt 27 tokens (16
+/// cached) in 0.02 s".
 class SpeedReport {
  public:
-  explicit SpeedReport(const ChatModel& model);  // measures the read bandwidth, a fraction of a second
+  explicit SpeedReport(
+      const ChatModel& model);  // measures the read bandwidth, a fraction of a second
   std::string line(const Generated& generated) const;
 
  private:

@@ -1,5 +1,5 @@
-// bench latency | throughput | ops. Every figure comes with the read bandwidth measured in the same run.
-// SPDX-License-Identifier: Apache-2.0
+// bench latency | throughput | ops. Every figure comes with the read bandwidth measured in the same
+// run. SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -26,7 +26,9 @@ namespace nibble::cli {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 LoadOptions load_options(const BenchFlags& flags) {
   LoadOptions options;
@@ -46,7 +48,8 @@ LoadedModel load(const BenchFlags& flags, TerminalProgress& progress) {
   }
   if (!flags.model.empty()) return load_model(flags.model, load_options(flags));
   progress.note(fmt::format("making random int4 weights of shape {}", flags.synthetic));
-  return load_source(open_synthetic(synthetic_shape(flags.synthetic).spec, /*seed=*/1), load_options(flags));
+  return load_source(open_synthetic(synthetic_shape(flags.synthetic).spec, /*seed=*/1),
+                     load_options(flags));
 }
 
 struct Timeline {  // of one request
@@ -57,7 +60,8 @@ struct Timeline {  // of one request
 
 class Load {
  public:
-  Load(LoadedModel model, int num_sequences) : plan_(model.plan), bytes_per_step_(model.weights.bytes_per_decode_step) {
+  Load(LoadedModel model, int num_sequences)
+      : plan_(model.plan), bytes_per_step_(model.weights.bytes_per_decode_step) {
     EngineParts parts;
     parts.plan = model.plan;
     const int per_sequence = plan_.limits.max_seq_len() / plan_.kv_block_tokens + 1;
@@ -70,7 +74,8 @@ class Load {
     engine_ = Engine::create(std::move(parts));
   }
 
-  /// `count` requests of random ids, at most `concurrency` at a time; every one generates `output` tokens.
+  /// `count` requests of random ids, at most `concurrency` at a time; every one generates `output`
+  /// tokens.
   std::vector<Timeline> run(int count, int concurrency, int prompt, int output) {
     std::vector<Timeline> timelines(static_cast<size_t>(count));
     std::mutex mutex;
@@ -85,8 +90,10 @@ class Load {
       throw_if_interrupted();
       Request request;
       for (int t = 0; t < prompt; ++t) {
-        const uint32_t random = philox4x32(static_cast<uint64_t>(next_seed_), static_cast<uint64_t>(t))[0];
-        request.prompt_tokens.push_back(static_cast<int32_t>(random % static_cast<uint32_t>(plan_.spec.vocab_size)));
+        const uint32_t random =
+            philox4x32(static_cast<uint64_t>(next_seed_), static_cast<uint64_t>(t))[0];
+        request.prompt_tokens.push_back(
+            static_cast<int32_t>(random % static_cast<uint32_t>(plan_.spec.vocab_size)));
       }
       ++next_seed_;
       request.params.ignore_eos = true;
@@ -106,13 +113,15 @@ class Load {
         }
       };
       timeline.submitted = Clock::now();
-      if (!engine_->submit(std::move(request))) fail(ErrorKind::kInternal, "the engine refused: {}", engine_->failure());
+      if (!engine_->submit(std::move(request)))
+        fail(ErrorKind::kInternal, "the engine refused: {}", engine_->failure());
     }
     std::unique_lock lock(mutex);
     while (finished < count) changed.wait_for(lock, std::chrono::milliseconds(100));
     for (const Timeline& timeline : timelines) {
       if (!timeline.done || timeline.tokens != output) {
-        fail(ErrorKind::kInternal, "a request ended after {} of {} tokens: {}", timeline.tokens, output, engine_->failure());
+        fail(ErrorKind::kInternal, "a request ended after {} of {} tokens: {}", timeline.tokens,
+             output, engine_->failure());
       }
     }
     return timelines;
@@ -149,10 +158,12 @@ int run_latency(const BenchFlags& flags, LoadedModel model) {
   load.run(flags.batch, flags.batch, std::min(flags.prompt_tokens, 64), 4);  // warm up
   const double bandwidth = measure_read_bandwidth(flags.threads);
   const Share share{load.engine().stats()};
-  const std::vector<Timeline> times = load.run(flags.batch, flags.batch, flags.prompt_tokens, flags.output_tokens);
+  const std::vector<Timeline> times =
+      load.run(flags.batch, flags.batch, flags.prompt_tokens, flags.output_tokens);
   Clock::time_point submitted = times[0].submitted, first = times[0].first, last = times[0].last;
   for (const Timeline& time : times) {
-    first = std::max(first, time.first);  // decode of the whole batch begins with the last first token
+    first =
+        std::max(first, time.first);  // decode of the whole batch begins with the last first token
     last = std::max(last, time.last);
   }
   const double prefill_seconds = std::chrono::duration<double>(first - submitted).count();
@@ -164,29 +175,33 @@ int run_latency(const BenchFlags& flags, LoadedModel model) {
   const double gb_per_s = static_cast<double>(load.bytes_per_step()) / step_ms * 1e-6;
   const double outside = share.percent(load.engine().stats());
   if (flags.json) {
-    fmt::print("{}\n", dump_json(json::object{{"target", load.plan().target},
-                                              {"activations", activation_precision_name(load.plan().activation_precision)},
-                                              {"batch", flags.batch},
-                                              {"prompt_tokens", flags.prompt_tokens},
-                                              {"output_tokens", flags.output_tokens},
-                                              {"prefill_tokens_per_s", prefill_rate},
-                                              {"time_to_first_token_s", prefill_seconds},
-                                              {"decode_step_ms", step_ms},
-                                              {"decode_tokens_per_s", rate},
-                                              {"weight_gb_per_s", gb_per_s},
-                                              {"read_bandwidth_gb_per_s", bandwidth},
-                                              {"percent_of_read_bandwidth", 100 * gb_per_s / bandwidth},
-                                              {"percent_outside_kernels", outside}}));
+    fmt::print("{}\n",
+               dump_json(json::object{
+                   {"target", load.plan().target},
+                   {"activations", activation_precision_name(load.plan().activation_precision)},
+                   {"batch", flags.batch},
+                   {"prompt_tokens", flags.prompt_tokens},
+                   {"output_tokens", flags.output_tokens},
+                   {"prefill_tokens_per_s", prefill_rate},
+                   {"time_to_first_token_s", prefill_seconds},
+                   {"decode_step_ms", step_ms},
+                   {"decode_tokens_per_s", rate},
+                   {"weight_gb_per_s", gb_per_s},
+                   {"read_bandwidth_gb_per_s", bandwidth},
+                   {"percent_of_read_bandwidth", 100 * gb_per_s / bandwidth},
+                   {"percent_outside_kernels", outside}}));
     return 0;
   }
   fmt::print(
       "{}, activations {}, batch {}: prompt {} tokens, output {} tokens\n"
       "  prefill  {:.1f} tokens/s ({})\n"
-      "  decode   {:.2f} ms a step, {:.1f} tokens/s; {:.2f} GB of weights a step: {:.1f} GB/s = {:.0f} % of the {:.1f} GB/s read here\n"
+      "  decode   {:.2f} ms a step, {:.1f} tokens/s; {:.2f} GB of weights a step: {:.1f} GB/s = "
+      "{:.0f} % of the {:.1f} GB/s read here\n"
       "  outside the kernels: {:.2f} % of step time\n",
-      load.plan().target, activation_precision_name(load.plan().activation_precision), flags.batch, flags.prompt_tokens,
-      flags.output_tokens, prefill_rate, human_duration(prefill_seconds), step_ms, rate,
-      static_cast<double>(load.bytes_per_step()) * 1e-9, gb_per_s, 100 * gb_per_s / bandwidth, bandwidth, outside);
+      load.plan().target, activation_precision_name(load.plan().activation_precision), flags.batch,
+      flags.prompt_tokens, flags.output_tokens, prefill_rate, human_duration(prefill_seconds),
+      step_ms, rate, static_cast<double>(load.bytes_per_step()) * 1e-9, gb_per_s,
+      100 * gb_per_s / bandwidth, bandwidth, outside);
   return 0;
 }
 
@@ -197,12 +212,14 @@ int run_throughput(const BenchFlags& flags, LoadedModel model) {
   const double bandwidth = measure_read_bandwidth(flags.threads);
   const Share share{load.engine().stats()};
   const auto start = Clock::now();
-  const std::vector<Timeline> times = load.run(requests, flags.batch, flags.prompt_tokens, flags.output_tokens);
+  const std::vector<Timeline> times =
+      load.run(requests, flags.batch, flags.prompt_tokens, flags.output_tokens);
   const double seconds = seconds_since(start);
   std::vector<double> ttft, tpot;
   for (const Timeline& time : times) {
     ttft.push_back(std::chrono::duration<double>(time.first - time.submitted).count());
-    tpot.push_back(1e3 * std::chrono::duration<double>(time.last - time.first).count() / std::max(flags.output_tokens - 1, 1));
+    tpot.push_back(1e3 * std::chrono::duration<double>(time.last - time.first).count() /
+                   std::max(flags.output_tokens - 1, 1));
   }
   const double output_rate = requests * flags.output_tokens / seconds;
   const double total_rate = requests * (flags.output_tokens + flags.prompt_tokens) / seconds;
@@ -227,17 +244,19 @@ int run_throughput(const BenchFlags& flags, LoadedModel model) {
   fmt::print(
       "{}: {} requests of {} + {} tokens, {} at a time, in {}\n"
       "  {:.2f} requests/s, {:.1f} output tokens/s, {:.1f} tokens/s in all\n"
-      "  time to first token p50 {:.3f} s, p95 {:.3f} s; time per output token p50 {:.1f} ms, p95 {:.1f} ms\n"
+      "  time to first token p50 {:.3f} s, p95 {:.3f} s; time per output token p50 {:.1f} ms, p95 "
+      "{:.1f} ms\n"
       "  outside the kernels: {:.2f} % of step time; this machine reads {:.1f} GB/s\n",
-      load.plan().target, requests, flags.prompt_tokens, flags.output_tokens, flags.batch, human_duration(seconds),
-      requests / seconds, output_rate, total_rate, percentile(ttft, 0.5), percentile(ttft, 0.95), percentile(tpot, 0.5),
-      percentile(tpot, 0.95), outside, bandwidth);
+      load.plan().target, requests, flags.prompt_tokens, flags.output_tokens, flags.batch,
+      human_duration(seconds), requests / seconds, output_rate, total_rate, percentile(ttft, 0.5),
+      percentile(ttft, 0.95), percentile(tpot, 0.5), percentile(tpot, 0.95), outside, bandwidth);
   return 0;
 }
 
 int run_ops(const BenchFlags& flags, TerminalProgress& progress) {
   const std::string target = resolve_target(flags.target);
-  if (!target.starts_with("cpu:")) fail(ErrorKind::kUsage, "bench ops measures cpu targets; {} is not one", target);
+  if (!target.starts_with("cpu:"))
+    fail(ErrorKind::kUsage, "bench ops measures cpu targets; {} is not one", target);
   BenchOpsOptions options;
   options.spec = bench_model_spec();
   if (!flags.synthetic.empty()) options.spec = synthetic_shape(flags.synthetic).spec;
@@ -245,9 +264,11 @@ int run_ops(const BenchFlags& flags, TerminalProgress& progress) {
   options.kv_format = kv_format_from_name(flags.kv_cache);
   options.rows = flags.batch;
   options.context = flags.prompt_tokens;
-  const auto precision = activation_precision_from_flag(flags.activations).value_or(kDefaultCpuActivationPrecision);
-  progress.note(fmt::format("ops of {} (activations {}): {} sequences with {} tokens of context", target,
-                            activation_precision_name(precision), options.rows, options.context));
+  const auto precision =
+      activation_precision_from_flag(flags.activations).value_or(kDefaultCpuActivationPrecision);
+  progress.note(fmt::format("ops of {} (activations {}): {} sequences with {} tokens of context",
+                            target, activation_precision_name(precision), options.rows,
+                            options.context));
   const auto backend = make_backend(target, precision, flags.threads);
   const double bandwidth = measure_read_bandwidth(flags.threads);
   const std::vector<OpTiming> timings = bench_ops(*backend, options);
@@ -265,7 +286,8 @@ int run_bench(const BenchFlags& flags) {
   TerminalProgress progress;
   if (flags.what == "ops") return run_ops(flags, progress);
   LoadedModel model = load(flags, progress);
-  return flags.what == "latency" ? run_latency(flags, std::move(model)) : run_throughput(flags, std::move(model));
+  return flags.what == "latency" ? run_latency(flags, std::move(model))
+                                 : run_throughput(flags, std::move(model));
 }
 
 }  // namespace nibble::cli

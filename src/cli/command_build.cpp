@@ -19,14 +19,19 @@ int run_build(const BuildFlags& flags) {
   const auto start = std::chrono::steady_clock::now();
   const ModelKind kind = model_kind(flags.checkpoint);
   if (kind == ModelKind::kEngine) {
-    fail(ErrorKind::kUsage, "{} is an engine already; build wants the checkpoint or Hugging Face directory it came from",
+    fail(ErrorKind::kUsage,
+         "{} is an engine already; build wants the checkpoint or Hugging Face directory it came "
+         "from",
          flags.checkpoint);
   }
-  const auto source = kind == ModelKind::kCheckpoint ? open_checkpoint(flags.checkpoint) : open_hf(flags.checkpoint);
+  const auto source = kind == ModelKind::kCheckpoint ? open_checkpoint(flags.checkpoint)
+                                                     : open_hf(flags.checkpoint);
   TerminalProgress progress;
   for (const std::string& notice : source->notices()) progress.note(notice);
   if (kind == ModelKind::kHuggingFace) {
-    progress.note("the model is not quantized: this engine keeps its weights at full size (nibble quantize makes a 4-bit checkpoint)");
+    progress.note(
+        "the model is not quantized: this engine keeps its weights at full size (nibble quantize "
+        "makes a 4-bit checkpoint)");
   }
   BuildOptions options;
   options.target = flags.target;
@@ -37,15 +42,21 @@ int run_build(const BuildFlags& flags) {
   options.kv_format = kv_format_from_name(flags.kv_cache);
   options.activation_precision = activation_precision_from_flag(flags.activations);
   if (!flags.tokenizer.empty()) options.tokenizer_dir = flags.tokenizer;
-  if (!fs::exists(tokenizer_directory(options.tokenizer_dir.value_or(flags.checkpoint)) / "tokenizer.json")) {
-    progress.note(fmt::format("no tokenizer.json beside {}: the engine can be measured but not chatted with; --tokenizer DIR "
-                              "takes one from elsewhere", flags.checkpoint));
+  if (!fs::exists(tokenizer_directory(options.tokenizer_dir.value_or(flags.checkpoint)) /
+                  "tokenizer.json")) {
+    progress.note(
+        fmt::format("no tokenizer.json beside {}: the engine can be measured but not chatted with; "
+                    "--tokenizer DIR "
+                    "takes one from elsewhere",
+                    flags.checkpoint));
   }
   build_engine(flags.checkpoint, *source, options, flags.out, progress);
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const uint64_t bytes = fs::file_size(fs::path(flags.out) / "rank0.engine");
-  fmt::print("built {} for {}: {} in {} ({}/s)\n", flags.out, resolve_target(flags.target), human_bytes(bytes),
-             human_duration(seconds), human_bytes(static_cast<uint64_t>(static_cast<double>(bytes) / seconds)));
+  fmt::print("built {} for {}: {} in {} ({}/s)\n", flags.out, resolve_target(flags.target),
+             human_bytes(bytes), human_duration(seconds),
+             human_bytes(static_cast<uint64_t>(static_cast<double>(bytes) / seconds)));
   return 0;
 }
 

@@ -34,7 +34,11 @@ class LineReader {
     HistEvent event;
     ::history(history_, &event, H_SETSIZE, 500);
     edit_ = ::el_init("nibble", stdin, stdout, stderr);
-    ::el_set(edit_, EL_PROMPT, +[](EditLine*) { static char prompt[] = "> "; return prompt; });
+    ::el_set(
+        edit_, EL_PROMPT, +[](EditLine*) {
+          static char prompt[] = "> ";
+          return prompt;
+        });
     ::el_set(edit_, EL_EDITOR, "emacs");
     ::el_set(edit_, EL_SIGNAL, 0);
     ::el_set(edit_, EL_HIST, ::history, history_);
@@ -146,8 +150,8 @@ class Conversation {
       SamplingParams params = sampling_params(flags_.sampling);
       if (params.seed) *params.seed += regenerations_;  // another answer, still reproducible
       const Generated generated =
-          generate(model_, model_.encode_chat(std::move(request)), params, max_tokens(flags_.sampling),
-                   flags_.sampling.stop, [](std::string_view text) {
+          generate(model_, model_.encode_chat(std::move(request)), params,
+                   max_tokens(flags_.sampling), flags_.sampling.stop, [](std::string_view text) {
                      fmt::print("{}", text);
                      std::fflush(stdout);
                    });
@@ -179,7 +183,8 @@ class Conversation {
       return;
     }
     try {
-      write_file_atomically(file, dump_json(json::object{{"messages", messages()}}, {.indent = 2}) + "\n");
+      write_file_atomically(
+          file, dump_json(json::object{{"messages", messages()}}, {.indent = 2}) + "\n");
       fmt::print("saved {}\n", file);
     } catch (const Error& error) {
       fmt::print(stderr, "{}\n", error.what());

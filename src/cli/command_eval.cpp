@@ -19,15 +19,18 @@ std::vector<int32_t> read_ids(const fs::path& path) {
   const std::string bytes = read_file(path);
   const size_t width = path.extension() == ".u32" ? 4 : 2;
   if (path.extension() != ".u16" && path.extension() != ".u32") {
-    fail(ErrorKind::kUsage, "--ids {}: wanted a .u16 or .u32 file of little-endian token ids", path.string());
+    fail(ErrorKind::kUsage, "--ids {}: wanted a .u16 or .u32 file of little-endian token ids",
+         path.string());
   }
   if (bytes.size() % width != 0) {
-    fail(ErrorKind::kInput, "{} has {} bytes, not a multiple of {}", path.string(), bytes.size(), width);
+    fail(ErrorKind::kInput, "{} has {} bytes, not a multiple of {}", path.string(), bytes.size(),
+         width);
   }
   std::vector<int32_t> ids;
   for (size_t i = 0; i < bytes.size(); i += width) {
     uint32_t id = 0;
-    for (size_t b = 0; b < width; ++b) id |= uint32_t{static_cast<uint8_t>(bytes[i + b])} << (8 * b);
+    for (size_t b = 0; b < width; ++b)
+      id |= uint32_t{static_cast<uint8_t>(bytes[i + b])} << (8 * b);
     ids.push_back(static_cast<int32_t>(id));
   }
   return ids;
@@ -41,8 +44,9 @@ LoadedModel load(const std::string& directory, const EvalFlags& flags) {
   options.build.limits.max_output_len = 1;
   options.build.activation_precision = activation_precision_from_flag(flags.activations);
   options.build.kv_format = !flags.kv_cache.empty() ? kv_format_from_name(flags.kv_cache)
-                            : model_kind(directory) == ModelKind::kHuggingFace ? KvFormat::kF32
-                                                                               : KvFormat::kInt8Dynamic;
+                            : model_kind(directory) == ModelKind::kHuggingFace
+                                ? KvFormat::kF32
+                                : KvFormat::kInt8Dynamic;
   return load_model(directory, options);
 }
 
@@ -62,10 +66,12 @@ int run_eval(const EvalFlags& flags) {
   }
   const LoadedModel model = load(flags.model, flags);
   const std::vector<int32_t> ids =
-      !flags.ids.empty() ? read_ids(flags.ids) : encode_text_file(model.directory, flags.text, flags.tokenizer_regex);
+      !flags.ids.empty() ? read_ids(flags.ids)
+                         : encode_text_file(model.directory, flags.text, flags.tokenizer_regex);
   const EvalOptions options{.context = flags.context, .max_windows = flags.max_windows};
   TerminalProgress progress;
-  const std::string how = fmt::format("{}, KV {}, activations {}", model.plan.target, kv_format_name(model.plan.kv_format),
+  const std::string how = fmt::format("{}, KV {}, activations {}", model.plan.target,
+                                      kv_format_name(model.plan.kv_format),
                                       activation_precision_name(model.plan.activation_precision));
   if (flags.against.empty()) {
     const EvalResult result = evaluate(model, ids, options, progress);
@@ -75,8 +81,8 @@ int run_eval(const EvalFlags& flags) {
       out["kv_cache"] = kv_format_name(model.plan.kv_format);
       fmt::print("{}\n", dump_json(out));
     } else {
-      fmt::print("perplexity {:.4f} ({} tokens scored in {} windows of {}; {}; {:.0f} tokens/s)\n", result.perplexity,
-                 result.num_scored, result.num_windows, flags.context, how,
+      fmt::print("perplexity {:.4f} ({} tokens scored in {} windows of {}; {}; {:.0f} tokens/s)\n",
+                 result.perplexity, result.num_scored, result.num_windows, flags.context, how,
                  static_cast<double>(result.num_windows * flags.context) / result.seconds);
     }
     return 0;
@@ -94,9 +100,11 @@ int run_eval(const EvalFlags& flags) {
     out["top1_agreement"] = comparison.top1_agreement;
     fmt::print("{}\n", dump_json(out));
   } else {
-    fmt::print("perplexity {:.4f} against {:.4f}: {:+.3f} %\nKL divergence {:.6f} nats, top-1 agreement {:.3f} %\n({}; {} tokens scored)\n",
-               comparison.model.perplexity, comparison.other.perplexity, rise, comparison.kl_mean,
-               100 * comparison.top1_agreement, how, comparison.model.num_scored);
+    fmt::print(
+        "perplexity {:.4f} against {:.4f}: {:+.3f} %\nKL divergence {:.6f} nats, top-1 agreement "
+        "{:.3f} %\n({}; {} tokens scored)\n",
+        comparison.model.perplexity, comparison.other.perplexity, rise, comparison.kl_mean,
+        100 * comparison.top1_agreement, how, comparison.model.num_scored);
   }
   return 0;
 }

@@ -12,22 +12,26 @@
 namespace nibble::cli {
 namespace {
 
-// What running the engine takes: weights as they lie in the file, KV per token, one step's activations.
+// What running the engine takes: weights as they lie in the file, KV per token, one step's
+// activations.
 json::object memory_plan(const EnginePlan& plan, uint64_t weight_bytes) {
   const auto backend = make_backend(plan.target, plan.activation_precision, 1);
   const uint64_t block = KvCache::bytes_per_block(*backend, plan);
   const uint64_t per_token = block / static_cast<uint64_t>(plan.kv_block_tokens);
-  const auto sequence_blocks =
-      static_cast<uint64_t>((plan.limits.max_seq_len() + plan.kv_block_tokens - 1) / plan.kv_block_tokens);
+  const auto sequence_blocks = static_cast<uint64_t>(
+      (plan.limits.max_seq_len() + plan.kv_block_tokens - 1) / plan.kv_block_tokens);
   const ModelSpec& spec = plan.spec;
-  const uint64_t row = backend->act_bytes() * static_cast<uint64_t>(2 * spec.hidden_size + spec.qkv_size() +
-                                                                    spec.q_size() + spec.ffn_size);
+  const uint64_t row =
+      backend->act_bytes() *
+      static_cast<uint64_t>(2 * spec.hidden_size + spec.qkv_size() + spec.q_size() + spec.ffn_size);
   const uint64_t activations = row * static_cast<uint64_t>(plan.limits.max_num_tokens);
-  const uint64_t logits = 4 * static_cast<uint64_t>(plan.limits.max_batch_size) * static_cast<uint64_t>(spec.vocab_size);
+  const uint64_t logits = 4 * static_cast<uint64_t>(plan.limits.max_batch_size) *
+                          static_cast<uint64_t>(spec.vocab_size);
   return {{"weights_bytes", weight_bytes},
           {"kv_bytes_per_token", per_token},
           {"kv_bytes_one_full_sequence", sequence_blocks * block},
-          {"kv_bytes_full_batch", sequence_blocks * block * static_cast<uint64_t>(plan.limits.max_batch_size)},
+          {"kv_bytes_full_batch",
+           sequence_blocks * block * static_cast<uint64_t>(plan.limits.max_batch_size)},
           {"activation_bytes", activations},
           {"logit_bytes", logits}};
 }
@@ -50,7 +54,8 @@ int run_inspect(const InspectFlags& flags) {
     report["memory"] = memory;
     text += "\nplan\n" + dump_json(plan.to_json(), {.indent = 2}) + "\nmemory\n";
     for (const auto& [name, bytes] : memory) {
-      text += fmt::format("  {:28} {}\n", std::string_view(name), human_bytes(bytes.to_number<uint64_t>()));
+      text += fmt::format("  {:28} {}\n", std::string_view(name),
+                          human_bytes(bytes.to_number<uint64_t>()));
     }
     if (flags.verify) {
       verify_engine(file);
@@ -58,7 +63,8 @@ int run_inspect(const InspectFlags& flags) {
       text += "checksums ok\n";
     }
   } else if (flags.verify) {
-    fail(ErrorKind::kUsage, "--verify checks an engine's checksums; {} is not an engine", flags.model);
+    fail(ErrorKind::kUsage, "--verify checks an engine's checksums; {} is not an engine",
+         flags.model);
   }
   if (flags.json) {
     fmt::print("{}\n", dump_json(report));

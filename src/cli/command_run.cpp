@@ -21,16 +21,18 @@ int run_run(const RunFlags& flags) {
     ids = model->encode_prompt(prompt);
   } else {
     ChatRequest request;
-    if (!flags.system.empty()) request.messages.push_back(json::object{{"role", "system"}, {"content", flags.system}});
+    if (!flags.system.empty())
+      request.messages.push_back(json::object{{"role", "system"}, {"content", flags.system}});
     request.messages.push_back(json::object{{"role", "user"}, {"content", prompt}});
     ids = model->encode_chat(std::move(request));
   }
   const SpeedReport report(*model);
-  const Generated answer = generate(*model, std::move(ids), sampling_params(flags.sampling), max_tokens(flags.sampling),
-                                    flags.sampling.stop, [](std::string_view text) {
-                                      fmt::print("{}", text);
-                                      std::fflush(stdout);
-                                    });
+  const Generated answer =
+      generate(*model, std::move(ids), sampling_params(flags.sampling), max_tokens(flags.sampling),
+               flags.sampling.stop, [](std::string_view text) {
+                 fmt::print("{}", text);
+                 std::fflush(stdout);
+               });
   fmt::print("\n");
   std::fflush(stdout);
   if (flags.stats) fmt::print(stderr, "{}\n", report.line(answer));

@@ -14,9 +14,11 @@
 namespace nibble::cli {
 
 int run_tokenize(const TokenizeFlags& flags) {
-  const Tokenizer tokenizer = Tokenizer::load(tokenizer_directory(flags.model), {parse_tokenizer_regex(flags.tokenizer_regex)});
+  const Tokenizer tokenizer = Tokenizer::load(tokenizer_directory(flags.model),
+                                              {parse_tokenizer_regex(flags.tokenizer_regex)});
   for (const std::string& notice : tokenizer.notices()) fmt::print(stderr, "{}\n", notice);
-  const TokenizeOptions options{.bos = flags.bos, .parse_special = flags.parse_special, .decode = flags.decode};
+  const TokenizeOptions options{
+      .bos = flags.bos, .parse_special = flags.parse_special, .decode = flags.decode};
   std::string line;
   for (int64_t number = 1; std::getline(std::cin, line); ++number) {
     throw_if_interrupted();

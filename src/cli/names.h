@@ -11,7 +11,8 @@
 namespace nibble::cli {
 
 inline KvFormat kv_format_from_name(const std::string& name) {
-  for (const KvFormat format : {KvFormat::kInt8Dynamic, KvFormat::kInt8Static, KvFormat::kF16, KvFormat::kF32}) {
+  for (const KvFormat format :
+       {KvFormat::kInt8Dynamic, KvFormat::kInt8Static, KvFormat::kF16, KvFormat::kF32}) {
     if (name == kv_format_name(format)) return format;
   }
   fail(ErrorKind::kUsage, "--kv-cache {}: known are int8, int8-static, f16, f32", name);
@@ -19,8 +20,9 @@ inline KvFormat kv_format_from_name(const std::string& name) {
 
 inline std::optional<ActivationPrecision> activation_precision_from_flag(const std::string& name) {
   if (name.empty()) return std::nullopt;
-  return name == activation_precision_name(ActivationPrecision::kInt8Group) ? ActivationPrecision::kInt8Group
-                                                                              : ActivationPrecision::kF32;
+  return name == activation_precision_name(ActivationPrecision::kInt8Group)
+             ? ActivationPrecision::kInt8Group
+             : ActivationPrecision::kF32;
 }
 
 }  // namespace nibble::cli

@@ -1,5 +1,5 @@
-// What each command was asked to do, as plain values. parse.cpp fills them, one command_*.cpp acts on each.
-// SPDX-License-Identifier: Apache-2.0
+// What each command was asked to do, as plain values. parse.cpp fills them, one command_*.cpp acts
+// on each. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <optional>
@@ -21,8 +21,8 @@ struct QuantizeFlags : CommonOptions {
   std::string kv_cache = "int8";  // int8 | none
   std::string method = "awq";     // awq | rtn
   int tp = 1;
-  std::string dtype;              // bfloat16 | float16; empty: the model's own
-  std::string device = "cpu";     // cpu | ref
+  std::string dtype;           // bfloat16 | float16; empty: the model's own
+  std::string device = "cpu";  // cpu | ref
   uint64_t seed = 1234;
   std::string tokenizer_regex = "shipped";
 };
@@ -31,30 +31,30 @@ struct BuildFlags : CommonOptions {
   std::string checkpoint, out;
   std::string target = "cpu:native";
   int max_batch_size = 64, max_input_len = 5525, max_output_len = 150;
-  int max_num_tokens = 0;          // 0: by target
-  std::string kv_cache = "int8";   // int8 | int8-static | f16
-  std::string activations;         // f32 | int8; empty: by target
-  std::string tokenizer;           // directory
+  int max_num_tokens = 0;         // 0: by target
+  std::string kv_cache = "int8";  // int8 | int8-static | f16
+  std::string activations;        // f32 | int8; empty: by target
+  std::string tokenizer;          // directory
 };
 
 struct SamplingFlags {
-  double temperature = 0.8, top_p = 0.95, min_p = 0.0, repetition_penalty = 1.0, presence_penalty = 0.0,
-         frequency_penalty = 0.0;
+  double temperature = 0.8, top_p = 0.95, min_p = 0.0, repetition_penalty = 1.0,
+         presence_penalty = 0.0, frequency_penalty = 0.0;
   int top_k = 0;
   std::optional<uint64_t> seed;
   std::vector<std::string> stop;
-  int max_tokens = 0;              // 0: what the engine allows
+  int max_tokens = 0;  // 0: what the engine allows
 };
 
 struct RunFlags : CommonOptions {
   std::string model, prompt, system;
-  bool raw = false;                // complete the prompt as text, without the chat template
+  bool raw = false;  // complete the prompt as text, without the chat template
   bool stats = true;
   std::string target = "cpu:native";
   std::string kv_cache = "int8";
   std::string roles = "tolerant";
   std::string tokenizer_regex = "shipped";
-  double kv_memory_gib = 0;        // 0: a share of free memory
+  double kv_memory_gib = 0;  // 0: a share of free memory
   SamplingFlags sampling;
 };
 
@@ -72,7 +72,8 @@ struct EvalFlags : CommonOptions {
   std::string model, text, ids, against;
   int context = 1024, max_windows = 0;
   std::string target = "cpu:native";
-  std::string kv_cache;            // empty: f32 for Hugging Face directories, int8 for checkpoints; engines have their own
+  std::string kv_cache;  // empty: f32 for Hugging Face directories, int8 for checkpoints; engines
+                         // have their own
   std::string activations;
   std::string tokenizer_regex = "shipped";
 };
@@ -83,7 +84,7 @@ struct InspectFlags : CommonOptions {
 };
 
 struct BenchFlags : CommonOptions {
-  std::string what;                // latency | throughput | ops
+  std::string what;  // latency | throughput | ops
   std::string model, synthetic;
   std::string target = "cpu:native";
   std::string kv_cache = "int8";
@@ -101,7 +102,8 @@ int run_eval(const EvalFlags& flags);
 int run_inspect(const InspectFlags& flags);
 int run_bench(const BenchFlags& flags);
 
-/// Parses argv and runs the command. Returns the exit status: 0 done, 1 failed, 2 misused, 130 interrupted.
+/// Parses argv and runs the command. Returns the exit status: 0 done, 1 failed, 2 misused, 130
+/// interrupted.
 int main(int argc, char** argv);
 
 }  // namespace nibble::cli

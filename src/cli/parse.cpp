@@ -17,7 +17,11 @@ constexpr const char* kTargets = "cpu:native, cpu:avx512, cpu:avx2, cpu:generic 
 
 class Parser {
  public:
-  Parser() : app_("nibble: quantize a chat model to 4 bits, build an engine for this machine, chat with it.", "nibble") {
+  Parser()
+      : app_(
+            "nibble: quantize a chat model to 4 bits, build an engine for this machine, chat with "
+            "it.",
+            "nibble") {
     app_.set_version_flag("--version", "nibble " NIBBLE_VERSION);
     app_.require_subcommand(1);
     app_.get_formatter()->column_width(34);
@@ -51,15 +55,19 @@ class Parser {
 
  private:
   std::string explain(const CLI::ParseError& error) {
-    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::RequiredError) && app_.get_subcommands().empty()) {
+    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::RequiredError) &&
+        app_.get_subcommands().empty()) {
       // CLI11 reports a mistyped command as a missing one.
       const std::vector<std::string> extras = app_.remaining();
       if (!extras.empty()) {
         std::vector<std::string> names;
-        for (const CLI::App* command : app_.get_subcommands({})) names.push_back(command->get_name());
-        return fmt::format("unknown command {}; did you mean {}?", extras.front(), nearest_name(extras.front(), names));
+        for (const CLI::App* command : app_.get_subcommands({}))
+          names.push_back(command->get_name());
+        return fmt::format("unknown command {}; did you mean {}?", extras.front(),
+                           nearest_name(extras.front(), names));
       }
-      return "a command is needed: quantize, build, chat, run, tokenize, render, eval, inspect or bench";
+      return "a command is needed: quantize, build, chat, run, tokenize, render, eval, inspect or "
+             "bench";
     }
     return error.what();
   }
@@ -69,15 +77,15 @@ class Parser {
     if (extras.empty()) return;
     const std::string flag = extras.front().substr(0, extras.front().find('='));
     if (!flag.starts_with("-")) {
-      fail(ErrorKind::kUsage, "{}: unexpected argument {}; see nibble {} --help", command->get_name(), flag,
-           command->get_name());
+      fail(ErrorKind::kUsage, "{}: unexpected argument {}; see nibble {} --help",
+           command->get_name(), flag, command->get_name());
     }
     std::vector<std::string> names;
     for (const CLI::Option* option : command->get_options()) {
       for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
     }
-    fail(ErrorKind::kUsage, "{}: unknown flag {}; did you mean {}? See nibble {} --help", command->get_name(), flag,
-         nearest_name(flag, names), command->get_name());
+    fail(ErrorKind::kUsage, "{}: unknown flag {}; did you mean {}? See nibble {} --help",
+         command->get_name(), flag, nearest_name(flag, names), command->get_name());
   }
 
   CLI::App* command(const char* name, const char* description, std::function<int()> action) {
@@ -90,12 +98,14 @@ class Parser {
 
   static void add_common(CLI::App* command, CommonOptions& flags, bool json = true) {
     if (json) command->add_flag("--json", flags.json, "print one JSON object instead of text");
-    command->add_option("--threads", flags.threads, "threads; 0 takes what affinity and cgroup allow")
+    command
+        ->add_option("--threads", flags.threads, "threads; 0 takes what affinity and cgroup allow")
         ->check(CLI::Range(0, 1024));
   }
 
   static CLI::Option* add_choice(CLI::App* command, const char* name, std::string& value,
-                                 const std::vector<std::string>& choices, const std::string& description) {
+                                 const std::vector<std::string>& choices,
+                                 const std::string& description) {
     return command->add_option(name, value, description)->check(CLI::IsMember(choices));
   }
 
@@ -106,21 +116,38 @@ class Parser {
 
   void add_quantize() {
     auto& f = quantize_;
-    CLI::App* c = command("quantize", "Hugging Face checkpoint -> portable INT4 checkpoint (TensorRT-LLM layout)",
-                          [this] { return run_quantize(quantize_); });
+    CLI::App* c = command(
+        "quantize", "Hugging Face checkpoint -> portable INT4 checkpoint (TensorRT-LLM layout)",
+        [this] { return run_quantize(quantize_); });
     c->add_option("HF_DIR", f.model, "directory with config.json and *.safetensors")->required();
     c->add_option("--out", f.out, "directory to create")->required();
     c->add_option("--calib", f.calib,
-                  "calibration texts: .jsonl with \"messages\" or \"text\", or .txt; default: texts shipped with nibble");
-    c->add_option("--calib-size", f.calib_size, "calibration sequences")->check(CLI::Range(1, 1 << 20))->capture_default_str();
-    c->add_option("--calib-seq-len", f.calib_seq_len, "tokens of a sequence")->check(CLI::Range(8, 1 << 20))->capture_default_str();
-    c->add_option("--calib-batch", f.calib_batch, "sequences in memory at once")->check(CLI::Range(1, 4096))->capture_default_str();
-    c->add_option("--group-size", f.group_size, "input channels that share a scale")->check(CLI::IsMember({64, 128}))->capture_default_str();
-    add_choice(c, "--kv-cache", f.kv_cache, {"int8", "none"}, "calibrate int8 KV scales, or leave them out")->capture_default_str();
-    add_choice(c, "--method", f.method, {"awq", "rtn"}, "activation-aware, or round to nearest")->capture_default_str();
-    c->add_option("--tp", f.tp, "write this many rank files")->check(CLI::Range(1, 64))->capture_default_str();
-    add_choice(c, "--dtype", f.dtype, {"bfloat16", "float16"}, "of what stays unquantized; default: the model's");
-    add_choice(c, "--device", f.device, {"cpu", "ref"}, "where calibration runs")->capture_default_str();
+                  "calibration texts: .jsonl with \"messages\" or \"text\", or .txt; default: "
+                  "texts shipped with nibble");
+    c->add_option("--calib-size", f.calib_size, "calibration sequences")
+        ->check(CLI::Range(1, 1 << 20))
+        ->capture_default_str();
+    c->add_option("--calib-seq-len", f.calib_seq_len, "tokens of a sequence")
+        ->check(CLI::Range(8, 1 << 20))
+        ->capture_default_str();
+    c->add_option("--calib-batch", f.calib_batch, "sequences in memory at once")
+        ->check(CLI::Range(1, 4096))
+        ->capture_default_str();
+    c->add_option("--group-size", f.group_size, "input channels that share a scale")
+        ->check(CLI::IsMember({64, 128}))
+        ->capture_default_str();
+    add_choice(c, "--kv-cache", f.kv_cache, {"int8", "none"},
+               "calibrate int8 KV scales, or leave them out")
+        ->capture_default_str();
+    add_choice(c, "--method", f.method, {"awq", "rtn"}, "activation-aware, or round to nearest")
+        ->capture_default_str();
+    c->add_option("--tp", f.tp, "write this many rank files")
+        ->check(CLI::Range(1, 64))
+        ->capture_default_str();
+    add_choice(c, "--dtype", f.dtype, {"bfloat16", "float16"},
+               "of what stays unquantized; default: the model's");
+    add_choice(c, "--device", f.device, {"cpu", "ref"}, "where calibration runs")
+        ->capture_default_str();
     c->add_option("--seed", f.seed, "order of the calibration samples")->capture_default_str();
     add_regex(c, f.tokenizer_regex);
     add_common(c, f, false);
@@ -128,52 +155,85 @@ class Parser {
 
   void add_build() {
     auto& f = build_;
-    CLI::App* c = command("build", "checkpoint (or Hugging Face directory) -> engine for one kind of machine",
-                          [this] { return run_build(build_); });
-    c->add_option("CHECKPOINT", f.checkpoint, "what quantize wrote, or any TensorRT-LLM checkpoint")->required();
+    CLI::App* c =
+        command("build", "checkpoint (or Hugging Face directory) -> engine for one kind of machine",
+                [this] { return run_build(build_); });
+    c->add_option("CHECKPOINT", f.checkpoint, "what quantize wrote, or any TensorRT-LLM checkpoint")
+        ->required();
     c->add_option("--out", f.out, "engine directory to create")->required();
     c->add_option("--target", f.target, kTargets)->capture_default_str();
-    c->add_option("--max-batch-size", f.max_batch_size, "sequences in one step")->capture_default_str();
+    c->add_option("--max-batch-size", f.max_batch_size, "sequences in one step")
+        ->capture_default_str();
     c->add_option("--max-input-len", f.max_input_len, "tokens of a prompt")->capture_default_str();
-    c->add_option("--max-output-len", f.max_output_len, "tokens of an answer")->capture_default_str();
-    c->add_option("--max-num-tokens", f.max_num_tokens, "tokens in one step, the chunked-prefill budget; default by target");
+    c->add_option("--max-output-len", f.max_output_len, "tokens of an answer")
+        ->capture_default_str();
+    c->add_option("--max-num-tokens", f.max_num_tokens,
+                  "tokens in one step, the chunked-prefill budget; default by target");
     add_choice(c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16"},
-               "int8 with scales per token and head, int8 with the checkpoint's scales, or f16")->capture_default_str();
+               "int8 with scales per token and head, int8 with the checkpoint's scales, or f16")
+        ->capture_default_str();
     add_choice(c, "--activations", f.activations, {"f32", "int8"},
                "feed int4 linears with exact activations, or int8 per group; default by target");
-    c->add_option("--tokenizer", f.tokenizer, "directory with tokenizer.json when the checkpoint has none");
+    c->add_option("--tokenizer", f.tokenizer,
+                  "directory with tokenizer.json when the checkpoint has none");
     add_common(c, f, false);
   }
 
   void add_run_flags(CLI::App* c, RunFlags& f) {
     c->add_option("--system", f.system, "system prompt");
-    c->add_option("--max-tokens", f.sampling.max_tokens, "longest answer; default: what the engine allows")->check(CLI::PositiveNumber);
-    c->add_option("--temperature", f.sampling.temperature, "0 is greedy")->check(CLI::Range(0.0, 100.0))->capture_default_str();
-    c->add_option("--top-p", f.sampling.top_p, "nucleus")->check(CLI::Range(0.0, 1.0))->capture_default_str();
-    c->add_option("--top-k", f.sampling.top_k, "0: off")->check(CLI::NonNegativeNumber)->capture_default_str();
-    c->add_option("--min-p", f.sampling.min_p, "0: off")->check(CLI::Range(0.0, 1.0))->capture_default_str();
-    c->add_option("--repetition-penalty", f.sampling.repetition_penalty, "1: off")->check(CLI::Range(0.01, 10.0))->capture_default_str();
-    c->add_option("--presence-penalty", f.sampling.presence_penalty, "0: off")->check(CLI::Range(-2.0, 2.0))->capture_default_str();
-    c->add_option("--frequency-penalty", f.sampling.frequency_penalty, "0: off")->check(CLI::Range(-2.0, 2.0))->capture_default_str();
+    c->add_option("--max-tokens", f.sampling.max_tokens,
+                  "longest answer; default: what the engine allows")
+        ->check(CLI::PositiveNumber);
+    c->add_option("--temperature", f.sampling.temperature, "0 is greedy")
+        ->check(CLI::Range(0.0, 100.0))
+        ->capture_default_str();
+    c->add_option("--top-p", f.sampling.top_p, "nucleus")
+        ->check(CLI::Range(0.0, 1.0))
+        ->capture_default_str();
+    c->add_option("--top-k", f.sampling.top_k, "0: off")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c->add_option("--min-p", f.sampling.min_p, "0: off")
+        ->check(CLI::Range(0.0, 1.0))
+        ->capture_default_str();
+    c->add_option("--repetition-penalty", f.sampling.repetition_penalty, "1: off")
+        ->check(CLI::Range(0.01, 10.0))
+        ->capture_default_str();
+    c->add_option("--presence-penalty", f.sampling.presence_penalty, "0: off")
+        ->check(CLI::Range(-2.0, 2.0))
+        ->capture_default_str();
+    c->add_option("--frequency-penalty", f.sampling.frequency_penalty, "0: off")
+        ->check(CLI::Range(-2.0, 2.0))
+        ->capture_default_str();
     c->add_option("--seed", f.sampling.seed, "same seed, same answer");
     c->add_option("--stop", f.sampling.stop, "text that ends the answer (may be repeated)");
-    c->add_option("--target", f.target, "for directories that are not engines")->capture_default_str();
-    add_choice(c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16"}, "for directories that are not engines")->capture_default_str();
-    add_choice(c, "--roles", f.roles, {"strict", "tolerant"}, "what to do with unusual message orders")->capture_default_str();
-    c->add_option("--kv-memory-gib", f.kv_memory_gib, "memory for the KV cache; default: enough for one long chat");
+    c->add_option("--target", f.target, "for directories that are not engines")
+        ->capture_default_str();
+    add_choice(c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16"},
+               "for directories that are not engines")
+        ->capture_default_str();
+    add_choice(c, "--roles", f.roles, {"strict", "tolerant"},
+               "what to do with unusual message orders")
+        ->capture_default_str();
+    c->add_option("--kv-memory-gib", f.kv_memory_gib,
+                  "memory for the KV cache; default: enough for one long chat");
     add_regex(c, f.tokenizer_regex);
     add_common(c, f, false);
   }
 
   void add_chat_and_run() {
-    CLI::App* chat = command("chat", "talk to a model in the terminal", [this] { return run_chat(chat_); });
-    chat->add_option("DIR", chat_.model, "engine, checkpoint or Hugging Face directory")->required();
+    CLI::App* chat =
+        command("chat", "talk to a model in the terminal", [this] { return run_chat(chat_); });
+    chat->add_option("DIR", chat_.model, "engine, checkpoint or Hugging Face directory")
+        ->required();
     add_run_flags(chat, chat_);
     chat->footer("In the chat: /regenerate /continue /system TEXT /save FILE /reset /help /quit");
     CLI::App* run = command("run", "answer one prompt and exit", [this] { return run_run(run_); });
     run->add_option("DIR", run_.model, "engine, checkpoint or Hugging Face directory")->required();
-    run->add_option("PROMPT", run_.prompt, "what the user says; - reads standard input")->required();
-    run->add_flag("--raw", run_.raw, "complete the prompt as plain text, without the chat template");
+    run->add_option("PROMPT", run_.prompt, "what the user says; - reads standard input")
+        ->required();
+    run->add_flag("--raw", run_.raw,
+                  "complete the prompt as plain text, without the chat template");
     run->add_flag("!--no-stats", run_.stats, "leave out the line with speeds");
     add_run_flags(run, run_);
   }
@@ -183,35 +243,47 @@ class Parser {
                           [this] { return run_tokenize(tokenize_); });
     t->add_option("DIR", tokenize_.model, "directory with tokenizer.json")->required();
     t->add_flag("--bos", tokenize_.bos, "put the beginning-of-sequence token first");
-    t->add_flag("--parse-special", tokenize_.parse_special, "read control strings such as [INST] as control tokens");
+    t->add_flag("--parse-special", tokenize_.parse_special,
+                "read control strings such as [INST] as control tokens");
     t->add_flag("--decode", tokenize_.decode, "arrays of ids in, strings out");
     add_regex(t, tokenize_.tokenizer_regex);
-    CLI::App* r = command("render", "JSON lines of {\"messages\": ...} -> the text a chat template makes of them",
-                          [this] { return run_render(render_); });
+    CLI::App* r = command(
+        "render", "JSON lines of {\"messages\": ...} -> the text a chat template makes of them",
+        [this] { return run_render(render_); });
     r->add_option("SOURCE", render_.source, "model directory or a .jinja file")->required();
   }
 
   void add_eval() {
     auto& f = eval_;
-    CLI::App* c = command("eval", "perplexity, and closeness to another model", [this] { return run_eval(eval_); });
+    CLI::App* c = command("eval", "perplexity, and closeness to another model",
+                          [this] { return run_eval(eval_); });
     c->add_option("MODEL", f.model, "Hugging Face directory, checkpoint or engine")->required();
-    CLI::Option* text = c->add_option("--text", f.text, "text file (.jsonl with \"messages\" or \"text\", or .txt)");
-    c->add_option("--ids", f.ids, "token ids, little-endian uint16 (.u16) or uint32 (.u32)")->excludes(text);
-    c->add_option("--context", f.context, "tokens of a window")->check(CLI::Range(2, 1 << 20))->capture_default_str();
-    c->add_option("--max-windows", f.max_windows, "stop after this many windows; 0: all")->check(CLI::NonNegativeNumber);
+    CLI::Option* text = c->add_option("--text", f.text,
+                                      "text file (.jsonl with \"messages\" or \"text\", or .txt)");
+    c->add_option("--ids", f.ids, "token ids, little-endian uint16 (.u16) or uint32 (.u32)")
+        ->excludes(text);
+    c->add_option("--context", f.context, "tokens of a window")
+        ->check(CLI::Range(2, 1 << 20))
+        ->capture_default_str();
+    c->add_option("--max-windows", f.max_windows, "stop after this many windows; 0: all")
+        ->check(CLI::NonNegativeNumber);
     c->add_option("--against", f.against, "parent model: adds KL divergence and top-1 agreement");
     c->add_option("--target", f.target, kTargets)->capture_default_str();
     add_choice(c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16", "f32"},
                "default: f32 for Hugging Face directories, int8 for checkpoints");
-    add_choice(c, "--activations", f.activations, {"f32", "int8"}, "how int4 linears are fed; default by target");
+    add_choice(c, "--activations", f.activations, {"f32", "int8"},
+               "how int4 linears are fed; default by target");
     add_regex(c, f.tokenizer_regex);
     add_common(c, f);
   }
 
   void add_inspect() {
-    CLI::App* c = command("inspect", "what a model, checkpoint, engine or single tensor holds, and the memory it needs",
-                          [this] { return run_inspect(inspect_); });
-    c->add_option("MODEL", inspect_.model, "Hugging Face directory, checkpoint or engine")->required();
+    CLI::App* c =
+        command("inspect",
+                "what a model, checkpoint, engine or single tensor holds, and the memory it needs",
+                [this] { return run_inspect(inspect_); });
+    c->add_option("MODEL", inspect_.model, "Hugging Face directory, checkpoint or engine")
+        ->required();
     c->add_option("--tensor", inspect_.tensor, "statistics of one tensor by name");
     c->add_flag("--verify", inspect_.verify, "check an engine's checksums");
     add_common(c, inspect_);
@@ -219,18 +291,31 @@ class Parser {
 
   void add_bench() {
     auto& f = bench_;
-    CLI::App* c = command("bench", "measure: latency, throughput or single ops", [this] { return run_bench(bench_); });
+    CLI::App* c = command("bench", "measure: latency, throughput or single ops",
+                          [this] { return run_bench(bench_); });
     add_choice(c, "WHAT", f.what, {"latency", "throughput", "ops"},
-               "latency: prefill and decode of one batch; throughput: many requests through the engine; ops: kernels")
+               "latency: prefill and decode of one batch; throughput: many requests through the "
+               "engine; ops: kernels")
         ->required();
-    CLI::Option* model = c->add_option("MODEL", f.model, "engine, checkpoint or Hugging Face directory");
-    c->add_option("--synthetic", f.synthetic, "random weights of a named shape instead of a model")->excludes(model);
+    CLI::Option* model =
+        c->add_option("MODEL", f.model, "engine, checkpoint or Hugging Face directory");
+    c->add_option("--synthetic", f.synthetic, "random weights of a named shape instead of a model")
+        ->excludes(model);
     c->add_option("--target", f.target, kTargets)->capture_default_str();
-    add_choice(c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16"}, "for what is not an engine")->capture_default_str();
-    add_choice(c, "--activations", f.activations, {"f32", "int8"}, "how int4 linears are fed; default by target");
-    c->add_option("--batch", f.batch, "sequences decoded together")->check(CLI::Range(1, 4096))->capture_default_str();
-    c->add_option("--prompt-tokens", f.prompt_tokens, "prompt length")->check(CLI::Range(1, 1 << 20))->capture_default_str();
-    c->add_option("--output-tokens", f.output_tokens, "tokens generated")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+    add_choice(c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16"},
+               "for what is not an engine")
+        ->capture_default_str();
+    add_choice(c, "--activations", f.activations, {"f32", "int8"},
+               "how int4 linears are fed; default by target");
+    c->add_option("--batch", f.batch, "sequences decoded together")
+        ->check(CLI::Range(1, 4096))
+        ->capture_default_str();
+    c->add_option("--prompt-tokens", f.prompt_tokens, "prompt length")
+        ->check(CLI::Range(1, 1 << 20))
+        ->capture_default_str();
+    c->add_option("--output-tokens", f.output_tokens, "tokens generated")
+        ->check(CLI::Range(1, 1 << 20))
+        ->capture_default_str();
     c->add_option("--requests", f.requests, "throughput: requests in all; default 4 x batch");
     add_common(c, f);
   }

@@ -33,7 +33,7 @@ std::string human_count(double count) {
 }  // namespace
 
 void install_interrupt_handler() {
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_handler = on_signal;
   ::sigemptyset(&action.sa_mask);
   ::sigaction(SIGINT, &action, nullptr);
@@ -84,11 +84,13 @@ void TerminalProgress::note(std::string_view message) {
 }
 
 void TerminalProgress::show(bool final) {
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
   const double rate = seconds > 0 ? static_cast<double>(done_) / seconds : 0;
   std::string line = stage_;
   if (final) {
-    line += fmt::format(": {} {} in {}", human_count(static_cast<double>(done_)), unit_, human_duration(seconds));
+    line += fmt::format(": {} {} in {}", human_count(static_cast<double>(done_)), unit_,
+                        human_duration(seconds));
     if (rate > 0) line += fmt::format(" ({} {}/s)", human_count(rate), unit_);
   } else {
     line += fmt::format(": {}", human_count(static_cast<double>(done_)));
@@ -98,7 +100,9 @@ void TerminalProgress::show(bool final) {
     }
     if (rate > 0) {
       line += fmt::format(", {} {}/s", human_count(rate), unit_);
-      if (total_ > done_) line += fmt::format(", {} left", human_duration(static_cast<double>(total_ - done_) / rate));
+      if (total_ > done_)
+        line +=
+            fmt::format(", {} left", human_duration(static_cast<double>(total_ - done_) / rate));
     }
   }
   if (is_terminal_) {

@@ -1,5 +1,5 @@
-// How the CLI talks: progress with rate and ETA on a terminal, plain lines elsewhere; Ctrl-C; numbers for people.
-// SPDX-License-Identifier: Apache-2.0
+// How the CLI talks: progress with rate and ETA on a terminal, plain lines elsewhere; Ctrl-C;
+// numbers for people. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <chrono>
@@ -9,8 +9,8 @@
 
 namespace nibble::cli {
 
-/// Progress on stderr. On a terminal one line is redrawn at most ten times a second; elsewhere a line every ten
-/// seconds and one at the end of a stage.
+/// Progress on stderr. On a terminal one line is redrawn at most ten times a second; elsewhere a
+/// line every ten seconds and one at the end of a stage.
 class TerminalProgress final : public Progress {
  public:
   TerminalProgress();
@@ -29,7 +29,8 @@ class TerminalProgress final : public Progress {
   std::chrono::steady_clock::time_point start_, last_shown_;
 };
 
-/// Installs the SIGINT and SIGTERM handlers that set the interrupt flag; a second signal ends the process.
+/// Installs the SIGINT and SIGTERM handlers that set the interrupt flag; a second signal ends the
+/// process.
 void install_interrupt_handler();
 
 std::string human_duration(double seconds);  // "1 min 05 s"

@@ -8,7 +8,8 @@
 
 namespace nibble::cli {
 
-std::vector<int32_t> encode_text_file(const fs::path& model_dir, const fs::path& file, const std::string& regex) {
+std::vector<int32_t> encode_text_file(const fs::path& model_dir, const fs::path& file,
+                                      const std::string& regex) {
   const Tokenizer tokenizer = Tokenizer::load(model_dir, {parse_tokenizer_regex(regex)});
   const std::string content = read_file(file);
   std::vector<int32_t> ids;
@@ -32,7 +33,8 @@ std::vector<int32_t> encode_text_file(const fs::path& model_dir, const fs::path&
     if (line.find_first_not_of(" \t\r") == line.npos) continue;
     const std::string what = fmt::format("{} line {}", file.string(), number);
     const json::value row = parse_json(line, what);
-    const json::value* messages = row.is_object() ? row.get_object().if_contains("messages") : nullptr;
+    const json::value* messages =
+        row.is_object() ? row.get_object().if_contains("messages") : nullptr;
     const json::value* text = row.is_object() ? row.get_object().if_contains("text") : nullptr;
     if (messages != nullptr && messages->is_array()) {
       if (!chat) chat = ChatTemplate::load(model_dir);
@@ -42,13 +44,15 @@ std::vector<int32_t> encode_text_file(const fs::path& model_dir, const fs::path&
       request.add_generation_prompt = false;
       const RenderedSegments rendered = chat->render(request);
       std::vector<Tokenizer::Segment> segments;
-      for (const RenderedSegment& segment : rendered) segments.push_back({segment.text, segment.is_template});
+      for (const RenderedSegment& segment : rendered)
+        segments.push_back({segment.text, segment.is_template});
       const std::vector<int32_t> encoded = tokenizer.encode_segments(segments);
       ids.insert(ids.end(), encoded.begin(), encoded.end());
     } else if (text != nullptr && text->is_string()) {
       append_document(text->get_string());
     } else {
-      fail(ErrorKind::kInput, "{} has neither \"messages\" (an array) nor \"text\" (a string)", what);
+      fail(ErrorKind::kInput, "{} has neither \"messages\" (an array) nor \"text\" (a string)",
+           what);
     }
   }
   return ids;

@@ -1,5 +1,5 @@
-// Text files for eval and calibration, turned into ids by the model's own tokenizer and chat template.
-// SPDX-License-Identifier: Apache-2.0
+// Text files for eval and calibration, turned into ids by the model's own tokenizer and chat
+// template. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,10 @@
 
 namespace nibble::cli {
 
-/// .jsonl with {"messages"} (rendered by the chat template) or {"text"} a line, or a plain text file: documents become
-/// <s> + ids + </s>, chats what the template gives; all concatenated. Throws Error naming file and line.
-std::vector<int32_t> encode_text_file(const fs::path& model_dir, const fs::path& file, const std::string& regex);
+/// .jsonl with {"messages"} (rendered by the chat template) or {"text"} a line, or a plain text
+/// file: documents become <s> + ids + </s>, chats what the template gives; all concatenated. Throws
+/// Error naming file and line.
+std::vector<int32_t> encode_text_file(const fs::path& model_dir, const fs::path& file,
+                                      const std::string& regex);
 
 }  // namespace nibble::cli

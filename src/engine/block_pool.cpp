@@ -25,7 +25,8 @@ BlockPool::BlockPool(int num_blocks, int block_tokens, HashFn hash)
   (void)intern_salt("");  // root -1, kept for good
 }
 
-// Salts -----------------------------------------------------------------------------------------------
+// Salts
+// -----------------------------------------------------------------------------------------------
 
 int32_t BlockPool::intern_salt(std::string_view salt) {
   const auto found = salt_ids_.find(salt);
@@ -60,7 +61,8 @@ void BlockPool::drop_salt_ref(int32_t root) {
   free_salts_.push_back(-1 - root);
 }
 
-// Tree ------------------------------------------------------------------------------------------------
+// Tree
+// ------------------------------------------------------------------------------------------------
 
 uint64_t BlockPool::key_of(int32_t parent) const {
   return parent < 0 ? salts_[-1 - parent].key : nodes_[parent].key;
@@ -105,8 +107,8 @@ int32_t BlockPool::find_full(uint64_t key, int32_t parent, std::span<const int32
   for (int32_t block = buckets_[key & (buckets_.size() - 1)]; block >= 0;
        block = nodes_[block].hash_next) {
     const Node& node = nodes_[block];
-    // The key only narrows the search: parent and tokens decide. By induction over the parents the whole
-    // prefix is equal then.
+    // The key only narrows the search: parent and tokens decide. By induction over the parents the
+    // whole prefix is equal then.
     if (node.key == key && node.parent == parent && std::ranges::equal(content(block), tokens)) {
       return block;
     }
@@ -124,7 +126,8 @@ void BlockPool::forget(int32_t block) {
   node.num_tokens = 0;
 }
 
-// Least recently used list ----------------------------------------------------------------------------
+// Least recently used list
+// ----------------------------------------------------------------------------
 
 void BlockPool::lru_push_back(int32_t block) {
   Node& node = nodes_[block];
@@ -170,7 +173,8 @@ void BlockPool::release(int32_t block) {
   }
 }
 
-// Finding and filling ---------------------------------------------------------------------------------
+// Finding and filling
+// ---------------------------------------------------------------------------------
 
 int BlockPool::acquire_prefix(int32_t parent, std::span<const int32_t> tokens,
                               std::vector<int32_t>& blocks) {
@@ -204,7 +208,8 @@ BlockPool::Partial BlockPool::find_partial(int32_t parent, std::span<const int32
   if (best.block >= 0) {  // used: youngest child, youngest unheld block
     unlink_child(best.block);
     link_child(best.block, parent);
-    // Moving past the parent would break "children before their parents", but the caller holds the parent.
+    // Moving past the parent would break "children before their parents", but the caller holds the
+    // parent.
     NIBBLE_CHECK(parent < 0 || nodes_[parent].ref_count > 0);
     if (nodes_[best.block].ref_count == 0) {
       lru_unlink(best.block);
@@ -264,10 +269,12 @@ int32_t BlockPool::publish(int32_t block, int32_t parent, std::span<const int32_
   return block;
 }
 
-// Invariants ------------------------------------------------------------------------------------------
+// Invariants
+// ------------------------------------------------------------------------------------------
 
 void BlockPool::check_invariants() const {
-  // Every unheld block is in the list exactly once, blank ones first; children before their parents.
+  // Every unheld block is in the list exactly once, blank ones first; children before their
+  // parents.
   std::vector<int> place(nodes_.size(), -1);
   int count = 0, cached = 0;
   int32_t previous = -1;
@@ -297,8 +304,10 @@ void BlockPool::check_invariants() const {
     }
     if (node.parent < 0) continue;
     const Node& parent = nodes_[node.parent];
-    NIBBLE_CHECK(parent.num_tokens == block_tokens_, "block {} has a parent without content", block);
-    if (node.ref_count > 0) NIBBLE_CHECK(parent.ref_count > 0, "block {}: parent is not held", block);
+    NIBBLE_CHECK(parent.num_tokens == block_tokens_, "block {} has a parent without content",
+                 block);
+    if (node.ref_count > 0)
+      NIBBLE_CHECK(parent.ref_count > 0, "block {}: parent is not held", block);
     if (parent.ref_count == 0) NIBBLE_CHECK(place[block] < place[node.parent]);
     ++num_children[node.parent];
   }
@@ -329,9 +338,11 @@ void BlockPool::check_invariants() const {
   for (size_t bucket = 0; bucket < buckets_.size(); ++bucket) {
     for (int32_t block = buckets_[bucket]; block >= 0; block = nodes_[block].hash_next) {
       const Node& node = nodes_[block];
-      NIBBLE_CHECK(node.num_tokens == block_tokens_ && (node.key & (buckets_.size() - 1)) == bucket);
+      NIBBLE_CHECK(node.num_tokens == block_tokens_ &&
+                   (node.key & (buckets_.size() - 1)) == bucket);
       NIBBLE_CHECK(node.key == hash_(key_of(node.parent), content(block)));
-      NIBBLE_CHECK(find_full(node.key, node.parent, content(block)) == block, "a twin of {}", block);
+      NIBBLE_CHECK(find_full(node.key, node.parent, content(block)) == block, "a twin of {}",
+                   block);
       ++num_hashed;
     }
   }

@@ -1,5 +1,5 @@
-// The engine thread and the requests' life between submit() and their last event. See docs/engine-contract.md.
-// SPDX-License-Identifier: Apache-2.0
+// The engine thread and the requests' life between submit() and their last event. See
+// docs/engine-contract.md. SPDX-License-Identifier: Apache-2.0
 #include "nibble/engine.h"
 
 #include <algorithm>
@@ -37,8 +37,8 @@ struct ActiveRequest {
   std::vector<Sequence> sequences;  // never grows: the scheduler points into it
   std::vector<Choice> choices;
   int num_unfinished = 0;
-  bool is_queued = true;            // counts in num_queued_
-  bool is_doomed = false;           // its sink threw
+  bool is_queued = true;   // counts in num_queued_
+  bool is_doomed = false;  // its sink threw
   int64_t submit_us = 0;
 };
 
@@ -74,7 +74,8 @@ void check_parts(const EngineParts& parts) {
   positive("vocab_size", parts.plan.spec.vocab_size);
   positive("max_queue", parts.max_queue);
   if (parts.num_kv_blocks <= 0) {
-    fail(ErrorKind::kMemory, "the KV cache has {} blocks; give it more memory", parts.num_kv_blocks);
+    fail(ErrorKind::kMemory, "the KV cache has {} blocks; give it more memory",
+         parts.num_kv_blocks);
   }
   if (parts.eos_token_ids.size() > kMaxEosIds ||
       parts.plan.spec.eos_token_ids.size() > kMaxEosIds) {
@@ -101,9 +102,9 @@ class EngineImpl final : public Engine {
                     .hash = parts.hash}) {
     if (!executor_) {
       NIBBLE_CHECK(backend_ != nullptr);
-      executor_ = std::make_unique<ModelExecutor>(*backend_, parts.plan, weights_,
-                                                  parts.num_kv_blocks, max_logit_rows(parts),
-                                                  parts.allowed_tokens);
+      executor_ =
+          std::make_unique<ModelExecutor>(*backend_, parts.plan, weights_, parts.num_kv_blocks,
+                                          max_logit_rows(parts), parts.allowed_tokens);
     }
     std::random_device random;
     next_seed_ = (uint64_t{random()} << 32) | random();
@@ -120,7 +121,8 @@ class EngineImpl final : public Engine {
 
   ~EngineImpl() override { stop(); }
 
-  // Any thread -----------------------------------------------------------------------------------------
+  // Any thread
+  // -----------------------------------------------------------------------------------------
 
   Submitted submit(Request request) override {
     check_request(request, limits_);
@@ -166,8 +168,12 @@ class EngineImpl final : public Engine {
     return failure_;
   }
 
-  int max_input_len() const override { return std::min(limits_.max_input_len, limits_.max_seq_len - 1); }
-  int max_output_len() const override { return std::min(limits_.max_output_len, limits_.max_seq_len - 1); }
+  int max_input_len() const override {
+    return std::min(limits_.max_input_len, limits_.max_seq_len - 1);
+  }
+  int max_output_len() const override {
+    return std::min(limits_.max_output_len, limits_.max_seq_len - 1);
+  }
   int max_seq_len() const override { return limits_.max_seq_len; }
 
   bool drain(std::chrono::milliseconds deadline) override {
@@ -195,7 +201,8 @@ class EngineImpl final : public Engine {
   }
 
  private:
-  // Any thread -----------------------------------------------------------------------------------------
+  // Any thread
+  // -----------------------------------------------------------------------------------------
 
   void return_slot() override { num_queued_.fetch_sub(1); }
 
@@ -238,7 +245,8 @@ class EngineImpl final : public Engine {
     return {SubmitStatus::kAccepted, id};
   }
 
-  // Engine thread --------------------------------------------------------------------------------------
+  // Engine thread
+  // --------------------------------------------------------------------------------------
 
   void thread_main() {
     std::string why;
@@ -255,14 +263,15 @@ class EngineImpl final : public Engine {
     fail_all(why.empty() ? "engine failure" : why);
   }
 
-  /// Waits for something to do, moves new requests and cancellations into the scheduler. False: stop.
+  /// Waits for something to do, moves new requests and cancellations into the scheduler. False:
+  /// stop.
   bool take_inbox() {
     bool cancel_all;
     {
       std::unique_lock lock(mutex_);
       wake_.wait(lock, [&] {
-        return scheduler_.has_work() || !new_requests_.empty() || !cancels_.empty() || cancel_all_ ||
-               stopping_;
+        return scheduler_.has_work() || !new_requests_.empty() || !cancels_.empty() ||
+               cancel_all_ || stopping_;
       });
       if (new_requests_.empty() && cancels_.empty() && !cancel_all_ && !stopping_) return true;
       std::swap(new_requests_, taken_requests_);
@@ -346,8 +355,7 @@ class EngineImpl final : public Engine {
           scores_[r] = logprobs_of_row(result, r, result.tokens[r], seq.prompt_logprobs);
         }
         event.prompt_position = scheduled.first_prompt_row + 1;
-        event.prompt_logprobs =
-            std::span(scores_).subspan(first_row, scheduled.num_prompt_rows);
+        event.prompt_logprobs = std::span(scores_).subspan(first_row, scheduled.num_prompt_rows);
       }
       if (scheduled.draws) {
         const size_t r = row - 1;
@@ -361,7 +369,8 @@ class EngineImpl final : public Engine {
     }
   }
 
-  /// Completes the event with the sequence's state and hands it to the sink; forgets a request that is done.
+  /// Completes the event with the sequence's state and hands it to the sink; forgets a request that
+  /// is done.
   void send(const Sequence& seq, TokenEvent& event, int64_t at_us) {
     const auto found = requests_.find(seq.request_id);
     ActiveRequest& request = *found->second;

@@ -75,13 +75,13 @@ const StepResult& ModelExecutor::run(const StepPlan& plan) {
 
   const int32_t* host = host_result_.data();
   const float* host_floats = reinterpret_cast<const float*>(host);
-  result_ = {.tokens = {host, num_rows},
-             .logprobs = {host_floats + num_rows, num_rows},
-             .max_logprobs = step_.max_logprobs(),
-             .top_tokens = {host + 2 * num_rows, num_top},
-             .top_logprobs = {host_floats + 2 * num_rows + num_top, num_top},
-             .forward_us =
-                 std::chrono::duration_cast<std::chrono::microseconds>(end - start).count()};
+  result_ = {
+      .tokens = {host, num_rows},
+      .logprobs = {host_floats + num_rows, num_rows},
+      .max_logprobs = step_.max_logprobs(),
+      .top_tokens = {host + 2 * num_rows, num_top},
+      .top_logprobs = {host_floats + 2 * num_rows + num_top, num_top},
+      .forward_us = std::chrono::duration_cast<std::chrono::microseconds>(end - start).count()};
   return result_;
 }
 

@@ -15,12 +15,12 @@ namespace nibble {
 
 /// Host arrays, valid until the next run().
 struct StepResult {
-  std::span<const int32_t> tokens;        // [R]
-  std::span<const float> logprobs;        // [R], only where asked for
+  std::span<const int32_t> tokens;  // [R]
+  std::span<const float> logprobs;  // [R], only where asked for
   int max_logprobs = 0;
-  std::span<const int32_t> top_tokens;    // [R, max_logprobs], -1 past a row's own number
-  std::span<const float> top_logprobs;    // [R, max_logprobs]
-  int64_t forward_us = 0;                 // inside the decoder and the sampling op
+  std::span<const int32_t> top_tokens;  // [R, max_logprobs], -1 past a row's own number
+  std::span<const float> top_logprobs;  // [R, max_logprobs]
+  int64_t forward_us = 0;               // inside the decoder and the sampling op
 };
 
 class Executor {
@@ -32,7 +32,8 @@ class Executor {
 /// The model on one backend. All memory is allocated here, at construction.
 class ModelExecutor final : public Executor {
  public:
-  /// backend and weights must outlive it. allowed: bit per vocabulary id that may be drawn; empty: all.
+  /// backend and weights must outlive it. allowed: bit per vocabulary id that may be drawn; empty:
+  /// all.
   ModelExecutor(Backend& backend, const EnginePlan& plan, const ModelWeights& weights,
                 int num_kv_blocks, int max_logit_rows, std::span<const uint64_t> allowed);
 

@@ -30,8 +30,10 @@ void check_lengths(const Request& request, const RequestLimits& limits) {
   if (num_prompt == 0) fail(ErrorKind::kInput, "the prompt has no tokens; give at least one");
   if (num_prompt > limits.max_input_len) {
     fail(ErrorKind::kLimit,
-         "This model's maximum context length is {} tokens, of which {} may be prompt (max_input_len) "
-         "and {} output (max_output_len), but the prompt has {} tokens. Shorten the prompt, or build "
+         "This model's maximum context length is {} tokens, of which {} may be prompt "
+         "(max_input_len) "
+         "and {} output (max_output_len), but the prompt has {} tokens. Shorten the prompt, or "
+         "build "
          "the engine with a larger --max-input-len.",
          limits.max_seq_len, limits.max_input_len, limits.max_output_len, num_prompt);
   }
@@ -39,20 +41,23 @@ void check_lengths(const Request& request, const RequestLimits& limits) {
     fail(ErrorKind::kInput, "max_tokens is {}, but must be 0 or more", *request.max_tokens);
   }
   if (request.max_tokens && *request.max_tokens > limits.max_output_len) {
-    fail(ErrorKind::kLimit,
-         "max_tokens is {}, but this engine generates at most {} tokens a request (max_output_len). "
-         "This model's maximum context length is {} tokens. Ask for fewer, or build the engine with a "
-         "larger --max-output-len.",
-         *request.max_tokens, limits.max_output_len, limits.max_seq_len);
+    fail(
+        ErrorKind::kLimit,
+        "max_tokens is {}, but this engine generates at most {} tokens a request (max_output_len). "
+        "This model's maximum context length is {} tokens. Ask for fewer, or build the engine with "
+        "a "
+        "larger --max-output-len.",
+        *request.max_tokens, limits.max_output_len, limits.max_seq_len);
   }
   const int64_t num_output = request.max_tokens.value_or(1);
   if (num_prompt + num_output > limits.max_seq_len) {
-    fail(ErrorKind::kLimit,
-         "This model's maximum context length is {} tokens (the KV cache holds {}), but the request "
-         "needs {}: {} in the prompt and {} to generate. Shorten either, or give the KV cache more "
-         "memory.",
-         limits.max_seq_len, limits.kv_cache_tokens, num_prompt + num_output, num_prompt,
-         num_output);
+    fail(
+        ErrorKind::kLimit,
+        "This model's maximum context length is {} tokens (the KV cache holds {}), but the request "
+        "needs {}: {} in the prompt and {} to generate. Shorten either, or give the KV cache more "
+        "memory.",
+        limits.max_seq_len, limits.kv_cache_tokens, num_prompt + num_output, num_prompt,
+        num_output);
   }
 }
 

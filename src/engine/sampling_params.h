@@ -1,5 +1,5 @@
-// Checks a request against the engine's limits and turns its SamplingParams into what the sampling op eats.
-// SPDX-License-Identifier: Apache-2.0
+// Checks a request against the engine's limits and turns its SamplingParams into what the sampling
+// op eats. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include "nibble/request.h"
@@ -11,7 +11,7 @@ namespace nibble {
 struct RequestLimits {
   int max_input_len = 0;
   int max_output_len = 0;
-  int max_seq_len = 0;        // <= input + output; less when the KV cache is smaller
+  int max_seq_len = 0;  // <= input + output; less when the KV cache is smaller
   int64_t kv_cache_tokens = 0;
   int vocab_size = 0;
 };

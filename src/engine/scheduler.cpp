@@ -20,7 +20,8 @@ Scheduler::Scheduler(const SchedulerConfig& config)
   waiting_.reserve(256);
 }
 
-// Lists by rank ---------------------------------------------------------------------------------------
+// Lists by rank
+// ---------------------------------------------------------------------------------------
 
 bool Scheduler::before(const Sequence* a, const Sequence* b) {
   return std::tie(a->priority, a->arrival) < std::tie(b->priority, b->arrival);
@@ -85,7 +86,8 @@ size_t Scheduler::first_ready() const {
   return i;
 }
 
-// Blocks ----------------------------------------------------------------------------------------------
+// Blocks
+// ----------------------------------------------------------------------------------------------
 
 int Scheduler::match_limit(const Sequence& seq) const {
   if (!seq.reuse_prefix) return 0;
@@ -119,13 +121,13 @@ int Scheduler::grow_by_preempting(Sequence& seq, int num_tokens) {
   }
 }
 
-/// Takes the cached full blocks of a waiting sequence. False, with nothing taken, when the pool could not hold
-/// the rest of its tokens with a block to spare for every running sequence. (With less, it would be
-/// preempted, or preempt, at once.)
+/// Takes the cached full blocks of a waiting sequence. False, with nothing taken, when the pool
+/// could not hold the rest of its tokens with a block to spare for every running sequence. (With
+/// less, it would be preempted, or preempt, at once.)
 bool Scheduler::acquire_if_fits(Sequence& seq) {
   const int limit = match_limit(seq);
-  const int num_cached = pool_.acquire_prefix(
-      seq.root, std::span(seq.tokens).first(limit), seq.block_table);
+  const int num_cached =
+      pool_.acquire_prefix(seq.root, std::span(seq.tokens).first(limit), seq.block_table);
   const int num_needed =
       (seq.num_tokens() + config_.block_tokens - 1) / config_.block_tokens - num_cached;
   if (running_.empty() || pool_.num_available() >= num_needed + num_running()) return true;
@@ -169,8 +171,7 @@ bool Scheduler::admit(Sequence& seq) {
 void Scheduler::match_later(Sequence& seq) {
   const int begin = seq.num_computed_tokens;
   const int limit = match_limit(seq);
-  if (begin >= limit ||
-      begin != static_cast<int>(seq.block_table.size()) * config_.block_tokens) {
+  if (begin >= limit || begin != static_cast<int>(seq.block_table.size()) * config_.block_tokens) {
     return;
   }
   const int num_found = pool_.acquire_prefix(
@@ -188,12 +189,13 @@ void Scheduler::publish(Sequence& seq, int first_token) {
   for (int i = first_token / size; i * size < seq.num_computed_tokens; ++i) {
     const int end = std::min((i + 1) * size, seq.num_computed_tokens);
     const int32_t parent = i == 0 ? seq.root : seq.block_table[i - 1];
-    seq.block_table[i] = pool_.publish(
-        seq.block_table[i], parent, std::span(seq.tokens).subspan(i * size, end - i * size));
+    seq.block_table[i] = pool_.publish(seq.block_table[i], parent,
+                                       std::span(seq.tokens).subspan(i * size, end - i * size));
   }
 }
 
-// Planning --------------------------------------------------------------------------------------------
+// Planning
+// --------------------------------------------------------------------------------------------
 
 const StepPlan& Scheduler::plan() {
   ++step_;
@@ -327,8 +329,9 @@ void Scheduler::check_invariants() const {
     NIBBLE_CHECK(seq->state == SequenceState::kWaiting && seq->block_table.empty());
   }
   for (int block = 0; block < pool_.num_blocks(); ++block) {
-    NIBBLE_CHECK(pool_.ref_count(block) == num_holders[block], "block {}: {} references, {} holders",
-                 block, pool_.ref_count(block), num_holders[block]);
+    NIBBLE_CHECK(pool_.ref_count(block) == num_holders[block],
+                 "block {}: {} references, {} holders", block, pool_.ref_count(block),
+                 num_holders[block]);
   }
 }
 

@@ -1,19 +1,25 @@
-// Decides what each step computes. A pure data structure: no clock, no threads, no device, no I/O; the same
-// calls give the same plans. plan() and commit() alternate; add() and cancel() come between commit and plan.
+// Decides what each step computes. A pure data structure: no clock, no threads, no device, no I/O;
+// the same calls give the same plans. plan() and commit() alternate; add() and cancel() come
+// between commit and plan.
 //
-// Rank: lower priority value first, then order of arrival. Rules, each checked by the simulation in tests/:
-//   * decode rows first, in order of rank; then, in order of rank, prefill chunks of running sequences and
+// Rank: lower priority value first, then order of arrival. Rules, each checked by the simulation in
+// tests/:
+//   * decode rows first, in order of rank; then, in order of rank, prefill chunks of running
+//   sequences and
 //     admissions of waiting ones; within max_num_tokens rows and max_batch_size sequences.
-//   * a sequence that needs a block when all are held takes it from the worst ranked running sequence that
-//     ranks behind it and has nothing in this step yet: that one is preempted, its blocks stay findable, and it
-//     waits in its old rank to be recomputed. With nobody to take from, it sits the step out.
-//   * a waiting sequence of a strictly better priority preempts the worst running one for a place or for blocks.
-//   * admission is in order of rank without overtaking, so within a priority nobody starves. (A better
+//   * a sequence that needs a block when all are held takes it from the worst ranked running
+//   sequence that
+//     ranks behind it and has nothing in this step yet: that one is preempted, its blocks stay
+//     findable, and it waits in its old rank to be recomputed. With nobody to take from, it sits
+//     the step out.
+//   * a waiting sequence of a strictly better priority preempts the worst running one for a place
+//   or for blocks.
+//   * admission is in order of rank without overtaking, so within a priority nobody starves. (A
+//   better
 //     priority can starve a worse one: that is what it is for.)
 //   * whenever there is work, a step has at least one row.
-// Sequences are owned by the caller and stay alive until finished or cancelled. Not thread-safe. A steady step
-// (no arrivals) allocates nothing.
-// SPDX-License-Identifier: Apache-2.0
+// Sequences are owned by the caller and stay alive until finished or cancelled. Not thread-safe. A
+// steady step (no arrivals) allocates nothing. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
@@ -34,8 +40,9 @@ struct SchedulerConfig {
   BlockPool::HashFn hash = BlockPool::default_hash;
 };
 
-/// Rows [first_token, first_token + num_tokens) of a sequence. Its logit rows are, in this order: num_prompt_rows
-/// rows from first_prompt_row on, each scoring the prompt's next token; then its last row if it draws a token.
+/// Rows [first_token, first_token + num_tokens) of a sequence. Its logit rows are, in this order:
+/// num_prompt_rows rows from first_prompt_row on, each scoring the prompt's next token; then its
+/// last row if it draws a token.
 struct ScheduledSequence {
   Sequence* seq = nullptr;
   int first_token = 0;
@@ -79,8 +86,9 @@ class Scheduler {
 
   /// Empty only when nothing can be computed, which is when there is no work.
   const StepPlan& plan();
-  /// The step of the last plan() has run. drawn: one token per logit row (prompt rows' are ignored), in the
-  /// plan's order. Appends tokens, finishes sequences, makes their blocks findable.
+  /// The step of the last plan() has run. drawn: one token per logit row (prompt rows' are
+  /// ignored), in the plan's order. Appends tokens, finishes sequences, makes their blocks
+  /// findable.
   void commit(std::span<const int32_t> drawn);
 
   bool has_work() const { return !running_.empty() || !waiting_.empty(); }

@@ -1,7 +1,7 @@
-// One choice of one request: its tokens, how far its K/V have been computed and in which blocks, and what the
-// sampling op needs to know about it. Everything is allocated when the request is made (on the caller's
-// thread); the engine thread, its owner from then on, only writes into reserved room.
-// SPDX-License-Identifier: Apache-2.0
+// One choice of one request: its tokens, how far its K/V have been computed and in which blocks,
+// and what the sampling op needs to know about it. Everything is allocated when the request is made
+// (on the caller's thread); the engine thread, its owner from then on, only writes into reserved
+// room. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,8 @@
 
 namespace nibble {
 
-/// How often each id has been seen: dense entries for the sampling op, found through a small hash table.
+/// How often each id has been seen: dense entries for the sampling op, found through a small hash
+/// table.
 class TokenCounts {
  public:
   void reserve(size_t num_ids);  // once, before the first add
@@ -39,35 +40,36 @@ struct Sequence {
   std::string cache_salt;
   bool reuse_prefix = true;
 
-  // Tokens. K/V of [0, num_computed_tokens) lie in block_table; the last token's are never there yet when
-  // a token is drawn from its logits.
+  // Tokens. K/V of [0, num_computed_tokens) lie in block_table; the last token's are never there
+  // yet when a token is drawn from its logits.
   std::vector<int32_t> tokens;
   int num_prompt_tokens = 0;
-  int max_tokens = 0;            // to generate
+  int max_tokens = 0;  // to generate
   int num_computed_tokens = 0;
-  int num_cached_tokens = -1;    // prompt tokens not computed thanks to the prefix index; -1: not started
-  bool prompt_done = false;      // the whole prompt has been computed once
+  int num_cached_tokens =
+      -1;  // prompt tokens not computed thanks to the prefix index; -1: not started
+  bool prompt_done = false;  // the whole prompt has been computed once
   std::vector<int32_t> block_table;
-  int32_t root = 0;              // of its salt, in the block pool
+  int32_t root = 0;  // of its salt, in the block pool
 
   // Sampling.
-  SampleRow row;                 // position and ranges are filled in by the step buffer
+  SampleRow row;  // position and ranges are filled in by the step buffer
   bool has_history = false;
   TokenCounts history;
   std::vector<TokenBias> bias;        // from min_tokens on
   std::vector<TokenBias> early_bias;  // before: what would stop it is banned too
   int min_tokens = 0;
-  std::vector<int32_t> eos_ids;       // empty with ignore_eos
+  std::vector<int32_t> eos_ids;  // empty with ignore_eos
   std::vector<int32_t> stop_ids;
   int prompt_logprobs = -1;
-  int num_scored_tokens = 0;     // prompt rows [0, num_scored) have given their log-probs
+  int num_scored_tokens = 0;  // prompt rows [0, num_scored) have given their log-probs
 
   // State, written by the scheduler alone.
   SequenceState state = SequenceState::kNew;
   std::optional<FinishReason> finish_reason;
   int32_t stop_token = -1;
   int num_preemptions = 0;
-  uint64_t last_step = 0;        // the last step it had rows in
+  uint64_t last_step = 0;  // the last step it had rows in
 
   int num_tokens() const { return static_cast<int>(tokens.size()); }
   int num_output_tokens() const { return num_tokens() - num_prompt_tokens; }
@@ -87,7 +89,7 @@ struct Sequence {
 /// What the engine adds to a request to make its sequences.
 struct SequenceDefaults {
   std::span<const int32_t> eos_ids;
-  int max_tokens = 0;       // resolved
+  int max_tokens = 0;  // resolved
   int block_tokens = 0;
   uint64_t seed = 0;
 };

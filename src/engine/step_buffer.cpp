@@ -17,9 +17,8 @@ int num_blocks_of(int num_tokens, int block_tokens) {
 
 }  // namespace
 
-StepBuffer::Layout StepBuffer::layout(int num_tokens, int num_seqs,
-                                      int num_logit_rows, int num_blocks, size_t num_history,
-                                      size_t num_bias) {
+StepBuffer::Layout StepBuffer::layout(int num_tokens, int num_seqs, int num_logit_rows,
+                                      int num_blocks, size_t num_history, size_t num_bias) {
   Layout l{};
   size_t end = 0;
   const auto carve = [&](size_t count, size_t size) {
@@ -42,12 +41,11 @@ StepBuffer::Layout StepBuffer::layout(int num_tokens, int num_seqs,
 
 StepBuffer::StepBuffer(const StepShape& shape) : shape_(shape) {
   const size_t num_seqs = shape.max_batch_size;
-  capacity_bytes_ =
-      layout(shape.max_num_tokens, shape.max_batch_size, shape.max_logit_rows,
-             num_blocks_of(shape.max_seq_len, shape.block_tokens) + 1,
-             num_seqs * std::min(shape.max_seq_len, shape.vocab_size),
-             num_seqs * (kMaxLogitBias + kMaxStopTokenIds + kMaxEosIds))
-          .end;
+  capacity_bytes_ = layout(shape.max_num_tokens, shape.max_batch_size, shape.max_logit_rows,
+                           num_blocks_of(shape.max_seq_len, shape.block_tokens) + 1,
+                           num_seqs * std::min(shape.max_seq_len, shape.vocab_size),
+                           num_seqs * (kMaxLogitBias + kMaxStopTokenIds + kMaxEosIds))
+                        .end;
   host_.reset(static_cast<std::byte*>(::operator new[](capacity_bytes_)));
 }
 
@@ -69,8 +67,8 @@ void StepBuffer::build(const StepPlan& plan) {
            .num_seqs = static_cast<int>(plan.sequences.size()),
            .num_logit_rows = plan.num_logit_rows,
            .max_blocks_per_seq = num_blocks};
-  layout_ = layout(step_.num_tokens, step_.num_seqs, step_.num_logit_rows, num_blocks,
-                   num_history, num_bias);
+  layout_ = layout(step_.num_tokens, step_.num_seqs, step_.num_logit_rows, num_blocks, num_history,
+                   num_bias);
   used_bytes_ = layout_.end;
   NIBBLE_CHECK(used_bytes_ <= capacity_bytes_, "a step of {} bytes in a buffer of {}", used_bytes_,
                capacity_bytes_);

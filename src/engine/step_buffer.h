@@ -1,7 +1,7 @@
-// One step as the ops want it: every array of StepBatch and SampleBatch packed into one contiguous piece of
-// host memory, so that one upload carries it to the device (and later one broadcast to the other ranks).
-// Sized for the largest step at start; building a step allocates nothing. Knows no device.
-// SPDX-License-Identifier: Apache-2.0
+// One step as the ops want it: every array of StepBatch and SampleBatch packed into one contiguous
+// piece of host memory, so that one upload carries it to the device (and later one broadcast to the
+// other ranks). Sized for the largest step at start; building a step allocates nothing. Knows no
+// device. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstddef>
@@ -41,12 +41,15 @@ class StepBuffer {
  private:
   // Byte offsets of the arrays in this step.
   struct Layout {
-    size_t token_ids, positions, seq_starts, kv_lens, block_tables, logit_rows, rows, history, bias, end;
+    size_t token_ids, positions, seq_starts, kv_lens, block_tables, logit_rows, rows, history, bias,
+        end;
   };
-  static Layout layout(int num_tokens, int num_seqs, int num_logit_rows,
-                       int num_blocks, size_t num_history, size_t num_bias);
+  static Layout layout(int num_tokens, int num_seqs, int num_logit_rows, int num_blocks,
+                       size_t num_history, size_t num_bias);
   template <typename T>
-  T* at(size_t offset) const { return reinterpret_cast<T*>(host_.get() + offset); }
+  T* at(size_t offset) const {
+    return reinterpret_cast<T*>(host_.get() + offset);
+  }
 
   const StepShape shape_;
   size_t capacity_bytes_ = 0, used_bytes_ = 0;

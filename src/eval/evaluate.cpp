@@ -25,7 +25,8 @@ size_t best(std::span<const float> logits) {
   return static_cast<size_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
 }
 
-double kl_divergence(std::span<const float> p, double p_lse, std::span<const float> q, double q_lse) {
+double kl_divergence(std::span<const float> p, double p_lse, std::span<const float> q,
+                     double q_lse) {
   double sum = 0;
   for (size_t v = 0; v < p.size(); ++v) {
     const double log_p = p[v] - p_lse;
@@ -34,14 +35,18 @@ double kl_divergence(std::span<const float> p, double p_lse, std::span<const flo
   return sum;
 }
 
-// Runs windows through one model and hands every scored row's logits to `score(model, target, logits)`.
+// Runs windows through one model and hands every scored row's logits to `score(model, target,
+// logits)`.
 class Windows {
  public:
-  Windows(std::span<const int32_t> ids, const EvalOptions& options) : ids_(ids), context_(options.context) {
+  Windows(std::span<const int32_t> ids, const EvalOptions& options)
+      : ids_(ids), context_(options.context) {
     if (context_ < 2) fail(ErrorKind::kUsage, "--context is {}; it must be at least 2", context_);
     count_ = static_cast<int64_t>(ids.size()) / context_;
     if (count_ == 0) {
-      fail(ErrorKind::kInput, "the text has {} tokens, fewer than one window of {}; give more text or a smaller --context",
+      fail(ErrorKind::kInput,
+           "the text has {} tokens, fewer than one window of {}; give more text or a smaller "
+           "--context",
            ids.size(), context_);
     }
     if (options.max_windows > 0) count_ = std::min<int64_t>(count_, options.max_windows);
@@ -65,8 +70,8 @@ void finish(EvalResult& result, std::chrono::steady_clock::time_point start) {
 
 }  // namespace
 
-EvalResult evaluate(const LoadedModel& model, std::span<const int32_t> ids, const EvalOptions& options,
-                    Progress& progress) {
+EvalResult evaluate(const LoadedModel& model, std::span<const int32_t> ids,
+                    const EvalOptions& options, Progress& progress) {
   const auto start = std::chrono::steady_clock::now();
   const Windows windows(ids, options);
   const auto vocab = static_cast<size_t>(model.plan.spec.vocab_size);
@@ -81,7 +86,8 @@ EvalResult evaluate(const LoadedModel& model, std::span<const int32_t> ids, cons
     double nll = 0;
     for (size_t at = 0; at < window.size(); at += kStepTokens) {
       const size_t count = std::min(window.size() - at, static_cast<size_t>(kStepTokens));
-      const std::span<const float> logits = sequence.extend(window.subspan(at, count), SingleSequence::Logits::kAll);
+      const std::span<const float> logits =
+          sequence.extend(window.subspan(at, count), SingleSequence::Logits::kAll);
       for (size_t i = 0; i < count && at + i + 1 < window.size(); ++i) {
         const std::span<const float> row = logits.subspan(i * vocab, vocab);
         nll += log_sum_exp(row) - row[static_cast<size_t>(window[at + i + 1])];
@@ -101,14 +107,17 @@ EvalResult evaluate(const LoadedModel& model, std::span<const int32_t> ids, cons
 Comparison compare(const LoadedModel& model, const LoadedModel& other, std::span<const int32_t> ids,
                    const EvalOptions& options, Progress& progress) {
   if (model.plan.spec.vocab_size != other.plan.spec.vocab_size) {
-    fail(ErrorKind::kInput, "the two models have vocabularies of {} and {}; only models with one vocabulary compare",
+    fail(ErrorKind::kInput,
+         "the two models have vocabularies of {} and {}; only models with one vocabulary compare",
          model.plan.spec.vocab_size, other.plan.spec.vocab_size);
   }
   const auto start = std::chrono::steady_clock::now();
   const Windows windows(ids, options);
   const auto vocab = static_cast<size_t>(model.plan.spec.vocab_size);
-  SingleSequence q_sequence(*model.backend, model.plan, model.weights, options.context, kStepTokens);
-  SingleSequence p_sequence(*other.backend, other.plan, other.weights, options.context, kStepTokens);
+  SingleSequence q_sequence(*model.backend, model.plan, model.weights, options.context,
+                            kStepTokens);
+  SingleSequence p_sequence(*other.backend, other.plan, other.weights, options.context,
+                            kStepTokens);
   Comparison result;
   progress.begin("comparing", windows.count() * options.context, "tokens");
   for (int64_t k = 0; k < windows.count(); ++k) {
@@ -119,11 +128,14 @@ Comparison compare(const LoadedModel& model, const LoadedModel& other, std::span
     double q_nll = 0, p_nll = 0;
     for (size_t at = 0; at < window.size(); at += kStepTokens) {
       const size_t count = std::min(window.size() - at, static_cast<size_t>(kStepTokens));
-      const auto q_logits = q_sequence.extend(window.subspan(at, count), SingleSequence::Logits::kAll);
-      const auto p_logits = p_sequence.extend(window.subspan(at, count), SingleSequence::Logits::kAll);
+      const auto q_logits =
+          q_sequence.extend(window.subspan(at, count), SingleSequence::Logits::kAll);
+      const auto p_logits =
+          p_sequence.extend(window.subspan(at, count), SingleSequence::Logits::kAll);
       for (size_t i = 0; i < count && at + i + 1 < window.size(); ++i) {
         const auto target = static_cast<size_t>(window[at + i + 1]);
-        const std::span<const float> q = q_logits.subspan(i * vocab, vocab), p = p_logits.subspan(i * vocab, vocab);
+        const std::span<const float> q = q_logits.subspan(i * vocab, vocab),
+                                     p = p_logits.subspan(i * vocab, vocab);
         const double q_lse = log_sum_exp(q), p_lse = log_sum_exp(p);
         q_nll += q_lse - q[target];
         p_nll += p_lse - p[target];

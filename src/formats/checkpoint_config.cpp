@@ -14,10 +14,11 @@ void read_mapping(ObjectReader& in, CheckpointConfig& config) {
   constexpr int kMax = 1024;
   config.pp_size = mapping.integer_or("pp_size", 1, 1, kMax);
   const int world = mapping.integer_or("world_size", 0, 0, kMax * kMax);
-  config.tp_size = mapping.integer_or("tp_size", world > 0 ? std::max(1, world / config.pp_size) : 1, 1, kMax);
+  config.tp_size =
+      mapping.integer_or("tp_size", world > 0 ? std::max(1, world / config.pp_size) : 1, 1, kMax);
   if (world > 0 && world != config.tp_size * config.pp_size) {
-    fail(ErrorKind::kInput, "{}: world_size is {} but tp_size x pp_size is {} x {}", mapping.where(), world,
-         config.tp_size, config.pp_size);
+    fail(ErrorKind::kInput, "{}: world_size is {} but tp_size x pp_size is {} x {}",
+         mapping.where(), world, config.tp_size, config.pp_size);
   }
   if (mapping.integer_or("cp_size", 1, 1, kMax) != 1) {
     fail(ErrorKind::kUnsupported, "{}: cp_size is {}; only 1 is supported", mapping.where(),
@@ -35,13 +36,16 @@ void read_quantization(ObjectReader& in, CheckpointConfig& config) {
   ObjectReader quant(*object, in.where() + ", quantization");
   const std::string algo = quant.string_or("quant_algo", "");
   if (!algo.empty() && algo != "W4A16_AWQ") {
-    fail(ErrorKind::kUnsupported, "{}: quant_algo is \"{}\"; nibble reads W4A16_AWQ checkpoints and unquantized ones. Make "
-         "one from the original 16-bit model with `nibble quantize`", quant.where(), algo);
+    fail(ErrorKind::kUnsupported,
+         "{}: quant_algo is \"{}\"; nibble reads W4A16_AWQ checkpoints and unquantized ones. Make "
+         "one from the original 16-bit model with `nibble quantize`",
+         quant.where(), algo);
   }
   config.quantized = !algo.empty();
   config.group_size = quant.integer_or("group_size", 0, 0, 1 << 20);
   if (quant.boolean_or("has_zero_point", false)) {
-    fail(ErrorKind::kUnsupported, "{}: has_zero_point is true; only symmetric int4 is supported", quant.where());
+    fail(ErrorKind::kUnsupported, "{}: has_zero_point is true; only symmetric int4 is supported",
+         quant.where());
   }
   const std::string kv = quant.string_or("kv_cache_quant_algo", "");
   if (kv == "INT8") {
@@ -49,7 +53,8 @@ void read_quantization(ObjectReader& in, CheckpointConfig& config) {
   } else if (kv == "FP8") {
     config.kv = CheckpointConfig::KvQuant::kFp8;
   } else if (!kv.empty()) {
-    fail(ErrorKind::kUnsupported, "{}: kv_cache_quant_algo is \"{}\"; known are null, \"INT8\" and \"FP8\"", quant.where(),
+    fail(ErrorKind::kUnsupported,
+         "{}: kv_cache_quant_algo is \"{}\"; known are null, \"INT8\" and \"FP8\"", quant.where(),
          kv);
   }
 }
@@ -68,7 +73,8 @@ CheckpointConfig parse_checkpoint_config(const json::object& object, std::string
   read_quantization(in, config);
   if (in.boolean_or("use_parallel_embedding", false)) {
     const int dim = in.integer_or("embedding_sharding_dim", 0, 0, 1);
-    config.embedding = dim == 0 ? CheckpointConfig::EmbeddingSplit::kVocab : CheckpointConfig::EmbeddingSplit::kHidden;
+    config.embedding = dim == 0 ? CheckpointConfig::EmbeddingSplit::kVocab
+                                : CheckpointConfig::EmbeddingSplit::kHidden;
   }
   return config;
 }

@@ -21,8 +21,8 @@ struct CheckpointConfig {
   EmbeddingSplit embedding = EmbeddingSplit::kReplicated;
 };
 
-/// Pure: a fuzz target's entry. Throws Error{kInput, kUnsupported}. An engine's config.json, with the
-/// checkpoint's under "pretrained_config", is read too.
+/// Pure: a fuzz target's entry. Throws Error{kInput, kUnsupported}. An engine's config.json, with
+/// the checkpoint's under "pretrained_config", is read too.
 CheckpointConfig parse_checkpoint_config(const json::object& config, std::string_view what);
 
 }  // namespace nibble

@@ -1,5 +1,5 @@
-// A TensorRT-LLM checkpoint of any tensor and pipeline parallel size, seen whole. With one rank the int4
-// weights are views into the map; otherwise the ranks' slices are put together on demand.
+// A TensorRT-LLM checkpoint of any tensor and pipeline parallel size, seen whole. With one rank the
+// int4 weights are views into the map; otherwise the ranks' slices are put together on demand.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cmath>
@@ -29,8 +29,8 @@ class CheckpointSource final : public WeightSource {
     for (int rank = 0; rank < world; ++rank) {
       const fs::path file = directory_ / fmt::format("rank{}.safetensors", rank);
       if (!file_exists(file)) {
-        fail(ErrorKind::kInput, "{} wants {} rank files (tp_size {} x pp_size {}); {} is missing", path.string(), world,
-             config_.tp_size, config_.pp_size, file.filename().string());
+        fail(ErrorKind::kInput, "{} wants {} rank files (tp_size {} x pp_size {}); {} is missing",
+             path.string(), world, config_.tp_size, config_.pp_size, file.filename().string());
       }
       files_.push_back(SafetensorsFile::open(file));
     }
@@ -57,15 +57,16 @@ class CheckpointSource final : public WeightSource {
     const int64_t out = row.shape.size() == 2 ? row.shape[0] : 1, in = row.shape.back();
     const int64_t element = dtype_bits(first.dtype) / 8;
     const size_t bytes = static_cast<size_t>(out * in * element);
-    // One rank, or every rank the same: the first rows of the first file (less a padded vocabulary's tail).
+    // One rank, or every rank the same: the first rows of the first file (less a padded
+    // vocabulary's tail).
     if (config_.tp_size == 1 || at.slices[0].num_rows() * at.slices[0].num_cols() * element ==
                                     static_cast<int64_t>(bytes)) {
       return {first.dtype, row.shape, first.bytes.first(bytes)};
     }
     storage.assign(bytes, std::byte{});
     for (int r = 0; r < config_.tp_size; ++r) {
-      place_slice(weight(at, row, r).bytes.data(), at.slices[static_cast<size_t>(r)], {.col_bytes = element}, out, in,
-                  storage.data());
+      place_slice(weight(at, row, r).bytes.data(), at.slices[static_cast<size_t>(r)],
+                  {.col_bytes = element}, out, in, storage.data());
     }
     return {first.dtype, row.shape, storage};
   }
@@ -85,15 +86,18 @@ class CheckpointSource final : public WeightSource {
     if (at.has_pre_scale) result.pre_scale.resize(static_cast<size_t>(in));
     for (int r = 0; r < config_.tp_size; ++r) {
       const ShardSlice& slice = at.slices[static_cast<size_t>(r)];
-      const std::vector<float> scales = finite(tensor(at, row, r, ".weights_scaling_factor"), row, r, "scale");
+      const std::vector<float> scales =
+          finite(tensor(at, row, r, ".weights_scaling_factor"), row, r, "scale");
       place_slice(reinterpret_cast<const std::byte*>(scales.data()), slice,
                   {.col_bytes = sizeof(float), .col_divide = at.group_size}, out, in,
                   reinterpret_cast<std::byte*>(result.scales.data()));
       if (config_.tp_size > 1) {
-        place_slice(weight(at, row, r).bytes.data(), slice, {.divide_rows = 2}, out, in, result.owned.data());
+        place_slice(weight(at, row, r).bytes.data(), slice, {.divide_rows = 2}, out, in,
+                    result.owned.data());
       }
       if (at.has_pre_scale) {
-        const std::vector<float> part = finite(tensor(at, row, r, ".prequant_scaling_factor"), row, r, "prequant scale");
+        const std::vector<float> part =
+            finite(tensor(at, row, r, ".prequant_scaling_factor"), row, r, "prequant scale");
         std::copy(part.begin(), part.end(), result.pre_scale.begin() + slice.col_begin);
       }
     }
@@ -106,10 +110,12 @@ class CheckpointSource final : public WeightSource {
     const Located& at = located(row);
     for (int r = 0; r < config_.tp_size; ++r) {
       const SafetensorsFile& file = rank_file(at.stage, r);
-      for (const char* suffix : {".weight", ".weights_scaling_factor", ".prequant_scaling_factor"}) {
+      for (const char* suffix :
+           {".weight", ".weights_scaling_factor", ".prequant_scaling_factor"}) {
         if (!file.contains(at.name + suffix)) continue;
         const TensorView view = file.tensor(at.name + suffix);
-        file.file().advise(static_cast<size_t>(view.bytes.data() - file.file().bytes().data()), view.bytes.size(), false);
+        file.file().advise(static_cast<size_t>(view.bytes.data() - file.file().bytes().data()),
+                           view.bytes.size(), false);
       }
     }
   }
@@ -134,19 +140,22 @@ class CheckpointSource final : public WeightSource {
   const SafetensorsFile& rank_file(int stage, int tp_rank) const {
     return files_[static_cast<size_t>(stage * config_.tp_size + tp_rank)];
   }
-  TensorView tensor(const Located& at, const WeightRow&, int tp_rank, std::string_view suffix) const {
+  TensorView tensor(const Located& at, const WeightRow&, int tp_rank,
+                    std::string_view suffix) const {
     return rank_file(at.stage, tp_rank).tensor(at.name + std::string(suffix));
   }
   TensorView weight(const Located& at, const WeightRow& row, int tp_rank) const {
     return tensor(at, row, tp_rank, ".weight");
   }
 
-  std::vector<float> finite(const TensorView& view, const WeightRow& row, int tp_rank, std::string_view what) const {
+  std::vector<float> finite(const TensorView& view, const WeightRow& row, int tp_rank,
+                            std::string_view what) const {
     std::vector<float> values = widen(view);
     for (size_t i = 0; i < values.size(); ++i) {
       if (std::isfinite(values[i])) continue;
       fail(ErrorKind::kInput, "{}: {} {} of {} is {}; wanted a finite number",
-           rank_file(located(row).stage, tp_rank).file().path().string(), what, i, located(row).name, values[i]);
+           rank_file(located(row).stage, tp_rank).file().path().string(), what, i,
+           located(row).name, values[i]);
     }
     return values;
   }
@@ -157,8 +166,10 @@ class CheckpointSource final : public WeightSource {
     if (config_.quantized) {
       check_shardable(spec, config_.tp_size, std::max(1, config_.group_size), what);
     } else if (spec.num_heads % config_.tp_size != 0 || spec.ffn_size % config_.tp_size != 0 ||
-               (spec.num_kv_heads % config_.tp_size != 0 && config_.tp_size % spec.num_kv_heads != 0)) {
-      fail(ErrorKind::kInput, "{}: {} heads, {} key/value heads or ffn size {} cannot be split over tp_size {}", what,
+               (spec.num_kv_heads % config_.tp_size != 0 &&
+                config_.tp_size % spec.num_kv_heads != 0)) {
+      fail(ErrorKind::kInput,
+           "{}: {} heads, {} key/value heads or ffn size {} cannot be split over tp_size {}", what,
            spec.num_heads, spec.num_kv_heads, spec.ffn_size, config_.tp_size);
     }
   }
@@ -180,15 +191,17 @@ class CheckpointSource final : public WeightSource {
   void resolve_head() {
     const bool has_head = rank_file(config_.pp_size - 1, 0).contains("lm_head.weight");
     if (has_head && config_.spec.tied_embeddings) {
-      notices_.push_back("config.json shares the embedding table but lm_head.weight is there; the tensor is used");
+      notices_.push_back(
+          "config.json shares the embedding table but lm_head.weight is there; the tensor is used");
       config_.spec.tied_embeddings = false;
     }
   }
 
-  [[noreturn]] void wrong_shape(const std::string& file, const std::string& name, const TensorView& view,
-                                std::vector<int64_t> wanted, std::string_view hint) const {
-    fail(ErrorKind::kInput, "{}: the tensor \"{}\" is {} [{}]; wanted [{}] {}", file, name, dtype_name(view.dtype),
-         fmt::join(view.shape, ", "), fmt::join(wanted, ", "), hint);
+  [[noreturn]] void wrong_shape(const std::string& file, const std::string& name,
+                                const TensorView& view, std::vector<int64_t> wanted,
+                                std::string_view hint) const {
+    fail(ErrorKind::kInput, "{}: the tensor \"{}\" is {} [{}]; wanted [{}] {}", file, name,
+         dtype_name(view.dtype), fmt::join(view.shape, ", "), fmt::join(wanted, ", "), hint);
   }
 
   Located resolve(const WeightRow& row) {
@@ -201,7 +214,8 @@ class CheckpointSource final : public WeightSource {
                   : config_.embedding == Split::kHidden   ? ShardRule::kColumns
                                                           : ShardRule::kVocab;
       if (cut.shard == ShardRule::kColumns && config_.spec.hidden_size % config_.tp_size != 0) {
-        fail(ErrorKind::kInput, "{}: embedding_sharding_dim is 1 and hidden_size {} is no multiple of tp_size {}",
+        fail(ErrorKind::kInput,
+             "{}: embedding_sharding_dim is 1 and hidden_size {} is no multiple of tp_size {}",
              (directory_ / "config.json").string(), config_.spec.hidden_size, config_.tp_size);
       }
     }
@@ -212,16 +226,21 @@ class CheckpointSource final : public WeightSource {
       consume(at.stage, r, weight_name);
       const bool packed = view.dtype == DType::kI8 || view.dtype == DType::kU8;
       if (!packed && !is_dense_dtype(view.dtype)) {
-        fail(ErrorKind::kUnsupported, "{}: the tensor \"{}\" is {}; supported are I8 and U8 (two int4 a byte), BF16, F16 "
-             "and F32", where, weight_name, dtype_name(view.dtype));
+        fail(ErrorKind::kUnsupported,
+             "{}: the tensor \"{}\" is {}; supported are I8 and U8 (two int4 a byte), BF16, F16 "
+             "and F32",
+             where, weight_name, dtype_name(view.dtype));
       }
       if (packed && (!row.quantizable || !config_.quantized)) {
-        fail(ErrorKind::kUnsupported, "{}: the tensor \"{}\" is {}, but {}", where, weight_name, dtype_name(view.dtype),
-             row.quantizable ? "config.json says that nothing is quantized (quantization.quant_algo)"
-                             : "only the linears inside the layers may be int4");
+        fail(ErrorKind::kUnsupported, "{}: the tensor \"{}\" is {}, but {}", where, weight_name,
+             dtype_name(view.dtype),
+             row.quantizable
+                 ? "config.json says that nothing is quantized (quantization.quant_algo)"
+                 : "only the linears inside the layers may be int4");
       }
       if (r > 0 && (packed != at.quantized || (!packed && view.dtype != dense_dtype_))) {
-        fail(ErrorKind::kInput, "{}: the tensor \"{}\" is {}, unlike rank 0's", where, weight_name, dtype_name(view.dtype));
+        fail(ErrorKind::kInput, "{}: the tensor \"{}\" is {}, unlike rank 0's", where, weight_name,
+             dtype_name(view.dtype));
       }
       at.quantized = packed;
       dense_dtype_ = view.dtype;
@@ -237,32 +256,40 @@ class CheckpointSource final : public WeightSource {
     return at;
   }
 
-  ShardSlice slice_of(const WeightRow& cut, const WeightRow& row, int tp_rank, const TensorView& view,
-                      const std::string& where, const std::string& name) const {
+  ShardSlice slice_of(const WeightRow& cut, const WeightRow& row, int tp_rank,
+                      const TensorView& view, const std::string& where,
+                      const std::string& name) const {
     const bool vocab_rows = row.role == WeightRole::kEmbedding || row.role == WeightRole::kLmHead;
-    if (!vocab_rows || view.shape.empty()) return shard_slice(cut, config_.spec, tp_rank, config_.tp_size);
+    if (!vocab_rows || view.shape.empty())
+      return shard_slice(cut, config_.spec, tp_rank, config_.tp_size);
     // The vocabulary may be padded, to a multiple of 64 and of tp: the file knows.
     const int64_t parts = cut.shard == ShardRule::kVocab ? config_.tp_size : 1;
     const int64_t vocab = config_.spec.vocab_size, rows = view.shape[0];
     if (rows < (vocab + parts - 1) / parts || rows > (vocab + 64 * parts) / parts + 1) {
-      fail(ErrorKind::kInput, "{}: the tensor \"{}\" has {} rows; wanted {} for a vocabulary of {} over {} ranks, or a "
-           "padding of it", where, name, rows, (vocab + parts - 1) / parts, vocab, parts);
+      fail(
+          ErrorKind::kInput,
+          "{}: the tensor \"{}\" has {} rows; wanted {} for a vocabulary of {} over {} ranks, or a "
+          "padding of it",
+          where, name, rows, (vocab + parts - 1) / parts, vocab, parts);
     }
     ShardSlice slice = shard_slice(cut, config_.spec, tp_rank, config_.tp_size, rows);
     if (cut.shard != ShardRule::kVocab) slice.rows = {{0, rows}};
     return slice;
   }
 
-  void check_packed(const WeightRow& row, Located& at, int tp_rank, const TensorView& view, const std::string& where) {
+  void check_packed(const WeightRow& row, Located& at, int tp_rank, const TensorView& view,
+                    const std::string& where) {
     const ShardSlice& slice = at.slices.back();
     const int64_t rows = slice.num_rows(), cols = slice.num_cols();
     for (const RowRange& range : slice.rows) {
       if (range.begin % 2 != 0 || range.end % 2 != 0) {
-        fail(ErrorKind::kUnsupported, "{}: the tensor \"{}.weight\" would hold half a byte's row", where, at.name);
+        fail(ErrorKind::kUnsupported, "{}: the tensor \"{}.weight\" would hold half a byte's row",
+             where, at.name);
       }
     }
     if (view.shape != std::vector<int64_t>{rows / 2, cols}) {
-      wrong_shape(where, at.name + ".weight", view, {rows / 2, cols}, "(two output rows a byte) by config.json");
+      wrong_shape(where, at.name + ".weight", view, {rows / 2, cols},
+                  "(two output rows a byte) by config.json");
     }
     const SafetensorsFile& file = rank_file(at.stage, tp_rank);
     const std::string scale_name = at.name + ".weights_scaling_factor";
@@ -271,9 +298,11 @@ class CheckpointSource final : public WeightSource {
     const int64_t groups = scales.shape.size() == 2 ? scales.shape[1] : 0;
     const int64_t group = groups > 0 && cols % groups == 0 ? cols / groups : 0;
     if (group == 0 || scales.shape[0] != rows || !is_dense_dtype(scales.dtype)) {
-      wrong_shape(where, scale_name, scales, {rows, cols / std::max(1, config_.group_size)}, "in F32, F16 or BF16");
+      wrong_shape(where, scale_name, scales, {rows, cols / std::max(1, config_.group_size)},
+                  "in F32, F16 or BF16");
     }
-    if ((config_.group_size > 0 && group != config_.group_size) || (tp_rank > 0 && group != at.group_size)) {
+    if ((config_.group_size > 0 && group != config_.group_size) ||
+        (tp_rank > 0 && group != at.group_size)) {
       fail(ErrorKind::kInput, "{}: \"{}\" has groups of {}; wanted {}", where, scale_name, group,
            tp_rank > 0 ? at.group_size : config_.group_size);
     }
@@ -281,7 +310,8 @@ class CheckpointSource final : public WeightSource {
     const std::string pre_name = at.name + ".prequant_scaling_factor";
     const bool has_pre = file.contains(pre_name);
     if (tp_rank > 0 && has_pre != at.has_pre_scale) {
-      fail(ErrorKind::kInput, "{}: \"{}\" is {}, unlike in rank 0", where, pre_name, has_pre ? "present" : "missing");
+      fail(ErrorKind::kInput, "{}: \"{}\" is {}, unlike in rank 0", where, pre_name,
+           has_pre ? "present" : "missing");
     }
     at.has_pre_scale = has_pre;
     if (!has_pre) return;
@@ -299,7 +329,8 @@ class CheckpointSource final : public WeightSource {
     for (int r = 0; r < config_.tp_size; ++r) consume(stage, r, name);
     const TensorView view = file.tensor(name);
     const std::string where = file.file().path().string();
-    if (view.num_elements() != 1 || !is_dense_dtype(view.dtype)) wrong_shape(where, name, view, {1}, "in F32");
+    if (view.num_elements() != 1 || !is_dense_dtype(view.dtype))
+      wrong_shape(where, name, view, {1}, "in F32");
     const float value = widen(view)[0];
     if (!(std::isfinite(value) && value > 0)) {
       fail(ErrorKind::kInput, "{}: \"{}\" is {}; wanted a positive number", where, name, value);
@@ -315,7 +346,8 @@ class CheckpointSource final : public WeightSource {
     for (int layer = 0; layer < layers; ++layer) {
       const int stage = layer / (layers / config_.pp_size);
       const auto read = [&](std::string_view suffix) {
-        return scalar(stage, local_name(layer, fmt::format("transformer.layers.{}.attention.{}", layer, suffix)));
+        return scalar(stage, local_name(layer, fmt::format("transformer.layers.{}.attention.{}",
+                                                           layer, suffix)));
       };
       const std::optional<float> both = read("kv_cache_scaling_factor");
       std::optional<float> k = read("k_cache_scaling_factor"), v = read("v_cache_scaling_factor");
@@ -323,7 +355,8 @@ class CheckpointSource final : public WeightSource {
       if (!k) k = both;
       if (!v) v = both;
       if (k.has_value() != v.has_value()) {
-        fail(ErrorKind::kInput, "{}: layer {} has a KV scale for {} only", directory_.string(), layer, k ? "K" : "V");
+        fail(ErrorKind::kInput, "{}: layer {} has a KV scale for {} only", directory_.string(),
+             layer, k ? "K" : "V");
       }
       if (!k) continue;
       ++with;
@@ -331,18 +364,22 @@ class CheckpointSource final : public WeightSource {
       scales.v.push_back(*v);
     }
     if (with != 0 && with != layers) {
-      fail(ErrorKind::kInput, "{}: {} of {} layers have KV scales; wanted all or none", directory_.string(), with, layers);
+      fail(ErrorKind::kInput, "{}: {} of {} layers have KV scales; wanted all or none",
+           directory_.string(), with, layers);
     }
     if (config_.kv == KvQuant::kInt8) {
       if (with > 0) {
         kv_scales_ = std::move(scales);
       } else {
-        notices_.push_back("config.json says INT8 KV cache but the files hold no scales; int8 with dynamic scales serves");
+        notices_.push_back(
+            "config.json says INT8 KV cache but the files hold no scales; int8 with dynamic scales "
+            "serves");
       }
     } else if (with > 0) {
-      notices_.push_back(config_.kv == KvQuant::kFp8
-                             ? "FP8 KV scales are not used; the KV cache is int8 with dynamic scales"
-                             : "the files hold KV scales but kv_cache_quant_algo is null; they are not used");
+      notices_.push_back(
+          config_.kv == KvQuant::kFp8
+              ? "FP8 KV scales are not used; the KV cache is int8 with dynamic scales"
+              : "the files hold KV scales but kv_cache_quant_algo is null; they are not used");
     }
   }
 
@@ -354,14 +391,15 @@ class CheckpointSource final : public WeightSource {
     std::vector<std::string> left;
     for (size_t i = 0; i < files_.size(); ++i) {
       for (const auto& entry : files_[i].entries()) {
-        if (!consumed_[i].contains(entry.name)) left.push_back(fmt::format("rank{} {}", i, entry.name));
+        if (!consumed_[i].contains(entry.name))
+          left.push_back(fmt::format("rank{} {}", i, entry.name));
       }
     }
     if (left.empty()) return;
     const size_t total = left.size();
     left.resize(std::min<size_t>(total, 4));
-    notices_.push_back(fmt::format("{} tensors of the checkpoint are not used: {}{}", total, fmt::join(left, ", "),
-                                   total > left.size() ? ", ..." : ""));
+    notices_.push_back(fmt::format("{} tensors of the checkpoint are not used: {}{}", total,
+                                   fmt::join(left, ", "), total > left.size() ? ", ..." : ""));
   }
 
   fs::path directory_;

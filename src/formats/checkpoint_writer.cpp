@@ -25,13 +25,18 @@ int64_t padded_vocab(int64_t vocab, int tp_size) {
 class Writer {
  public:
   Writer(const fs::path& directory, const WeightSource& source, const CheckpointOptions& options)
-      : directory_(directory), source_(source), options_(options), spec_(source.spec()), table_(weight_table(spec_)) {
+      : directory_(directory),
+        source_(source),
+        options_(options),
+        spec_(source.spec()),
+        table_(weight_table(spec_)) {
     NIBBLE_CHECK(is_dense_dtype(options.dtype), "dtype {}", dtype_name(options.dtype));
     check_shardable(spec_, options.tp_size, options.group_size, "cannot write a checkpoint");
     vocab_ = padded_vocab(spec_.vocab_size, options.tp_size);
     ranks_.reserve(static_cast<size_t>(options.tp_size));
     for (int rank = 0; rank < options.tp_size; ++rank) {
-      ranks_.push_back(SafetensorsWriter::create(directory / fmt::format("rank{}.safetensors", rank), declare(rank), {}));
+      ranks_.push_back(SafetensorsWriter::create(
+          directory / fmt::format("rank{}.safetensors", rank), declare(rank), {}));
     }
   }
 
@@ -61,7 +66,9 @@ class Writer {
       const int64_t rows = part.num_rows(), cols = part.num_cols();
       if (row.quantizable) {
         tensors.push_back({row.trtllm_name + ".weight", DType::kI8, {rows / 2, cols}});
-        tensors.push_back({row.trtllm_name + ".weights_scaling_factor", DType::kF32, {rows, cols / options_.group_size}});
+        tensors.push_back({row.trtllm_name + ".weights_scaling_factor",
+                           DType::kF32,
+                           {rows, cols / options_.group_size}});
         tensors.push_back({row.trtllm_name + ".prequant_scaling_factor", options_.dtype, {cols}});
       } else if (row.shape.size() == 2) {
         tensors.push_back({row.trtllm_name + ".weight", options_.dtype, {rows, cols}});
@@ -72,23 +79,28 @@ class Writer {
     if (options_.int8_kv) {
       for (int layer = 0; layer < spec_.num_layers; ++layer) {
         for (const char* which : {"k", "v", "kv"}) {
-          tensors.push_back({fmt::format("transformer.layers.{}.attention.{}_cache_scaling_factor", layer, which),
-                             DType::kF32, {1}});
+          tensors.push_back(
+              {fmt::format("transformer.layers.{}.attention.{}_cache_scaling_factor", layer, which),
+               DType::kF32,
+               {1}});
         }
       }
     }
     return tensors;
   }
 
-  // Copies through a buffer of a few megabytes: the embedding alone may be larger than memory allows.
-  void write_slice(int rank, const std::byte* whole, int64_t whole_rows, int64_t whole_cols, const ShardSlice& part,
-                   SliceScale scale) {
+  // Copies through a buffer of a few megabytes: the embedding alone may be larger than memory
+  // allows.
+  void write_slice(int rank, const std::byte* whole, int64_t whole_rows, int64_t whole_cols,
+                   const ShardSlice& part, SliceScale scale) {
     const int64_t row_bytes = part.num_cols() / scale.col_divide * scale.col_bytes;
-    const int64_t step = std::max<int64_t>(2, (int64_t{8} << 20) / std::max<int64_t>(1, row_bytes) / 2 * 2);
+    const int64_t step =
+        std::max<int64_t>(2, (int64_t{8} << 20) / std::max<int64_t>(1, row_bytes) / 2 * 2);
     std::vector<std::byte> buffer;
     for (const RowRange& range : part.rows) {
       for (int64_t begin = range.begin; begin < range.end; begin += step) {
-        const ShardSlice piece{{{begin, std::min(begin + step, range.end)}}, part.col_begin, part.col_end};
+        const ShardSlice piece{
+            {{begin, std::min(begin + step, range.end)}}, part.col_begin, part.col_end};
         buffer.resize(static_cast<size_t>(piece.num_rows() / scale.divide_rows * row_bytes));
         copy_slice(whole, whole_rows, whole_cols, piece, scale, buffer.data());
         ranks_[static_cast<size_t>(rank)].write(buffer);
@@ -100,7 +112,8 @@ class Writer {
     std::vector<std::byte> storage;
     TensorView view = source_.view_dense(row, storage);
     const int64_t out = row.shape.size() == 2 ? row.shape[0] : 1, in = row.shape.back();
-    NIBBLE_CHECK(view.num_elements() == out * in, "{} has {} elements", row.name, view.num_elements());
+    NIBBLE_CHECK(view.num_elements() == out * in, "{} has {} elements", row.name,
+                 view.num_elements());
     const int64_t element = dtype_bits(options_.dtype) / 8;
     if (view.dtype == options_.dtype) {
       for (int rank = 0; rank < options_.tp_size; ++rank) {
@@ -117,11 +130,12 @@ class Writer {
 
   void write_linear(const WeightRow& row, const CheckpointLinear& linear) {
     const int64_t out = row.shape[0], in = row.shape[1], groups = in / options_.group_size;
-    NIBBLE_CHECK(linear.q.size() == static_cast<size_t>(out * in), "{}: {} values", row.name, linear.q.size());
-    NIBBLE_CHECK(linear.scales.size() == static_cast<size_t>(out * groups), "{}: {} scales", row.name,
-                 linear.scales.size());
-    NIBBLE_CHECK(linear.pre_scale.empty() || linear.pre_scale.size() == static_cast<size_t>(in), "{}: {} pre-scales",
-                 row.name, linear.pre_scale.size());
+    NIBBLE_CHECK(linear.q.size() == static_cast<size_t>(out * in), "{}: {} values", row.name,
+                 linear.q.size());
+    NIBBLE_CHECK(linear.scales.size() == static_cast<size_t>(out * groups), "{}: {} scales",
+                 row.name, linear.scales.size());
+    NIBBLE_CHECK(linear.pre_scale.empty() || linear.pre_scale.size() == static_cast<size_t>(in),
+                 "{}: {} pre-scales", row.name, linear.pre_scale.size());
     std::vector<std::byte> packed(static_cast<size_t>(out / 2 * in));
     for (int64_t pair = 0; pair < out / 2; ++pair) {
       const int8_t* even = linear.q.data() + 2 * pair * in;
@@ -132,11 +146,13 @@ class Writer {
         bad |= (even[c] + 8) | (odd[c] + 8);
         to[c] = static_cast<std::byte>((even[c] & 15) | ((odd[c] & 15) << 4));
       }
-      NIBBLE_CHECK((bad & ~15) == 0, "{}: a value outside -8..7 in rows {} and {}", row.name, 2 * pair, 2 * pair + 1);
+      NIBBLE_CHECK((bad & ~15) == 0, "{}: a value outside -8..7 in rows {} and {}", row.name,
+                   2 * pair, 2 * pair + 1);
     }
     // A vector of ones where there is none: TensorRT-LLM wants one for each of the five linears.
     const std::vector<std::byte> pre_scale =
-        narrow(linear.pre_scale.empty() ? std::vector<float>(static_cast<size_t>(in), 1.0f) : linear.pre_scale,
+        narrow(linear.pre_scale.empty() ? std::vector<float>(static_cast<size_t>(in), 1.0f)
+                                        : linear.pre_scale,
                options_.dtype);
     const int64_t element = dtype_bits(options_.dtype) / 8;
     for (int rank = 0; rank < options_.tp_size; ++rank) {
@@ -144,16 +160,18 @@ class Writer {
       write_slice(rank, packed.data(), out, in, part, {.divide_rows = 2});
       write_slice(rank, reinterpret_cast<const std::byte*>(linear.scales.data()), out, in, part,
                   {.col_bytes = sizeof(float), .col_divide = options_.group_size});
-      write_slice(rank, pre_scale.data(), 1, in, {{{0, 1}}, part.col_begin, part.col_end}, {.col_bytes = element});
+      write_slice(rank, pre_scale.data(), 1, in, {{{0, 1}}, part.col_begin, part.col_end},
+                  {.col_bytes = element});
     }
   }
 
   void write_kv_scales(const KvScales& scales) {
     const size_t layers = static_cast<size_t>(spec_.num_layers);
-    NIBBLE_CHECK(scales.k.size() == layers && scales.v.size() == layers, "{} and {} KV scales", scales.k.size(),
-                 scales.v.size());
+    NIBBLE_CHECK(scales.k.size() == layers && scales.v.size() == layers, "{} and {} KV scales",
+                 scales.k.size(), scales.v.size());
     for (size_t layer = 0; layer < layers; ++layer) {
-      const float values[3] = {scales.k[layer], scales.v[layer], std::max(scales.k[layer], scales.v[layer])};
+      const float values[3] = {scales.k[layer], scales.v[layer],
+                               std::max(scales.k[layer], scales.v[layer])};
       for (SafetensorsWriter& rank : ranks_) rank.write(std::as_bytes(std::span(values)));
     }
   }
@@ -201,24 +219,28 @@ class Writer {
         {"residual_mlp", false},
         {"rank", options_.tp_size - 1},
         // An unknown key in these two is a TypeError in TensorRT-LLM.
-        {"mapping", {{"world_size", options_.tp_size}, {"tp_size", options_.tp_size}, {"pp_size", 1}}},
-        {"quantization", {{"quant_algo", "W4A16_AWQ"},
-                          {"kv_cache_quant_algo", std::move(kv_algo)},
-                          {"group_size", options_.group_size},
-                          {"has_zero_point", false},
-                          {"pre_quant_scale", true},
-                          {"exclude_modules", json::array{"lm_head"}}}},
+        {"mapping",
+         {{"world_size", options_.tp_size}, {"tp_size", options_.tp_size}, {"pp_size", 1}}},
+        {"quantization",
+         {{"quant_algo", "W4A16_AWQ"},
+          {"kv_cache_quant_algo", std::move(kv_algo)},
+          {"group_size", options_.group_size},
+          {"has_zero_point", false},
+          {"pre_quant_scale", true},
+          {"exclude_modules", json::array{"lm_head"}}}},
     };
     // What TensorRT-LLM has no key for and nibble reads back.
     json::object own;
-    if (const json::value* given = options_.extra_config.if_contains("nibble"); given != nullptr && given->is_object()) {
+    if (const json::value* given = options_.extra_config.if_contains("nibble");
+        given != nullptr && given->is_object()) {
       own = given->get_object();
     }
     own["vocab_size"] = spec_.vocab_size;
     own["bos_token_id"] = spec_.bos_token_id;
     own["eos_token_ids"] = json::array(spec_.eos_token_ids.begin(), spec_.eos_token_ids.end());
     for (const auto& member : options_.extra_config) {
-      NIBBLE_CHECK(!config.contains(member.key()), "extra_config would overwrite {}", std::string_view(member.key()));
+      NIBBLE_CHECK(!config.contains(member.key()), "extra_config would overwrite {}",
+                   std::string_view(member.key()));
       if (member.key() != "nibble") config[member.key()] = member.value();
     }
     config["nibble"] = std::move(own);
@@ -236,8 +258,8 @@ class Writer {
 
 }  // namespace
 
-void write_checkpoint(const fs::path& directory, const WeightSource& source, const CheckpointOptions& options,
-                      const CheckpointContent& content) {
+void write_checkpoint(const fs::path& directory, const WeightSource& source,
+                      const CheckpointOptions& options, const CheckpointContent& content) {
   Writer(directory, source, options).write(content);
 }
 

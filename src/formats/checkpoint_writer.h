@@ -1,6 +1,6 @@
-// Writes the portable checkpoint in TensorRT-LLM's layout: config.json and rank{r}.safetensors for any
-// tensor-parallel size, streaming, one layer in memory (docs/formats.md; facts trtllm.md 1 and 9).
-// SPDX-License-Identifier: Apache-2.0
+// Writes the portable checkpoint in TensorRT-LLM's layout: config.json and rank{r}.safetensors for
+// any tensor-parallel size, streaming, one layer in memory (docs/formats.md; facts trtllm.md 1 and
+// 9). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <functional>
@@ -16,18 +16,18 @@ namespace nibble {
 struct CheckpointOptions {
   int tp_size = 1;
   int group_size = 128;
-  DType dtype = DType::kBF16;       // of unquantized tensors and prequant vectors
-  bool int8_kv = true;              // write kv_cache_quant_algo INT8 and the scales
+  DType dtype = DType::kBF16;  // of unquantized tensors and prequant vectors
+  bool int8_kv = true;         // write kv_cache_quant_algo INT8 and the scales
   std::string producer_version = "0.1.0";
-  json::object extra_config;        // further top-level keys ("nibble": {...}), ignored by TensorRT-LLM;
-                                    // vocab_size, bos_token_id, eos_token_ids are added to "nibble"
+  json::object extra_config;  // further top-level keys ("nibble": {...}), ignored by TensorRT-LLM;
+                              // vocab_size, bos_token_id, eos_token_ids are added to "nibble"
 };
 
 /// A linear to write: dense values are never re-quantized here.
 struct CheckpointLinear {
-  std::vector<int8_t> q;        // [out, in], -8..7
-  std::vector<float> scales;    // [out, in/group]
-  std::vector<float> pre_scale; // [in]; empty: ones are written
+  std::vector<int8_t> q;         // [out, in], -8..7
+  std::vector<float> scales;     // [out, in/group]
+  std::vector<float> pre_scale;  // [in]; empty: ones are written
 };
 
 /// Called once per quantizable row, in table order. KV scales are asked for after the last row.

@@ -40,7 +40,9 @@ const char* kind_name(ModelKind kind) {
   NIBBLE_CHECK(false, "kind {}", static_cast<int>(kind));
 }
 
-json::array shape_json(const std::vector<int64_t>& shape) { return json::array(shape.begin(), shape.end()); }
+json::array shape_json(const std::vector<int64_t>& shape) {
+  return json::array(shape.begin(), shape.end());
+}
 
 // Finite values only; how many are not is said.
 void add_statistics(std::span<const float> values, json::object& out, const char* prefix = "") {
@@ -61,7 +63,8 @@ void add_statistics(std::span<const float> values, json::object& out, const char
     out[key("min")] = low;
     out[key("max")] = high;
     out[key("mean")] = mean;
-    out[key("std")] = std::sqrt(std::max(0.0, sum_squares / static_cast<double>(count) - mean * mean));
+    out[key("std")] =
+        std::sqrt(std::max(0.0, sum_squares / static_cast<double>(count) - mean * mean));
   }
   out[key("nonfinite")] = static_cast<int64_t>(values.size()) - count;
 }
@@ -69,7 +72,8 @@ void add_statistics(std::span<const float> values, json::object& out, const char
 json::array first_values(std::span<const float> values) {
   json::array first;
   for (size_t i = 0; i < std::min<size_t>(8, values.size()); ++i) {
-    first.push_back(std::isfinite(values[i]) ? json::value(values[i]) : json::value(fmt::format("{}", values[i])));
+    first.push_back(std::isfinite(values[i]) ? json::value(values[i])
+                                             : json::value(fmt::format("{}", values[i])));
   }
   return first;
 }
@@ -127,7 +131,8 @@ json::object inspect_row(const WeightSource& source, const WeightRow& row) {
       const int q = bits >= 8 ? bits - 16 : bits;
       ++histogram[static_cast<size_t>(q + 8)];
       values[static_cast<size_t>(r * in + c)] =
-          static_cast<float>(q) * weight.scales[static_cast<size_t>(r * groups + c / weight.group_size)];
+          static_cast<float>(q) *
+          weight.scales[static_cast<size_t>(r * groups + c / weight.group_size)];
     }
   }
   add_statistics(values, out);
@@ -178,10 +183,11 @@ json::object inspect_source(const WeightSource& source, std::string_view kind) {
   };
   std::vector<Line> lines;
   int64_t total = 0;
-  const DType dense_dtype = [&] {  // of joined rows; reading every one only to learn its dtype would cost a pass
-    std::vector<std::byte> storage;
-    return source.view_dense(weight_table(spec)[1], storage).dtype;
-  }();
+  const DType dense_dtype =
+      [&] {  // of joined rows; reading every one only to learn its dtype would cost a pass
+        std::vector<std::byte> storage;
+        return source.view_dense(weight_table(spec)[1], storage).dtype;
+      }();
   for (const WeightRow& row : weight_table(spec)) {
     int64_t parameters = 1;
     for (const int64_t dim : row.shape) parameters *= dim;
@@ -190,7 +196,8 @@ json::object inspect_source(const WeightSource& source, std::string_view kind) {
       const Int4Weight weight = source.load_int4(row);
       line.storage = "int4";
       line.group_size = weight.group_size;
-      line.bytes = parameters / 2 + static_cast<int64_t>(weight.scales.size() * 4 + weight.pre_scale.size() * 2);
+      line.bytes = parameters / 2 +
+                   static_cast<int64_t>(weight.scales.size() * 4 + weight.pre_scale.size() * 2);
     } else {
       DType dtype = dense_dtype;
       if (row.hf_names.size() == 1) {
@@ -202,7 +209,8 @@ json::object inspect_source(const WeightSource& source, std::string_view kind) {
     }
     total += line.bytes;
     auto found = std::find_if(lines.begin(), lines.end(), [&](const Line& other) {
-      return other.role == line.role && other.storage == line.storage && other.group_size == line.group_size;
+      return other.role == line.role && other.storage == line.storage &&
+             other.group_size == line.group_size;
     });
     if (found == lines.end()) {
       lines.push_back(std::move(line));
@@ -216,7 +224,9 @@ json::object inspect_source(const WeightSource& source, std::string_view kind) {
   }
   json::array weights;
   for (Line& line : lines) {
-    json::object one = {{"role", role_name(line.role)}, {"count", line.count}, {"shape", std::move(line.shape_list)},
+    json::object one = {{"role", role_name(line.role)},
+                        {"count", line.count},
+                        {"shape", std::move(line.shape_list)},
                         {"storage", line.storage}};
     if (line.group_size > 0) one["group_size"] = line.group_size;
     one["parameters"] = line.parameters;
@@ -226,14 +236,15 @@ json::object inspect_source(const WeightSource& source, std::string_view kind) {
   json::array notices;
   for (const std::string& notice : source.notices()) notices.push_back(json::string(notice));
   const int64_t parameters = spec.num_parameters();
-  return {{"kind", json::string(kind)},
-          {"parameters", parameters},
-          {"spec", spec.to_json()},
-          {"weights", std::move(weights)},
-          {"bytes", total},
-          {"bits_per_parameter", 8.0 * static_cast<double>(total) / static_cast<double>(parameters)},
-          {"kv_scales", source.kv_scales().has_value()},
-          {"notices", std::move(notices)}};
+  return {
+      {"kind", json::string(kind)},
+      {"parameters", parameters},
+      {"spec", spec.to_json()},
+      {"weights", std::move(weights)},
+      {"bytes", total},
+      {"bits_per_parameter", 8.0 * static_cast<double>(total) / static_cast<double>(parameters)},
+      {"kv_scales", source.kv_scales().has_value()},
+      {"notices", std::move(notices)}};
 }
 
 json::object inspect_model(const fs::path& directory) {
@@ -247,16 +258,21 @@ json::object inspect_model(const fs::path& directory) {
       if (path.extension() != ".engine") continue;
       const SafetensorsFile file = SafetensorsFile::open(path);
       bytes += file.file().bytes().size();
-      for (const auto& entry : file.entries()) num_tensors += entry.name.starts_with("pad.") ? 0 : 1;
+      for (const auto& entry : file.entries())
+        num_tensors += entry.name.starts_with("pad.") ? 0 : 1;
       json::object one;
       for (const auto& [key, value] : file.metadata()) {
         if (!key.starts_with("xxh3:")) one[key] = json::string(value);
       }
       metadata[path.filename().string()] = std::move(one);
     }
-    report = {{"kind", kind_name(kind)}, {"tensors", num_tensors}, {"bytes", bytes}, {"metadata", std::move(metadata)}};
+    report = {{"kind", kind_name(kind)},
+              {"tensors", num_tensors},
+              {"bytes", bytes},
+              {"metadata", std::move(metadata)}};
   } else {
-    const auto source = kind == ModelKind::kCheckpoint ? open_checkpoint(directory) : open_hf(directory);
+    const auto source =
+        kind == ModelKind::kCheckpoint ? open_checkpoint(directory) : open_hf(directory);
     report = inspect_source(*source, kind_name(kind));
   }
   report["directory"] = directory.string();
@@ -281,8 +297,10 @@ json::object inspect_tensor(const fs::path& given, std::string_view name) {
       continue;
     }
     const TensorView view = file.tensor(name);
-    json::object out = {{"name", json::string(name)}, {"file", path.filename().string()},
-                        {"dtype", dtype_name(view.dtype)}, {"shape", shape_json(view.shape)},
+    json::object out = {{"name", json::string(name)},
+                        {"file", path.filename().string()},
+                        {"dtype", dtype_name(view.dtype)},
+                        {"shape", shape_json(view.shape)},
                         {"bytes", view.bytes.size()}};
     const std::vector<float> values = as_floats(view);
     if (!values.empty()) {
@@ -291,36 +309,44 @@ json::object inspect_tensor(const fs::path& given, std::string_view name) {
     }
     return out;
   }
-  fail(ErrorKind::kInput, "{} has no weight or tensor \"{}\"; the nearest of {} names is \"{}\"", directory.string(), name,
-       names.size(), nearest_name(name, names));
+  fail(ErrorKind::kInput, "{} has no weight or tensor \"{}\"; the nearest of {} names is \"{}\"",
+       directory.string(), name, names.size(), nearest_name(name, names));
 }
 
 std::string describe_model(const json::object& report) {
-  std::string out = fmt::format("{}: {}\n", text_of(report.at("kind")),
-                                report.contains("directory") ? text_of(report.at("directory")) : "in memory");
+  std::string out =
+      fmt::format("{}: {}\n", text_of(report.at("kind")),
+                  report.contains("directory") ? text_of(report.at("directory")) : "in memory");
   if (const json::value* spec = report.if_contains("spec")) {
     ObjectReader in(spec->as_object(), "report");
-    out += fmt::format("{}, {:.4g} B parameters, {} ({:.3g} bits each)\n", in.string("architecture"),
-                       report.at("parameters").to_number<double>() / 1e9,
+    out += fmt::format("{}, {:.4g} B parameters, {} ({:.3g} bits each)\n",
+                       in.string("architecture"), report.at("parameters").to_number<double>() / 1e9,
                        human_bytes(report.at("bytes").to_number<uint64_t>()),
                        report.at("bits_per_parameter").to_number<double>());
-    out += fmt::format("layers {}, hidden {}, heads {} x {}, kv heads {}, ffn {}, vocabulary {}, positions {}, rope {}{}\n",
-                       show_json(spec->at("num_layers")), show_json(spec->at("hidden_size")),
-                       show_json(spec->at("num_heads")), show_json(spec->at("head_dim")),
-                       show_json(spec->at("num_kv_heads")), show_json(spec->at("ffn_size")),
-                       show_json(spec->at("vocab_size")), show_json(spec->at("max_position")),
-                       show_json(spec->at("rope_theta")),
-                       spec->at("rope_factor").to_number<double>() != 0 ? " (llama3 scaling)" : "");
-    out += fmt::format("\n{:<12} {:>5}  {:<16} {:<12} {:>10}\n", "weights", "count", "shape", "stored as", "bytes");
+    out += fmt::format(
+        "layers {}, hidden {}, heads {} x {}, kv heads {}, ffn {}, vocabulary {}, positions {}, "
+        "rope {}{}\n",
+        show_json(spec->at("num_layers")), show_json(spec->at("hidden_size")),
+        show_json(spec->at("num_heads")), show_json(spec->at("head_dim")),
+        show_json(spec->at("num_kv_heads")), show_json(spec->at("ffn_size")),
+        show_json(spec->at("vocab_size")), show_json(spec->at("max_position")),
+        show_json(spec->at("rope_theta")),
+        spec->at("rope_factor").to_number<double>() != 0 ? " (llama3 scaling)" : "");
+    out += fmt::format("\n{:<12} {:>5}  {:<16} {:<12} {:>10}\n", "weights", "count", "shape",
+                       "stored as", "bytes");
     for (const json::value& value : report.at("weights").as_array()) {
       const json::object& line = value.as_object();
       std::string storage = text_of(line.at("storage"));
-      if (const json::value* group = line.if_contains("group_size")) storage += fmt::format(" / {}", show_json(*group));
-      out += fmt::format("{:<12} {:>5}  {:<16} {:<12} {:>10}\n", text_of(line.at("role")), show_json(line.at("count")),
-                         show_json(line.at("shape")), storage, human_bytes(line.at("bytes").to_number<uint64_t>()));
+      if (const json::value* group = line.if_contains("group_size"))
+        storage += fmt::format(" / {}", show_json(*group));
+      out += fmt::format("{:<12} {:>5}  {:<16} {:<12} {:>10}\n", text_of(line.at("role")),
+                         show_json(line.at("count")), show_json(line.at("shape")), storage,
+                         human_bytes(line.at("bytes").to_number<uint64_t>()));
     }
-    out += fmt::format("calibrated KV scales: {}\n", report.at("kv_scales").as_bool() ? "yes" : "no");
-    for (const json::value& notice : report.at("notices").as_array()) out += "note: " + text_of(notice) + "\n";
+    out +=
+        fmt::format("calibrated KV scales: {}\n", report.at("kv_scales").as_bool() ? "yes" : "no");
+    for (const json::value& notice : report.at("notices").as_array())
+      out += "note: " + text_of(notice) + "\n";
   } else {
     out += fmt::format("{} tensors, {}\n", show_json(report.at("tensors")),
                        human_bytes(report.at("bytes").to_number<uint64_t>()));
@@ -337,7 +363,8 @@ std::string describe_model(const json::object& report) {
 std::string describe_tensor(const json::object& report) {
   std::string out;
   for (const auto& member : report) {
-    std::string value = member.value().is_string() ? text_of(member.value()) : dump_json(member.value());
+    std::string value =
+        member.value().is_string() ? text_of(member.value()) : dump_json(member.value());
     if (member.value().is_double()) value = fmt::format("{:.6g}", member.value().get_double());
     out += fmt::format("{:<18} {}\n", std::string_view(member.key()), value);
   }

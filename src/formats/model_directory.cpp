@@ -33,7 +33,8 @@ bool file_exists(const fs::path& path) {
 
 json::object read_json_object(const fs::path& path, uint64_t max_bytes) {
   json::value value = parse_json(read_file(path, max_bytes), path.string());
-  if (!value.is_object()) fail(ErrorKind::kInput, "{} holds {}; wanted an object", path.string(), show_json(value));
+  if (!value.is_object())
+    fail(ErrorKind::kInput, "{} holds {}; wanted an object", path.string(), show_json(value));
   return std::move(value.get_object());
 }
 
@@ -50,30 +51,39 @@ void apply_generation_config(const fs::path& directory, ModelSpec& spec) {
 
 fs::path checkpoint_directory(const fs::path& directory) {
   const fs::path inner = directory / "trt-llm" / "checkpoints";
-  return file_exists(inner / "config.json") && !file_exists(directory / "rank0.safetensors") ? inner : directory;
+  return file_exists(inner / "config.json") && !file_exists(directory / "rank0.safetensors")
+             ? inner
+             : directory;
 }
 
 ModelKind model_kind(const fs::path& given) {
   std::error_code ignored;
   if (!fs::is_directory(given, ignored)) {
-    fail(ErrorKind::kIo, "{} is not a directory; wanted a Hugging Face model, a checkpoint or an engine", given.string());
+    fail(ErrorKind::kIo,
+         "{} is not a directory; wanted a Hugging Face model, a checkpoint or an engine",
+         given.string());
   }
   if (file_exists(given / "rank0.engine")) return ModelKind::kEngine;
   const fs::path directory = checkpoint_directory(given);
   if (file_exists(directory / "rank0.safetensors")) return ModelKind::kCheckpoint;
   if (file_exists(directory / "config.json")) {
     const json::object config = read_json_object(directory / "config.json");
-    if (config.contains("architecture") || config.contains("pretrained_config")) return ModelKind::kCheckpoint;
+    if (config.contains("architecture") || config.contains("pretrained_config"))
+      return ModelKind::kCheckpoint;
     return ModelKind::kHuggingFace;
   }
   for (fs::directory_iterator it(directory, ignored), end; it != end; it.increment(ignored)) {
     if (it->path().extension() == ".gguf") {
-      fail(ErrorKind::kUnsupported, "{} holds a GGUF file ({}), which nibble does not read yet. Give it the original "
-           "Hugging Face checkpoint", directory.string(), it->path().filename().string());
+      fail(ErrorKind::kUnsupported,
+           "{} holds a GGUF file ({}), which nibble does not read yet. Give it the original "
+           "Hugging Face checkpoint",
+           directory.string(), it->path().filename().string());
     }
   }
-  fail(ErrorKind::kInput, "{} is no model: no config.json (Hugging Face, checkpoint) and no rank0.engine (engine). It "
-       "holds {}", directory.string(), list_files(directory));
+  fail(ErrorKind::kInput,
+       "{} is no model: no config.json (Hugging Face, checkpoint) and no rank0.engine (engine). It "
+       "holds {}",
+       directory.string(), list_files(directory));
 }
 
 }  // namespace nibble

@@ -1,12 +1,12 @@
-// The header is read by a small state machine over Boost.JSON's event parser and not through a value: a
-// value keeps only the last of two equal keys, and here a duplicate is an attack or a broken writer.
-// SPDX-License-Identifier: Apache-2.0
+// The header is read by a small state machine over Boost.JSON's event parser and not through a
+// value: a value keeps only the last of two equal keys, and here a duplicate is an attack or a
+// broken writer. SPDX-License-Identifier: Apache-2.0
 #include "formats/safetensors.h"
 
 #include <algorithm>
 #include <array>
-#include <boost/json/basic_parser_impl.hpp>
 #include <bit>
+#include <boost/json/basic_parser_impl.hpp>
 #include <cstring>
 #include <optional>
 #include <set>
@@ -74,8 +74,9 @@ class HeaderHandler {
       entry_.shape.assign(numbers_.begin(), numbers_.end());
     } else {
       if (numbers_.size() != 2 || numbers_[0] > numbers_[1]) {
-        fail(ErrorKind::kInput, "{}: tensor \"{}\" has data_offsets [{}]; wanted [begin, end] with begin <= end", what_,
-             entry_.name, fmt::join(numbers_, ", "));
+        fail(ErrorKind::kInput,
+             "{}: tensor \"{}\" has data_offsets [{}]; wanted [begin, end] with begin <= end",
+             what_, entry_.name, fmt::join(numbers_, ", "));
       }
       entry_.begin = numbers_[0];
       entry_.end = numbers_[1];
@@ -91,7 +92,8 @@ class HeaderHandler {
     text_.append(part.data(), part.size());
     const std::string key = std::exchange(text_, {});
     if (state_ == State::kTop) {
-      if (!names_.insert(key).second) fail(ErrorKind::kInput, "{}: the key \"{}\" stands twice in the header", what_, key);
+      if (!names_.insert(key).second)
+        fail(ErrorKind::kInput, "{}: the key \"{}\" stands twice in the header", what_, key);
       top_key_ = key;
     } else if (state_ == State::kMetadata) {
       if (!metadata_names_.insert(key).second) {
@@ -99,13 +101,16 @@ class HeaderHandler {
       }
       metadata_key_ = key;
     } else {
-      field_ = static_cast<size_t>(std::find(kFields.begin(), kFields.end(), key) - kFields.begin());
+      field_ =
+          static_cast<size_t>(std::find(kFields.begin(), kFields.end(), key) - kFields.begin());
       if (field_ == kFields.size()) {
-        fail(ErrorKind::kInput, "{}: tensor \"{}\" has an unknown key \"{}\"; known are dtype, shape, data_offsets", what_,
-             entry_.name, key);
+        fail(ErrorKind::kInput,
+             "{}: tensor \"{}\" has an unknown key \"{}\"; known are dtype, shape, data_offsets",
+             what_, entry_.name, key);
       }
       if ((seen_ & (1u << field_)) != 0) {
-        fail(ErrorKind::kInput, "{}: the key \"{}\" stands twice in tensor \"{}\"", what_, key, entry_.name);
+        fail(ErrorKind::kInput, "{}: the key \"{}\" stands twice in tensor \"{}\"", what_, key,
+             entry_.name);
       }
       seen_ |= 1u << field_;
     }
@@ -125,7 +130,8 @@ class HeaderHandler {
     if (state_ != State::kTensor || field_ != 0) unexpected("a string");
     const std::optional<DType> dtype = dtype_from_name(value);
     if (!dtype) {
-      fail(ErrorKind::kInput, "{}: tensor \"{}\" has the unknown dtype \"{}\"", what_, entry_.name, value);
+      fail(ErrorKind::kInput, "{}: tensor \"{}\" has the unknown dtype \"{}\"", what_, entry_.name,
+           value);
     }
     entry_.dtype = *dtype;
     return true;
@@ -133,15 +139,18 @@ class HeaderHandler {
   bool on_number_part(json::string_view, json::error_code&) { return true; }
   bool on_int64(int64_t value, json::string_view, json::error_code&) {
     if (value < 0) {
-      fail(ErrorKind::kInput, "{}: tensor \"{}\" has {} in its {}; wanted whole numbers from 0", what_, current(), value,
-           field_name());
+      fail(ErrorKind::kInput, "{}: tensor \"{}\" has {} in its {}; wanted whole numbers from 0",
+           what_, current(), value, field_name());
     }
     return number(static_cast<uint64_t>(value));
   }
   bool on_uint64(uint64_t value, json::string_view, json::error_code&) {
-    fail(ErrorKind::kInput, "{}: tensor \"{}\" has {} in its {}, past 2^63", what_, current(), value, field_name());
+    fail(ErrorKind::kInput, "{}: tensor \"{}\" has {} in its {}, past 2^63", what_, current(),
+         value, field_name());
   }
-  bool on_double(double, json::string_view, json::error_code&) { unexpected("a fraction or too large a number"); }
+  bool on_double(double, json::string_view, json::error_code&) {
+    unexpected("a fraction or too large a number");
+  }
   bool on_bool(bool, json::error_code&) { unexpected("true or false"); }
   bool on_null(json::error_code&) { unexpected("null"); }
   bool on_comment_part(json::string_view, json::error_code&) { return true; }
@@ -154,24 +163,28 @@ class HeaderHandler {
   bool number(uint64_t value) {
     if (state_ != State::kArray) unexpected("a number");
     if (numbers_.size() >= 64) {
-      fail(ErrorKind::kInput, "{}: tensor \"{}\" has more than 64 numbers in its {}", what_, current(), field_name());
+      fail(ErrorKind::kInput, "{}: tensor \"{}\" has more than 64 numbers in its {}", what_,
+           current(), field_name());
     }
     numbers_.push_back(value);
     return true;
   }
   const std::string& current() const { return state_ == State::kTop ? top_key_ : entry_.name; }
-  std::string_view field_name() const { return field_ < kFields.size() ? kFields[field_] : "entry"; }
+  std::string_view field_name() const {
+    return field_ < kFields.size() ? kFields[field_] : "entry";
+  }
 
   [[noreturn]] void unexpected(std::string_view seen) const {
     switch (state_) {
       case State::kTop:
         fail(ErrorKind::kInput, "{}: \"{}\" is {}; wanted an object", what_, top_key_, seen);
       case State::kMetadata:
-        fail(ErrorKind::kInput, "{}: __metadata__ \"{}\" is {}; wanted a string", what_, metadata_key_, seen);
+        fail(ErrorKind::kInput, "{}: __metadata__ \"{}\" is {}; wanted a string", what_,
+             metadata_key_, seen);
       case State::kTensor:
       case State::kArray:
-        fail(ErrorKind::kInput, "{}: tensor \"{}\" has {} in its {}; wanted {}", what_, entry_.name, seen, field_name(),
-             field_ == 0 ? "a dtype's name" : "a list of whole numbers from 0");
+        fail(ErrorKind::kInput, "{}: tensor \"{}\" has {} in its {}; wanted {}", what_, entry_.name,
+             seen, field_name(), field_ == 0 ? "a dtype's name" : "a list of whole numbers from 0");
       default: fail(ErrorKind::kInput, "{}: the header is {}; wanted an object", what_, seen);
     }
   }
@@ -187,7 +200,8 @@ class HeaderHandler {
   std::vector<uint64_t> numbers_;
 };
 
-// Bytes of shape x dtype, or nothing on overflow or when sub-byte elements leave a byte half filled.
+// Bytes of shape x dtype, or nothing on overflow or when sub-byte elements leave a byte half
+// filled.
 std::optional<uint64_t> tensor_bytes(DType dtype, const std::vector<int64_t>& shape) {
   uint64_t count = 1;
   bool overflow = false, empty = false;
@@ -198,7 +212,8 @@ std::optional<uint64_t> tensor_bytes(DType dtype, const std::vector<int64_t>& sh
   if (overflow && !empty) return std::nullopt;
   if (empty) return 0;
   uint64_t bits = 0;
-  if (__builtin_mul_overflow(count, static_cast<uint64_t>(dtype_bits(dtype)), &bits) || bits % 8 != 0) {
+  if (__builtin_mul_overflow(count, static_cast<uint64_t>(dtype_bits(dtype)), &bits) ||
+      bits % 8 != 0) {
     return std::nullopt;
   }
   return bits / 8;
@@ -206,24 +221,30 @@ std::optional<uint64_t> tensor_bytes(DType dtype, const std::vector<int64_t>& sh
 
 }  // namespace
 
-SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file_bytes, std::string_view what) {
+SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file_bytes,
+                                           std::string_view what) {
   const uint64_t size = file_bytes.size();
   if (size < 8) {
-    fail(ErrorKind::kInput, "{} has {} bytes, too few for a safetensors file (is the download complete?)", what, size);
+    fail(ErrorKind::kInput,
+         "{} has {} bytes, too few for a safetensors file (is the download complete?)", what, size);
   }
   uint64_t length = 0;
   std::memcpy(&length, file_bytes.data(), sizeof length);
   if (length > kMaxHeaderBytes) {
-    fail(ErrorKind::kInput, "{}: the header's length is {} bytes; at most {} are allowed (is this a safetensors file?)",
-         what, length, kMaxHeaderBytes);
+    fail(
+        ErrorKind::kInput,
+        "{}: the header's length is {} bytes; at most {} are allowed (is this a safetensors file?)",
+        what, length, kMaxHeaderBytes);
   }
   if (length > size - 8) {
-    fail(ErrorKind::kInput, "{}: the header's length is {} bytes but only {} follow (is the download complete?)", what,
+    fail(ErrorKind::kInput,
+         "{}: the header's length is {} bytes but only {} follow (is the download complete?)", what,
          length, size - 8);
   }
   const char* text = reinterpret_cast<const char*>(file_bytes.data()) + 8;
   if (length == 0 || text[0] != '{') {
-    fail(ErrorKind::kInput, "{}: the header does not begin with '{{' (is this a safetensors file?)", what);
+    fail(ErrorKind::kInput, "{}: the header does not begin with '{{' (is this a safetensors file?)",
+         what);
   }
   SafetensorsHeader header;
   header.data_start = 8 + length;
@@ -233,11 +254,13 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file_bytes
   json::error_code code;
   const size_t consumed = parser.write_some(false, text, length, code);
   if (code) {
-    fail(ErrorKind::kInput, "{}: the header is not valid JSON: {} at byte {}", what, code.message(), 8 + consumed);
+    fail(ErrorKind::kInput, "{}: the header is not valid JSON: {} at byte {}", what, code.message(),
+         8 + consumed);
   }
   for (size_t i = consumed; i < length; ++i) {
     if (text[i] != ' ' && text[i] != '\n' && text[i] != '\r' && text[i] != '\t') {
-      fail(ErrorKind::kInput, "{}: byte {} follows the header's object; only spaces may", what, 8 + i);
+      fail(ErrorKind::kInput, "{}: byte {} follows the header's object; only spaces may", what,
+           8 + i);
     }
   }
 
@@ -250,25 +273,33 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file_bytes
   for (const auto& entry : entries) {
     const std::optional<uint64_t> wanted = tensor_bytes(entry.dtype, entry.shape);
     if (!wanted) {
-      fail(ErrorKind::kInput, "{}: tensor \"{}\" has shape [{}] of {}, which overflows or does not fill whole bytes", what,
-           entry.name, fmt::join(entry.shape, ", "), dtype_name(entry.dtype));
+      fail(ErrorKind::kInput,
+           "{}: tensor \"{}\" has shape [{}] of {}, which overflows or does not fill whole bytes",
+           what, entry.name, fmt::join(entry.shape, ", "), dtype_name(entry.dtype));
     }
     if (entry.end - entry.begin != *wanted) {
-      fail(ErrorKind::kInput, "{}: tensor \"{}\" has {} bytes (data_offsets {}..{}); {} [{}] wants {}", what, entry.name,
-           entry.end - entry.begin, entry.begin, entry.end, dtype_name(entry.dtype), fmt::join(entry.shape, ", "), *wanted);
+      fail(ErrorKind::kInput,
+           "{}: tensor \"{}\" has {} bytes (data_offsets {}..{}); {} [{}] wants {}", what,
+           entry.name, entry.end - entry.begin, entry.begin, entry.end, dtype_name(entry.dtype),
+           fmt::join(entry.shape, ", "), *wanted);
     }
     if (entry.begin != position) {
-      fail(ErrorKind::kInput, "{}: tensor \"{}\" begins at {}, but {} ends at {}: tensors must touch without {}", what,
-           entry.name, entry.begin, previous == nullptr ? std::string("the header") : fmt::format("\"{}\"", *previous),
+      fail(ErrorKind::kInput,
+           "{}: tensor \"{}\" begins at {}, but {} ends at {}: tensors must touch without {}", what,
+           entry.name, entry.begin,
+           previous == nullptr ? std::string("the header") : fmt::format("\"{}\"", *previous),
            position, entry.begin < position ? "overlap" : "holes");
     }
     position = entry.end;
     previous = &entry.name;
   }
   if (position != size - header.data_start) {
-    fail(ErrorKind::kInput, "{}: the last tensor{} ends at {} but the file has {} bytes of data ({})", what,
-         previous == nullptr ? std::string() : fmt::format(" \"{}\"", *previous), position, size - header.data_start,
-         position > size - header.data_start ? "is the download complete?" : "something follows it");
+    fail(
+        ErrorKind::kInput,
+        "{}: the last tensor{} ends at {} but the file has {} bytes of data ({})", what,
+        previous == nullptr ? std::string() : fmt::format(" \"{}\"", *previous), position,
+        size - header.data_start,
+        position > size - header.data_start ? "is the download complete?" : "something follows it");
   }
   return header;
 }
@@ -284,7 +315,9 @@ SafetensorsFile SafetensorsFile::open(const fs::path& path) {
   return SafetensorsFile(std::move(file), std::move(header));
 }
 
-bool SafetensorsFile::contains(std::string_view name) const { return index_.find(name) != index_.end(); }
+bool SafetensorsFile::contains(std::string_view name) const {
+  return index_.find(name) != index_.end();
+}
 
 TensorView SafetensorsFile::tensor(std::string_view name) const {
   const auto found = index_.find(name);
@@ -292,18 +325,20 @@ TensorView SafetensorsFile::tensor(std::string_view name) const {
     std::vector<std::string_view> names;
     for (const auto& entry : header_.entries) names.push_back(entry.name);
     if (names.empty()) {
-      fail(ErrorKind::kInput, "{} has no tensor \"{}\"; it holds none at all", file_.path().string(), name);
+      fail(ErrorKind::kInput, "{} has no tensor \"{}\"; it holds none at all",
+           file_.path().string(), name);
     }
-    fail(ErrorKind::kInput, "{} has no tensor \"{}\"; of its {} tensors the nearest name is \"{}\"", file_.path().string(),
-         name, names.size(), nearest_name(name, names));
+    fail(ErrorKind::kInput, "{} has no tensor \"{}\"; of its {} tensors the nearest name is \"{}\"",
+         file_.path().string(), name, names.size(), nearest_name(name, names));
   }
   const auto& entry = header_.entries[found->second];
-  return {entry.dtype, entry.shape, file_.bytes().subspan(header_.data_start + entry.begin, entry.end - entry.begin)};
+  return {entry.dtype, entry.shape,
+          file_.bytes().subspan(header_.data_start + entry.begin, entry.end - entry.begin)};
 }
 
-SafetensorsWriter SafetensorsWriter::create(const fs::path& path, std::vector<Declaration> tensors,
-                                            std::vector<std::pair<std::string, std::string>> metadata,
-                                            uint64_t alignment) {
+SafetensorsWriter SafetensorsWriter::create(
+    const fs::path& path, std::vector<Declaration> tensors,
+    std::vector<std::pair<std::string, std::string>> metadata, uint64_t alignment) {
   NIBBLE_CHECK(std::has_single_bit(alignment) && alignment >= 8, "alignment is {}", alignment);
   std::string header = "{";
   const auto comma = [&] {
@@ -320,14 +355,14 @@ SafetensorsWriter SafetensorsWriter::create(const fs::path& path, std::vector<De
     header += '}';
   }
   std::set<std::string> names;
-  const auto declare = [&](const std::string& name, DType dtype, const std::vector<int64_t>& shape, uint64_t begin,
-                           uint64_t end) {
-    NIBBLE_CHECK(name != "__metadata__" && names.insert(name).second, "tensor {} declared twice in {}", name,
-                 path.string());
+  const auto declare = [&](const std::string& name, DType dtype, const std::vector<int64_t>& shape,
+                           uint64_t begin, uint64_t end) {
+    NIBBLE_CHECK(name != "__metadata__" && names.insert(name).second,
+                 "tensor {} declared twice in {}", name, path.string());
     comma();
     append_json_string(header, name);
-    header += fmt::format(":{{\"dtype\":\"{}\",\"shape\":[{}],\"data_offsets\":[{},{}]}}", dtype_name(dtype),
-                          fmt::join(shape, ","), begin, end);
+    header += fmt::format(":{{\"dtype\":\"{}\",\"shape\":[{}],\"data_offsets\":[{},{}]}}",
+                          dtype_name(dtype), fmt::join(shape, ","), begin, end);
   };
   std::vector<std::pair<uint64_t, uint64_t>> ranges;
   uint64_t position = 0;
@@ -340,7 +375,8 @@ SafetensorsWriter SafetensorsWriter::create(const fs::path& path, std::vector<De
     NIBBLE_CHECK(bytes.has_value(), "tensor {} has a shape that overflows", tensor.name);
     const uint64_t gap = (alignment - position % alignment) % alignment;
     if (alignment > 8 && gap > 0 && *bytes > 0) {
-      declare(fmt::format("pad.{}", num_pads++), DType::kU8, {static_cast<int64_t>(gap)}, position, position + gap);
+      declare(fmt::format("pad.{}", num_pads++), DType::kU8, {static_cast<int64_t>(gap)}, position,
+              position + gap);
       position += gap;
     }
     declare(tensor.name, tensor.dtype, tensor.shape, position, position + *bytes);
@@ -350,8 +386,8 @@ SafetensorsWriter SafetensorsWriter::create(const fs::path& path, std::vector<De
   header += '}';
   header.append((alignment - (8 + header.size()) % alignment) % alignment, ' ');
   if (header.size() > kMaxHeaderBytes) {
-    fail(ErrorKind::kLimit, "{}: the header would have {} bytes; at most {} are allowed", path.string(), header.size(),
-         kMaxHeaderBytes);
+    fail(ErrorKind::kLimit, "{}: the header would have {} bytes; at most {} are allowed",
+         path.string(), header.size(), kMaxHeaderBytes);
   }
   SafetensorsWriter writer(AtomicFile::create(path));
   const uint64_t length = header.size();
@@ -365,7 +401,8 @@ void SafetensorsWriter::write(std::span<const std::byte> bytes) {
   static constexpr std::array<std::byte, 4096> kZeros = {};
   while (!bytes.empty()) {
     while (current_ < ranges_.size() && position_ >= ranges_[current_].second) ++current_;
-    NIBBLE_CHECK(current_ < ranges_.size(), "{} bytes more than the declared tensors hold", bytes.size());
+    NIBBLE_CHECK(current_ < ranges_.size(), "{} bytes more than the declared tensors hold",
+                 bytes.size());
     const auto [begin, end] = ranges_[current_];
     while (position_ < begin) {
       const size_t pad = std::min<uint64_t>(begin - position_, kZeros.size());

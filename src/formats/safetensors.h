@@ -1,5 +1,5 @@
-// The one safetensors parser and writer (format: mistral.md facts 6.1; docs/formats.md). Hugging Face
-// shards, portable checkpoints and engines are all read and written here.
+// The one safetensors parser and writer (format: mistral.md facts 6.1; docs/formats.md). Hugging
+// Face shards, portable checkpoints and engines are all read and written here.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -24,13 +24,15 @@ struct SafetensorsHeader {
   };
   std::vector<Entry> entries;  // in order of offset
   std::vector<std::pair<std::string, std::string>> metadata;
-  uint64_t data_start = 0;     // offset of the data in the file
+  uint64_t data_start = 0;  // offset of the data in the file
 };
 
-/// Parses and checks the header of a safetensors file of `file_bytes` bytes (length <= 100 MB, JSON object, no
-/// duplicate keys, known dtypes, offsets that start at 0, touch exactly, match shape x dtype and end at
-/// the file's end). Pure: the fuzz target's entry. `what` names the file in messages.
-SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file_bytes, std::string_view what);
+/// Parses and checks the header of a safetensors file of `file_bytes` bytes (length <= 100 MB, JSON
+/// object, no duplicate keys, known dtypes, offsets that start at 0, touch exactly, match shape x
+/// dtype and end at the file's end). Pure: the fuzz target's entry. `what` names the file in
+/// messages.
+SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file_bytes,
+                                           std::string_view what);
 
 /// A mapped safetensors file. Move-only; views live as long as it does. Thread-safe once opened.
 class SafetensorsFile {
@@ -38,7 +40,9 @@ class SafetensorsFile {
   static SafetensorsFile open(const fs::path& path);  // throws Error{kIo, kInput}
 
   const std::vector<SafetensorsHeader::Entry>& entries() const { return header_.entries; }
-  const std::vector<std::pair<std::string, std::string>>& metadata() const { return header_.metadata; }
+  const std::vector<std::pair<std::string, std::string>>& metadata() const {
+    return header_.metadata;
+  }
   bool contains(std::string_view name) const;
   TensorView tensor(std::string_view name) const;  // throws Error{kInput} naming file and tensor
   const MappedFile& file() const { return file_; }
@@ -50,9 +54,10 @@ class SafetensorsFile {
   std::map<std::string, size_t, std::less<>> index_;
 };
 
-/// Writes one safetensors file atomically and streaming: declare every tensor, then write each one's bytes in
-/// the declared order. The data section and every tensor whose size allows start at `alignment` bytes (explicit
-/// "pad.N" U8 tensors fill the gaps when alignment > 8, as offsets must touch).
+/// Writes one safetensors file atomically and streaming: declare every tensor, then write each
+/// one's bytes in the declared order. The data section and every tensor whose size allows start at
+/// `alignment` bytes (explicit "pad.N" U8 tensors fill the gaps when alignment > 8, as offsets must
+/// touch).
 class SafetensorsWriter {
  public:
   struct Declaration {
@@ -70,7 +75,8 @@ class SafetensorsWriter {
  private:
   explicit SafetensorsWriter(AtomicFile file) : file_(std::move(file)) {}
   AtomicFile file_;
-  std::vector<std::pair<uint64_t, uint64_t>> ranges_;  // bytes of each declared tensor, in file order
+  std::vector<std::pair<uint64_t, uint64_t>>
+      ranges_;  // bytes of each declared tensor, in file order
   size_t current_ = 0;
   uint64_t position_ = 0;  // bytes of data written
 };

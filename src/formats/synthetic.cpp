@@ -1,6 +1,6 @@
-// Counter-based: element i of a tensor depends on the tensor's name, the seed and i only. One 64-bit hash
-// gives four elements through a table of 4096 normal quantiles (largest 3.7 sigma), which is all that a bf16
-// can tell apart in the middle and keeps one core above 1 GB/s.
+// Counter-based: element i of a tensor depends on the tensor's name, the seed and i only. One
+// 64-bit hash gives four elements through a table of 4096 normal quantiles (largest 3.7 sigma),
+// which is all that a bf16 can tell apart in the middle and keeps one core above 1 GB/s.
 // SPDX-License-Identifier: Apache-2.0
 #include "formats/synthetic.h"
 
@@ -49,7 +49,8 @@ double normal_quantile(double p) {
 const std::array<float, 4096>& normal_quantiles() {
   static const std::array<float, 4096> table = [] {
     std::array<float, 4096> quantiles;
-    for (int i = 0; i < 4096; ++i) quantiles[static_cast<size_t>(i)] = static_cast<float>(normal_quantile((i + 0.5) / 4096));
+    for (int i = 0; i < 4096; ++i)
+      quantiles[static_cast<size_t>(i)] = static_cast<float>(normal_quantile((i + 0.5) / 4096));
     return quantiles;
   }();
   return table;
@@ -67,7 +68,8 @@ void fill(uint64_t key, int64_t first, const std::array<T, 4096>& table, std::sp
     out[i + 2] = table[(bits >> 36) & 4095];
     out[i + 3] = table[bits >> 52];
   }
-  for (const uint64_t bits = mix(counter); i < out.size(); ++i) out[i] = table[(bits >> (4 + 16 * (i - whole))) & 4095];
+  for (const uint64_t bits = mix(counter); i < out.size(); ++i)
+    out[i] = table[(bits >> (4 + 16 * (i - whole))) & 4095];
 }
 
 struct HfTensor {
@@ -94,7 +96,8 @@ double standard_deviation(const WeightRow& row, const ModelSpec& spec) {
   return row.shard == ShardRule::kColumns ? std / std::sqrt(2.0 * spec.num_layers) : std;
 }
 
-// Around 1, about one channel in 64 four to twelve times that: what makes quantization hard in real models.
+// Around 1, about one channel in 64 four to twelve times that: what makes quantization hard in real
+// models.
 void fill_norm(uint64_t key, std::span<uint16_t> out) {
   for (size_t i = 0; i < out.size(); ++i) {
     const int64_t index = static_cast<int64_t>(i);
@@ -107,7 +110,8 @@ void fill_norm(uint64_t key, std::span<uint16_t> out) {
 // bf16 elements [first, first + out.size()) of one tensor; first is a multiple of 4.
 class Generator {
  public:
-  Generator(const HfTensor& tensor, const ModelSpec& spec, uint64_t seed) : tensor_(tensor), key_(tensor_key(tensor.name, seed)) {
+  Generator(const HfTensor& tensor, const ModelSpec& spec, uint64_t seed)
+      : tensor_(tensor), key_(tensor_key(tensor.name, seed)) {
     const double std = standard_deviation(*tensor.row, spec);
     for (size_t i = 0; i < table_.size(); ++i) {
       table_[i] = float_to_bf16(static_cast<float>(normal_quantiles()[i] * std));
@@ -152,11 +156,12 @@ json::object hf_config(const ModelSpec& spec) {
       {"vocab_size", spec.vocab_size},
   };
   if (spec.rope_factor != 0) {
-    config["rope_scaling"] = {{"rope_type", "llama3"},
-                              {"factor", spec.rope_factor},
-                              {"low_freq_factor", spec.rope_low_freq_factor},
-                              {"high_freq_factor", spec.rope_high_freq_factor},
-                              {"original_max_position_embeddings", spec.rope_original_max_position}};
+    config["rope_scaling"] = {
+        {"rope_type", "llama3"},
+        {"factor", spec.rope_factor},
+        {"low_freq_factor", spec.rope_low_freq_factor},
+        {"high_freq_factor", spec.rope_high_freq_factor},
+        {"original_max_position_embeddings", spec.rope_original_max_position}};
   }
   return config;
 }
@@ -186,7 +191,8 @@ const Int4Table& int4_table() {
 
 class SyntheticSource final : public WeightSource {
  public:
-  SyntheticSource(const ModelSpec& spec, uint64_t seed, bool int4) : spec_(spec), seed_(seed), int4_(int4) {
+  SyntheticSource(const ModelSpec& spec, uint64_t seed, bool int4)
+      : spec_(spec), seed_(seed), int4_(int4) {
     spec_.dtype = DType::kBF16;
   }
   const ModelSpec& spec() const override { return spec_; }
@@ -225,15 +231,18 @@ class SyntheticSource final : public WeightSource {
     weight.owned.resize(static_cast<size_t>(out / 2 * in));
     fill(key, 0, table.bytes, std::span(weight.owned));
     weight.nibbles = weight.owned.data();
-    // Scales vary by a quarter and prequant factors by a half either way; the root mean squares are divided out.
+    // Scales vary by a quarter and prequant factors by a half either way; the root mean squares are
+    // divided out.
     const double rms = std::sqrt((0.5625 + 0.375 + 0.25 / 3) * (0.25 + 0.5 + 1.0 / 3));
     const double base = standard_deviation(row, spec_) / (table.std * rms);
     weight.scales.resize(static_cast<size_t>(out * (in / group)));
     for (size_t i = 0; i < weight.scales.size(); ++i) {
-      weight.scales[i] = static_cast<float>(base * (0.75 + 0.5 * uniform(key + 1, static_cast<int64_t>(i))));
+      weight.scales[i] =
+          static_cast<float>(base * (0.75 + 0.5 * uniform(key + 1, static_cast<int64_t>(i))));
     }
     const bool shared = row.role == WeightRole::kGate || row.role == WeightRole::kUp;
-    const uint64_t pre_key = tensor_key(shared ? fmt::format("layers.{}.mlp_input", row.layer) : row.name + ".pre", seed_);
+    const uint64_t pre_key = tensor_key(
+        shared ? fmt::format("layers.{}.mlp_input", row.layer) : row.name + ".pre", seed_);
     weight.pre_scale.resize(static_cast<size_t>(in));
     for (size_t i = 0; i < weight.pre_scale.size(); ++i) {
       weight.pre_scale[i] = static_cast<float>(0.5 + uniform(pre_key, static_cast<int64_t>(i)));
@@ -257,7 +266,8 @@ class SyntheticSource final : public WeightSource {
   bool int4_;
 };
 
-ModelSpec shape(int layers, int hidden, int heads, int kv_heads, int ffn, int vocab, int max_position, double theta) {
+ModelSpec shape(int layers, int hidden, int heads, int kv_heads, int ffn, int vocab,
+                int max_position, double theta) {
   ModelSpec spec;
   spec.num_layers = layers;
   spec.hidden_size = hidden;
@@ -276,7 +286,8 @@ ModelSpec shape(int layers, int hidden, int heads, int kv_heads, int ffn, int vo
 const std::vector<SyntheticShape>& synthetic_shapes() {
   static const std::vector<SyntheticShape> shapes = {
       {"nano-like", "tiny, for tests", shape(3, 256, 4, 2, 768, 512, 2048, 1e6), 2},
-      {"bench-1.1b", "1.1 B parameters, fits anywhere", shape(16, 2048, 16, 4, 8192, 32768, 32768, 1e6), 1},
+      {"bench-1.1b", "1.1 B parameters, fits anywhere",
+       shape(16, 2048, 16, 4, 8192, 32768, 32768, 1e6), 1},
       {"mistral-7b", "Mistral-7B v0.3", shape(32, 4096, 32, 8, 14336, 32768, 32768, 1e6), 3},
       {"mistral-24b", "Mistral-Small-24B", shape(40, 5120, 32, 8, 32768, 131072, 131072, 1e9), 10},
   };
@@ -289,11 +300,12 @@ const SyntheticShape& synthetic_shape(std::string_view name) {
     if (name == candidate.name) return candidate;
     names.push_back(candidate.name);
   }
-  fail(ErrorKind::kUsage, "no synthetic shape \"{}\"; the nearest is \"{}\" (known: {})", name, nearest_name(name, names),
-       fmt::join(names, ", "));
+  fail(ErrorKind::kUsage, "no synthetic shape \"{}\"; the nearest is \"{}\" (known: {})", name,
+       nearest_name(name, names), fmt::join(names, ", "));
 }
 
-void write_synthetic_hf(const fs::path& out, const ModelSpec& spec, uint64_t seed, int num_shards, ThreadPool& pool) {
+void write_synthetic_hf(const fs::path& out, const ModelSpec& spec, uint64_t seed, int num_shards,
+                        ThreadPool& pool) {
   NIBBLE_CHECK(num_shards >= 1, "{} shards", num_shards);
   AtomicDirectory directory = AtomicDirectory::create(out);
   const std::vector<WeightRow> table = weight_table(spec);
@@ -305,7 +317,8 @@ void write_synthetic_hf(const fs::path& out, const ModelSpec& spec, uint64_t see
       tensors.push_back(std::move(tensor));
     }
   }
-  // Cut where the running size passes each shard's share; like real checkpoints, layers may straddle.
+  // Cut where the running size passes each shard's share; like real checkpoints, layers may
+  // straddle.
   std::vector<std::vector<const HfTensor*>> shards(static_cast<size_t>(num_shards));
   uint64_t before = 0;
   for (const HfTensor& tensor : tensors) {
@@ -315,15 +328,18 @@ void write_synthetic_hf(const fs::path& out, const ModelSpec& spec, uint64_t see
   }
   std::erase_if(shards, [](const auto& shard) { return shard.empty(); });
   const auto shard_name = [&](size_t shard) {
-    return shards.size() == 1 ? std::string("model.safetensors")
-                              : fmt::format("model-{:05}-of-{:05}.safetensors", shard + 1, shards.size());
+    return shards.size() == 1
+               ? std::string("model.safetensors")
+               : fmt::format("model-{:05}-of-{:05}.safetensors", shard + 1, shards.size());
   };
   pool.parallel_for(static_cast<int64_t>(shards.size()), [&](int64_t index, int) {
     const auto& shard = shards[static_cast<size_t>(index)];
     std::vector<SafetensorsWriter::Declaration> declared;
-    for (const HfTensor* tensor : shard) declared.push_back({tensor->name, DType::kBF16, tensor->shape});
-    SafetensorsWriter writer = SafetensorsWriter::create(directory.path() / shard_name(static_cast<size_t>(index)),
-                                                         std::move(declared), {{"format", "pt"}});
+    for (const HfTensor* tensor : shard)
+      declared.push_back({tensor->name, DType::kBF16, tensor->shape});
+    SafetensorsWriter writer =
+        SafetensorsWriter::create(directory.path() / shard_name(static_cast<size_t>(index)),
+                                  std::move(declared), {{"format", "pt"}});
     std::vector<uint16_t> chunk;
     for (const HfTensor* tensor : shard) {
       const Generator generator(*tensor, spec, seed);
@@ -342,13 +358,18 @@ void write_synthetic_hf(const fs::path& out, const ModelSpec& spec, uint64_t see
     for (size_t shard = 0; shard < shards.size(); ++shard) {
       for (const HfTensor* tensor : shards[shard]) map[tensor->name] = shard_name(shard);
     }
-    const json::object index = {{"metadata", {{"total_size", total}}}, {"weight_map", std::move(map)}};
-    write_file_atomically(directory.path() / "model.safetensors.index.json", dump_json(index, {.indent = 2}) + "\n");
+    const json::object index = {{"metadata", {{"total_size", total}}},
+                                {"weight_map", std::move(map)}};
+    write_file_atomically(directory.path() / "model.safetensors.index.json",
+                          dump_json(index, {.indent = 2}) + "\n");
   }
-  write_file_atomically(directory.path() / "config.json", dump_json(hf_config(spec), {.indent = 2}) + "\n");
-  const json::object generation = {{"bos_token_id", spec.bos_token_id},
-                                   {"eos_token_id", json::array(spec.eos_token_ids.begin(), spec.eos_token_ids.end())}};
-  write_file_atomically(directory.path() / "generation_config.json", dump_json(generation, {.indent = 2}) + "\n");
+  write_file_atomically(directory.path() / "config.json",
+                        dump_json(hf_config(spec), {.indent = 2}) + "\n");
+  const json::object generation = {
+      {"bos_token_id", spec.bos_token_id},
+      {"eos_token_id", json::array(spec.eos_token_ids.begin(), spec.eos_token_ids.end())}};
+  write_file_atomically(directory.path() / "generation_config.json",
+                        dump_json(generation, {.indent = 2}) + "\n");
   directory.commit();
 }
 

@@ -14,18 +14,19 @@
 
 namespace nibble {
 
-/// One int4 linear as the portable checkpoint stores it, whole (tp 1). Views into the source's map or into
-/// `owned` storage.
+/// One int4 linear as the portable checkpoint stores it, whole (tp 1). Views into the source's map
+/// or into `owned` storage.
 struct Int4Weight {
   int64_t out_features = 0, in_features = 0;
   int group_size = 128;
-  const std::byte* nibbles = nullptr;  // [out/2, in]: low nibble = even out row, two's complement -8..7
-  std::vector<float> scales;           // [out, in/group]
-  std::vector<float> pre_scale;        // [in]; the activation is multiplied by it. Empty: all ones
-  std::vector<std::byte> owned;        // backs `nibbles` when shards had to be joined
+  const std::byte* nibbles =
+      nullptr;                   // [out/2, in]: low nibble = even out row, two's complement -8..7
+  std::vector<float> scales;     // [out, in/group]
+  std::vector<float> pre_scale;  // [in]; the activation is multiplied by it. Empty: all ones
+  std::vector<std::byte> owned;  // backs `nibbles` when shards had to be joined
 };
 
-struct KvScales {  // static int8: stored = round(x / scale)
+struct KvScales {           // static int8: stored = round(x / scale)
   std::vector<float> k, v;  // [layers]
 };
 
@@ -34,10 +35,11 @@ class WeightSource {
   virtual ~WeightSource() = default;
   virtual const ModelSpec& spec() const = 0;
   virtual bool is_quantized(const WeightRow& row) const = 0;
-  /// Dense weight as floats, exactly widened: [shape] row-major. Quantized rows are an internal error.
+  /// Dense weight as floats, exactly widened: [shape] row-major. Quantized rows are an internal
+  /// error.
   virtual std::vector<float> load_dense(const WeightRow& row) const = 0;
-  /// Dense weight in its stored dtype (rows of several HF tensors joined): `storage` backs the view when a copy
-  /// was needed.
+  /// Dense weight in its stored dtype (rows of several HF tensors joined): `storage` backs the view
+  /// when a copy was needed.
   virtual TensorView view_dense(const WeightRow& row, std::vector<std::byte>& storage) const = 0;
   virtual Int4Weight load_int4(const WeightRow& row) const = 0;
   /// Calibrated KV scales, or nullopt when the model carries none (always for HF directories).
@@ -49,8 +51,9 @@ class WeightSource {
 };
 
 enum class ModelKind { kHuggingFace, kCheckpoint, kEngine };
-/// What `directory` holds, or an Error naming what was looked for and what is there. A published layout
-/// (OUT/trt-llm/checkpoints) is resolved to its inner directory by resolve_model_directory().
+/// What `directory` holds, or an Error naming what was looked for and what is there. A published
+/// layout (OUT/trt-llm/checkpoints) is resolved to its inner directory by
+/// resolve_model_directory().
 ModelKind model_kind(const fs::path& directory);
 /// OUT -> OUT/trt-llm/checkpoints when OUT is a published layout; otherwise the path itself.
 fs::path checkpoint_directory(const fs::path& directory);

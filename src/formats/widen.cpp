@@ -46,7 +46,8 @@ std::vector<std::byte> narrow(std::span<const float> values, DType dtype) {
     return out;
   }
   for (size_t i = 0; i < values.size(); ++i) {
-    const uint16_t bits = dtype == DType::kBF16 ? float_to_bf16(values[i]) : float_to_f16(values[i]);
+    const uint16_t bits =
+        dtype == DType::kBF16 ? float_to_bf16(values[i]) : float_to_f16(values[i]);
     std::memcpy(out.data() + 2 * i, &bits, 2);
   }
   return out;

@@ -14,7 +14,8 @@ inline bool is_dense_dtype(DType dtype) {
   return dtype == DType::kBF16 || dtype == DType::kF16 || dtype == DType::kF32;
 }
 
-/// Exact. `out` has view.num_elements() floats; the view's bytes may be unaligned. Dense dtypes only.
+/// Exact. `out` has view.num_elements() floats; the view's bytes may be unaligned. Dense dtypes
+/// only.
 void widen(const TensorView& view, float* out);
 std::vector<float> widen(const TensorView& view);
 

@@ -9,9 +9,11 @@
 namespace nibble {
 namespace {
 
-// cos and sin of position * theta^(-2d/D) for d in [0, D/2), in double, rounded once; Hugging Face computes the
-// angle in fp32, which this matches to the last bits that matter. Llama-3 scaling stretches low frequencies.
-Buffer make_rope_table(Backend& backend, const ModelSpec& spec, int max_position, RopeTable* table) {
+// cos and sin of position * theta^(-2d/D) for d in [0, D/2), in double, rounded once; Hugging Face
+// computes the angle in fp32, which this matches to the last bits that matter. Llama-3 scaling
+// stretches low frequencies.
+Buffer make_rope_table(Backend& backend, const ModelSpec& spec, int max_position,
+                       RopeTable* table) {
   const int half = spec.head_dim / 2;
   std::vector<float> values(2 * static_cast<size_t>(max_position) * static_cast<size_t>(half));
   float* sin_begin = values.data() + static_cast<size_t>(max_position) * static_cast<size_t>(half);
@@ -24,8 +26,9 @@ Buffer make_rope_table(Backend& backend, const ModelSpec& spec, int max_position
       if (wavelength > low) {
         frequency /= spec.rope_factor;
       } else if (wavelength > high) {
-        const double smooth = (spec.rope_original_max_position / wavelength - spec.rope_low_freq_factor) /
-                              (spec.rope_high_freq_factor - spec.rope_low_freq_factor);
+        const double smooth =
+            (spec.rope_original_max_position / wavelength - spec.rope_low_freq_factor) /
+            (spec.rope_high_freq_factor - spec.rope_low_freq_factor);
         frequency = (1 - smooth) * frequency / spec.rope_factor + smooth * frequency;
       }
     }
@@ -33,7 +36,8 @@ Buffer make_rope_table(Backend& backend, const ModelSpec& spec, int max_position
     const float inverse_frequency = static_cast<float>(frequency);
     for (int position = 0; position < max_position; ++position) {
       const float angle = static_cast<float>(position) * inverse_frequency;
-      const size_t at = static_cast<size_t>(position) * static_cast<size_t>(half) + static_cast<size_t>(d);
+      const size_t at =
+          static_cast<size_t>(position) * static_cast<size_t>(half) + static_cast<size_t>(d);
       values[at] = static_cast<float>(std::cos(double{angle}));
       sin_begin[at] = static_cast<float>(std::sin(double{angle}));
     }
@@ -49,8 +53,8 @@ Buffer make_rope_table(Backend& backend, const ModelSpec& spec, int max_position
 
 }  // namespace
 
-Decoder::Decoder(Backend& backend, const EnginePlan& plan, const ModelWeights& weights, int max_tokens,
-                 int max_logit_rows)
+Decoder::Decoder(Backend& backend, const EnginePlan& plan, const ModelWeights& weights,
+                 int max_tokens, int max_logit_rows)
     : backend_(backend), plan_(plan), weights_(weights) {
   const ModelSpec& spec = plan_.spec;
   EngineLimits limits = plan_.limits;
@@ -62,14 +66,17 @@ Decoder::Decoder(Backend& backend, const EnginePlan& plan, const ModelWeights& w
   qkv_ = backend_.alloc(rows * static_cast<size_t>(spec.qkv_size()));
   attn_ = backend_.alloc(rows * static_cast<size_t>(spec.q_size()));
   ffn_ = backend_.alloc(rows * static_cast<size_t>(spec.ffn_size));
-  logits_ = backend_.alloc(static_cast<size_t>(max_logit_rows) * static_cast<size_t>(spec.vocab_size) * sizeof(float));
+  logits_ = backend_.alloc(static_cast<size_t>(max_logit_rows) *
+                           static_cast<size_t>(spec.vocab_size) * sizeof(float));
   rope_ = make_rope_table(backend_, spec, limits.max_seq_len(), &rope_table_);
 }
 
-void Decoder::embed(const StepBatch& batch, void* x) { backend_.embed(batch, weights_.embedding, x); }
+void Decoder::embed(const StepBatch& batch, void* x) {
+  backend_.embed(batch, weights_.embedding, x);
+}
 
-void Decoder::layer(int layer, const LayerWeights& weights, const StepBatch& batch, const KvLayer& kv, void* x,
-                    const TapFn& tap) {
+void Decoder::layer(int layer, const LayerWeights& weights, const StepBatch& batch,
+                    const KvLayer& kv, void* x, const TapFn& tap) {
   const ModelSpec& spec = plan_.spec;
   const int rows = batch.num_tokens;
   const float eps = static_cast<float>(spec.norm_eps);
@@ -91,7 +98,8 @@ void Decoder::layer(int layer, const LayerWeights& weights, const StepBatch& bat
 
   backend_.rms_norm(x, weights.mlp_norm, eps, rows, spec.hidden_size, normed_.data());
   listen(Tap::kGateUpInput, normed_.data(), spec.hidden_size);
-  backend_.gate_up(normed_.data(), weights.gate, weights.up, rows, weights.down.pre_scale, ffn_.data());
+  backend_.gate_up(normed_.data(), weights.gate, weights.up, rows, weights.down.pre_scale,
+                   ffn_.data());
   listen(Tap::kDownInput, ffn_.data(), spec.ffn_size);
   LinearOperand down = weights.down;
   down.pre_scale = nullptr;
@@ -99,8 +107,8 @@ void Decoder::layer(int layer, const LayerWeights& weights, const StepBatch& bat
 }
 
 void Decoder::head(const StepBatch& batch, const void* x) {
-  backend_.lm_head(batch, x, weights_.final_norm, static_cast<float>(plan_.spec.norm_eps), weights_.lm_head,
-                   logits_.as<float>());
+  backend_.lm_head(batch, x, weights_.final_norm, static_cast<float>(plan_.spec.norm_eps),
+                   weights_.lm_head, logits_.as<float>());
 }
 
 void Decoder::forward(const StepBatch& batch, std::span<const KvLayer> kv) {

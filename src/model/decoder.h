@@ -1,5 +1,5 @@
-// The one decoder: a straight line of seam ops for every backend, every step kind, eval and calibration.
-// SPDX-License-Identifier: Apache-2.0
+// The one decoder: a straight line of seam ops for every backend, every step kind, eval and
+// calibration. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <functional>
@@ -9,12 +9,19 @@
 namespace nibble {
 
 /// What the quantizer listens to. `act` is a device pointer of the backend's activation type.
-enum class Tap : uint8_t { kQkvInput, kOInput, kGateUpInput, kDownInput, kRotatedQkv /* after RoPE */ };
+enum class Tap : uint8_t {
+  kQkvInput,
+  kOInput,
+  kGateUpInput,
+  kDownInput,
+  kRotatedQkv /* after RoPE */
+};
 using TapFn = std::function<void(int layer, Tap tap, const void* act, int rows, int cols)>;
 
 class Decoder {
  public:
-  /// Allocates every activation buffer for `max_tokens` rows. `backend` and `weights` must outlive it.
+  /// Allocates every activation buffer for `max_tokens` rows. `backend` and `weights` must outlive
+  /// it.
   Decoder(Backend& backend, const EnginePlan& plan, const ModelWeights& weights, int max_tokens,
           int max_logit_rows);
 
@@ -24,8 +31,8 @@ class Decoder {
 
   // Pieces of forward(), for the layer-streaming quantizer: x is [T, hidden] activations.
   void embed(const StepBatch& batch, void* x);
-  void layer(int layer, const LayerWeights& weights, const StepBatch& batch, const KvLayer& kv, void* x,
-             const TapFn& tap = {});
+  void layer(int layer, const LayerWeights& weights, const StepBatch& batch, const KvLayer& kv,
+             void* x, const TapFn& tap = {});
   void head(const StepBatch& batch, const void* x);
   void* x() const { return x_.data(); }
 

@@ -8,13 +8,16 @@ namespace nibble {
 
 size_t KvCache::bytes_per_block(const Backend& backend, const EnginePlan& plan) {
   return static_cast<size_t>(plan.spec.num_layers) *
-         backend.kv_block_bytes(plan.kv_format, plan.kv_block_tokens, plan.spec.num_kv_heads, plan.spec.head_dim);
+         backend.kv_block_bytes(plan.kv_format, plan.kv_block_tokens, plan.spec.num_kv_heads,
+                                plan.spec.head_dim);
 }
 
-KvCache::KvCache(Backend& backend, const EnginePlan& plan, const ModelWeights& weights, int num_blocks)
+KvCache::KvCache(Backend& backend, const EnginePlan& plan, const ModelWeights& weights,
+                 int num_blocks)
     : num_blocks_(num_blocks),
       data_(backend.alloc(bytes_per_block(backend, plan) * static_cast<size_t>(num_blocks))) {
-  const size_t layer_bytes = bytes_per_block(backend, plan) / static_cast<size_t>(plan.spec.num_layers) *
+  const size_t layer_bytes = bytes_per_block(backend, plan) /
+                             static_cast<size_t>(plan.spec.num_layers) *
                              static_cast<size_t>(num_blocks);
   for (size_t layer = 0; layer < static_cast<size_t>(plan.spec.num_layers); ++layer) {
     layers_.push_back(KvLayer{.format = plan.kv_format,

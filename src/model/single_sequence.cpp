@@ -21,8 +21,8 @@ int blocks_for(const EnginePlan& plan, int max_context) {
 
 }  // namespace
 
-SingleSequence::SingleSequence(Backend& backend, const EnginePlan& plan, const ModelWeights& weights, int max_context,
-                               int max_step_tokens)
+SingleSequence::SingleSequence(Backend& backend, const EnginePlan& plan,
+                               const ModelWeights& weights, int max_context, int max_step_tokens)
     : backend_(backend),
       plan_(with_context(plan, max_context)),
       max_context_(max_context),
@@ -39,8 +39,12 @@ void SingleSequence::step(std::span<const int32_t> ids, int num_logit_rows) {
     fail(ErrorKind::kLimit, "{} tokens do not fit a context of {}", length_ + count, max_context_);
   }
   int32_t* host = step_.data();
-  const auto device = [&](const int32_t* at) { return device_step_.as<int32_t>() + (at - step_.data()); };
-  StepBatch batch{.num_tokens = count, .num_seqs = 1, .num_logit_rows = num_logit_rows,
+  const auto device = [&](const int32_t* at) {
+    return device_step_.as<int32_t>() + (at - step_.data());
+  };
+  StepBatch batch{.num_tokens = count,
+                  .num_seqs = 1,
+                  .num_logit_rows = num_logit_rows,
                   .max_blocks_per_seq = kv_.num_blocks()};
   const auto field = [&](int size) {
     int32_t* at = host;
@@ -55,8 +59,8 @@ void SingleSequence::step(std::span<const int32_t> ids, int num_logit_rows) {
   int32_t* rows = field(num_logit_rows);
   for (int i = 0; i < count; ++i) {
     if (ids[static_cast<size_t>(i)] < 0 || ids[static_cast<size_t>(i)] >= plan_.spec.vocab_size) {
-      fail(ErrorKind::kInput, "token id {} is outside the vocabulary of {}", ids[static_cast<size_t>(i)],
-           plan_.spec.vocab_size);
+      fail(ErrorKind::kInput, "token id {} is outside the vocabulary of {}",
+           ids[static_cast<size_t>(i)], plan_.spec.vocab_size);
     }
     token_ids[i] = ids[static_cast<size_t>(i)];
     positions[i] = length_ + i;
@@ -75,7 +79,8 @@ void SingleSequence::step(std::span<const int32_t> ids, int num_logit_rows) {
   batch.logit_rows = device(rows);
   batch.host_seq_starts = starts;
   batch.host_kv_lens = kv_len;
-  backend_.upload(device_step_.data(), step_.data(), static_cast<size_t>(host - step_.data()) * sizeof(int32_t));
+  backend_.upload(device_step_.data(), step_.data(),
+                  static_cast<size_t>(host - step_.data()) * sizeof(int32_t));
   decoder_.forward(batch, kv_.layers());
   length_ += count;
 }
@@ -86,12 +91,15 @@ std::span<const float> SingleSequence::extend(std::span<const int32_t> ids, Logi
   while (!ids.empty()) {
     const size_t count = std::min(ids.size(), static_cast<size_t>(max_step_tokens_));
     const bool last = count == ids.size();
-    rows = !last || which == Logits::kNone ? 0 : which == Logits::kLast ? 1 : static_cast<int>(count);
+    rows = !last || which == Logits::kNone ? 0
+           : which == Logits::kLast        ? 1
+                                           : static_cast<int>(count);
     step(ids.first(count), rows);
     ids = ids.subspan(count);
   }
   logits_.resize(static_cast<size_t>(rows) * static_cast<size_t>(plan_.spec.vocab_size));
-  if (rows > 0) backend_.download(logits_.data(), decoder_.logits(), logits_.size() * sizeof(float));
+  if (rows > 0)
+    backend_.download(logits_.data(), decoder_.logits(), logits_.size() * sizeof(float));
   backend_.sync();
   return logits_;
 }

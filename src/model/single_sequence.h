@@ -1,6 +1,5 @@
-// One sequence through the decoder, without a scheduler: evaluation, golden tests, one-at-a-time generation as the
-// yardstick for the engine.
-// SPDX-License-Identifier: Apache-2.0
+// One sequence through the decoder, without a scheduler: evaluation, golden tests, one-at-a-time
+// generation as the yardstick for the engine. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <span>
@@ -16,14 +15,15 @@ class SingleSequence {
   enum class Logits { kNone, kLast, kAll };
 
   /// `max_context` tokens at most; steps of at most `max_step_tokens`. Throws Error{kMemory}.
-  SingleSequence(Backend& backend, const EnginePlan& plan, const ModelWeights& weights, int max_context,
-                 int max_step_tokens);
+  SingleSequence(Backend& backend, const EnginePlan& plan, const ModelWeights& weights,
+                 int max_context, int max_step_tokens);
 
   void reset() { length_ = 0; }
   int length() const { return length_; }
 
-  /// Appends ids (split into steps as needed) and returns logits in host memory, valid until the next call:
-  /// [1, vocab] for kLast, [ids.size(), vocab] for kAll (then ids.size() <= max_step_tokens), empty for kNone.
+  /// Appends ids (split into steps as needed) and returns logits in host memory, valid until the
+  /// next call: [1, vocab] for kLast, [ids.size(), vocab] for kAll (then ids.size() <=
+  /// max_step_tokens), empty for kNone.
   std::span<const float> extend(std::span<const int32_t> ids, Logits which);
 
  private:

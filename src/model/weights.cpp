@@ -12,7 +12,8 @@ EngineTensors EngineTensors::from_file(SafetensorsFile file) {
   return tensors;
 }
 
-void EngineTensors::add(std::string name, DType dtype, std::vector<int64_t> shape, std::vector<std::byte> bytes) {
+void EngineTensors::add(std::string name, DType dtype, std::vector<int64_t> shape,
+                        std::vector<std::byte> bytes) {
   owned_.insert_or_assign(std::move(name), Owned{dtype, std::move(shape), std::move(bytes)});
 }
 
@@ -38,7 +39,8 @@ class Loader {
   const float* floats(const std::string& name, int64_t count) {
     const TensorView view = tensors_.get(name);
     if (view.dtype != DType::kF32 || view.num_elements() != count) {
-      fail(ErrorKind::kInput, "engine tensor {} is {} with {} elements, wanted F32 with {}; rebuild the engine", name,
+      fail(ErrorKind::kInput,
+           "engine tensor {} is {} with {} elements, wanted F32 with {}; rebuild the engine", name,
            dtype_name(view.dtype), view.num_elements(), count);
     }
     return static_cast<const float*>(backend_.import_weights(view.bytes.data(), view.bytes.size()));
@@ -52,7 +54,8 @@ class Loader {
     const TensorView view = tensors_.get(row.name + ".weight");
     operand.weight = backend_.import_weights(view.bytes.data(), view.bytes.size());
     if (row.role != WeightRole::kEmbedding) bytes_ += view.bytes.size();
-    const bool int4 = operand.layout == WeightLayout::kInt4Portable || operand.layout == WeightLayout::kCpuInt4 ||
+    const bool int4 = operand.layout == WeightLayout::kInt4Portable ||
+                      operand.layout == WeightLayout::kCpuInt4 ||
                       operand.layout == WeightLayout::kCudaInt4;
     if (int4) operand.group_size = plan_.group_size;
     if (tensors_.contains(row.name + ".scales")) {
@@ -78,12 +81,14 @@ class Loader {
 
 }  // namespace
 
-ModelWeights ModelWeights::load(Backend& backend, const EnginePlan& plan, const EngineTensors& tensors) {
+ModelWeights ModelWeights::load(Backend& backend, const EnginePlan& plan,
+                                const EngineTensors& tensors) {
   ModelWeights weights;
   weights.layers.resize(static_cast<size_t>(plan.spec.num_layers));
   Loader loader(backend, plan, tensors);
   for (const WeightRow& row : weight_table(plan.spec)) {
-    LayerWeights* layer = row.layer >= 0 ? &weights.layers[static_cast<size_t>(row.layer)] : nullptr;
+    LayerWeights* layer =
+        row.layer >= 0 ? &weights.layers[static_cast<size_t>(row.layer)] : nullptr;
     switch (row.role) {
       case WeightRole::kEmbedding: weights.embedding = loader.linear(row); break;
       case WeightRole::kAttnNorm: layer->attn_norm = loader.norm(row); break;
@@ -106,7 +111,8 @@ ModelWeights ModelWeights::load(Backend& backend, const EnginePlan& plan, const 
     const TensorView scales = tensors.get("kv_scales");
     const int64_t count = int64_t{2} * plan.spec.num_layers;
     if (scales.dtype != DType::kF32 || scales.num_elements() != count) {
-      fail(ErrorKind::kInput, "engine tensor kv_scales has {} elements, wanted {}; rebuild the engine",
+      fail(ErrorKind::kInput,
+           "engine tensor kv_scales has {} elements, wanted {}; rebuild the engine",
            scales.num_elements(), count);
     }
     const float* values = reinterpret_cast<const float*>(scales.bytes.data());

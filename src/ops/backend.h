@@ -1,9 +1,11 @@
-// The seam: one virtual call per fused op. model/decoder runs any backend through it. The reference backend
-// is the executable specification of every op; cpu and cuda are tested against it (tests/ops).
+// The seam: one virtual call per fused op. model/decoder runs any backend through it. The reference
+// backend is the executable specification of every op; cpu and cuda are tested against it
+// (tests/ops).
 //
-// Invariant every backend keeps: an output row depends only on its own sequence's inputs, bit for bit.
-// The same token at the same position gives the same bits whatever the chunking, the batch-mates, the cached
-// prefix or the block ids. (cuda may document exceptions; reference and cpu have none.)
+// Invariant every backend keeps: an output row depends only on its own sequence's inputs, bit for
+// bit. The same token at the same position gives the same bits whatever the chunking, the
+// batch-mates, the cached prefix or the block ids. (cuda may document exceptions; reference and cpu
+// have none.)
 //
 // Not thread-safe: one thread owns a backend. Ops may be asynchronous until sync().
 // SPDX-License-Identifier: Apache-2.0
@@ -28,7 +30,8 @@ class Backend;
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(Backend* backend, void* data, size_t bytes) : backend_(backend), data_(data), bytes_(bytes) {}
+  Buffer(Backend* backend, void* data, size_t bytes)
+      : backend_(backend), data_(data), bytes_(bytes) {}
   Buffer(Buffer&& other) noexcept { *this = std::move(other); }
   Buffer& operator=(Buffer&& other) noexcept {
     std::swap(backend_, other.backend_);
@@ -40,7 +43,9 @@ class Buffer {
 
   void* data() const { return data_; }
   template <typename T>
-  T* as() const { return static_cast<T*>(data_); }
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
   size_t bytes() const { return bytes_; }
 
  private:
@@ -53,63 +58,79 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  virtual std::string name() const = 0;        // "reference", "cpu:avx2", ...
-  virtual size_t act_bytes() const = 0;        // bytes of one activation element
+  virtual std::string name() const = 0;  // "reference", "cpu:avx2", ...
+  virtual size_t act_bytes() const = 0;  // bytes of one activation element
   /// Scratch the ops need for steps up to these sizes; called once before the first op.
   virtual void reserve(const ModelSpec& spec, const EngineLimits& limits, int max_logit_rows) = 0;
 
-  // Memory ------------------------------------------------------------------------------------------
-  virtual Buffer alloc(size_t bytes) = 0;      // 64-byte aligned, uninitialised; throws Error{kMemory}
+  // Memory
+  // ------------------------------------------------------------------------------------------
+  virtual Buffer alloc(size_t bytes) = 0;  // 64-byte aligned, uninitialised; throws Error{kMemory}
   virtual void free(void* data, size_t bytes) noexcept = 0;
   virtual void upload(void* device, const void* host, size_t bytes) = 0;
   virtual void download(void* host, const void* device, size_t bytes) = 0;
   virtual void sync() = 0;
-  /// Device to device, ranges that do not overlap; ordered with the ops. The default is a host backend's.
+  /// Device to device, ranges that do not overlap; ordered with the ops. The default is a host
+  /// backend's.
   virtual void copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
-  /// Makes weight bytes usable by the ops: host backends return `host` itself (zero copy, so the mapping must
-  /// outlive the backend's use), device backends copy.
+  /// Makes weight bytes usable by the ops: host backends return `host` itself (zero copy, so the
+  /// mapping must outlive the backend's use), device backends copy.
   virtual const void* import_weights(const std::byte* host, size_t bytes) = 0;
   /// Runs `step`; cuda captures it as a graph once per key and replays it.
-  virtual void run(uint64_t key, const std::function<void()>& step) { (void)key; step(); }
+  virtual void run(uint64_t key, const std::function<void()>& step) {
+    (void)key;
+    step();
+  }
 
-  // KV cache ----------------------------------------------------------------------------------------
-  virtual size_t kv_block_bytes(KvFormat format, int block_tokens, int num_kv_heads, int head_dim) const = 0;
+  // KV cache
+  // ----------------------------------------------------------------------------------------
+  virtual size_t kv_block_bytes(KvFormat format, int block_tokens, int num_kv_heads,
+                                int head_dim) const = 0;
 
-  // Ops ---------------------------------------------------------------------------------------------
+  // Ops
+  // ---------------------------------------------------------------------------------------------
   /// x[t] = table[token_ids[t]]. table: dense layout [vocab, hidden].
-  virtual void embed(const StepBatch& batch, const LinearOperand& table, void* x /*[T, hidden]*/) = 0;
+  virtual void embed(const StepBatch& batch, const LinearOperand& table,
+                     void* x /*[T, hidden]*/) = 0;
 
   /// y = rms_norm(x) * weight, x * rsqrt(mean(x^2) + eps). rows x hidden.
-  virtual void rms_norm(const void* x, const float* weight /*[hidden]*/, float eps, int rows, int hidden,
-                        void* y) = 0;
+  virtual void rms_norm(const void* x, const float* weight /*[hidden]*/, float eps, int rows,
+                        int hidden, void* y) = 0;
 
   /// y = (x * pre_scale) W^T, plus y's old content when `add`. x: [rows, K], y: [rows, N].
   virtual void linear(const void* x, const LinearOperand& w, int rows, bool add, void* y) = 0;
 
-  /// y = silu(x Wg^T) * (x Wu^T) * out_scale. y: [rows, ffn]; out_scale: [ffn] or null (down's AWQ pre-scale).
+  /// y = silu(x Wg^T) * (x Wu^T) * out_scale. y: [rows, ffn]; out_scale: [ffn] or null (down's AWQ
+  /// pre-scale).
   virtual void gate_up(const void* x, const LinearOperand& gate, const LinearOperand& up, int rows,
                        const float* out_scale, void* y) = 0;
 
-  /// Rotates q and k in place (half-split rotation), then stores k and v of every token into the cache:
-  /// quantized first, so that attention only ever sees what the cache holds. qkv: [T, (H + 2 G) D].
-  virtual void rope_store_kv(const StepBatch& batch, void* qkv, int num_heads, const RopeTable& rope,
-                             const KvLayer& kv) = 0;
+  /// Rotates q and k in place (half-split rotation), then stores k and v of every token into the
+  /// cache: quantized first, so that attention only ever sees what the cache holds. qkv: [T, (H + 2
+  /// G) D].
+  virtual void rope_store_kv(const StepBatch& batch, void* qkv, int num_heads,
+                             const RopeTable& rope, const KvLayer& kv) = 0;
 
-  /// Causal attention of each token over cache positions [0, its position], softmax scale 1/sqrt(D).
-  /// y: [T, H D], times out_scale [H D] or null (o's AWQ pre-scale).
+  /// Causal attention of each token over cache positions [0, its position], softmax scale
+  /// 1/sqrt(D). y: [T, H D], times out_scale [H D] or null (o's AWQ pre-scale).
   virtual void attention(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
                          const float* out_scale, void* y) = 0;
 
   /// logits[r] = rms_norm(x[logit_rows[r]]) lm_head^T, fp32 [R, vocab].
-  virtual void lm_head(const StepBatch& batch, const void* x /*[T, hidden]*/, const float* norm_weight,
-                       float eps, const LinearOperand& head, float* logits) = 0;
+  virtual void lm_head(const StepBatch& batch, const void* x /*[T, hidden]*/,
+                       const float* norm_weight, float eps, const LinearOperand& head,
+                       float* logits) = 0;
 
-  /// Draws one token a row. Row r's result depends on its own logits and parameters only. Logits may be
-  /// overwritten.
-  virtual void sample(const SampleBatch& batch, float* logits /*[R, vocab]*/, const SampleResult& result) = 0;
+  /// Draws one token a row. Row r's result depends on its own logits and parameters only. Logits
+  /// may be overwritten.
+  virtual void sample(const SampleBatch& batch, float* logits /*[R, vocab]*/,
+                      const SampleResult& result) = 0;
 
   /// Sum over tensor-parallel ranks; nothing to do for one rank.
-  virtual void all_reduce(void* x, size_t num_elements) { (void)x; (void)num_elements; }
+  virtual void all_reduce(void* x, size_t num_elements) {
+    (void)x;
+    (void)num_elements;
+  }
 };
 
 inline Buffer::~Buffer() {

@@ -1,6 +1,6 @@
-// Constants and addresses of WeightLayout::kCpuInt4, shared by its packer (pack/cpu_int4.h describes the
-// bytes) and by the cpu kernels. Plain C++ without std headers, functions static: instruction-set files include it.
-// SPDX-License-Identifier: Apache-2.0
+// Constants and addresses of WeightLayout::kCpuInt4, shared by its packer (pack/cpu_int4.h
+// describes the bytes) and by the cpu kernels. Plain C++ without std headers, functions static:
+// instruction-set files include it. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <stddef.h>
@@ -18,6 +18,8 @@ static constexpr size_t cpu_int4_group_bytes(int group_size) {
 static constexpr size_t cpu_int4_tile_bytes(int in_features, int group_size) {
   return static_cast<size_t>(in_features / group_size) * cpu_int4_group_bytes(group_size);
 }
-static constexpr int cpu_int4_num_tiles(int out_features) { return (out_features + kCpuTileRows - 1) / kCpuTileRows; }
+static constexpr int cpu_int4_num_tiles(int out_features) {
+  return (out_features + kCpuTileRows - 1) / kCpuTileRows;
+}
 
 }  // namespace nibble

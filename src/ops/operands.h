@@ -1,8 +1,8 @@
-// Operands of the seam: plain, non-owning structs with shapes in brackets. Letters: T tokens of the step,
-// S sequences, R rows that want logits, H query heads, G kv heads, D head_dim, N out features, K in features.
-// All pointers are device pointers of the backend unless a comment says host. Activations ("act") have the
-// backend's own element type (Backend::act_bytes()); callers only carve buffers and pass them on.
-// SPDX-License-Identifier: Apache-2.0
+// Operands of the seam: plain, non-owning structs with shapes in brackets. Letters: T tokens of the
+// step, S sequences, R rows that want logits, H query heads, G kv heads, D head_dim, N out
+// features, K in features. All pointers are device pointers of the backend unless a comment says
+// host. Activations ("act") have the backend's own element type (Backend::act_bytes()); callers
+// only carve buffers and pass them on. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstddef>
@@ -14,26 +14,30 @@ namespace nibble {
 
 struct LinearOperand {
   WeightLayout layout = WeightLayout::kF32Rows;
-  int out_features = 0;             // N
-  int in_features = 0;              // K
-  int group_size = 0;               // 0 for dense layouts
-  const void* weight = nullptr;     // bytes by layout
-  const float* scales = nullptr;    // kInt4Portable: [N, K/group]; null when the layout holds them inline
-  const float* pre_scale = nullptr; // [K], multiplies the activation first; null when folded elsewhere
+  int out_features = 0;          // N
+  int in_features = 0;           // K
+  int group_size = 0;            // 0 for dense layouts
+  const void* weight = nullptr;  // bytes by layout
+  const float* scales =
+      nullptr;  // kInt4Portable: [N, K/group]; null when the layout holds them inline
+  const float* pre_scale =
+      nullptr;  // [K], multiplies the activation first; null when folded elsewhere
 };
 
 /// One step's ragged batch. Rows of sequence s are [seq_starts[s], seq_starts[s+1]).
 struct StepBatch {
-  int num_tokens = 0;          // T
-  int num_seqs = 0;            // S
-  int num_logit_rows = 0;      // R
-  int max_blocks_per_seq = 0;  // B
-  const int32_t* token_ids = nullptr;     // [T]
-  const int32_t* positions = nullptr;     // [T] position of each token in its sequence
-  const int32_t* seq_starts = nullptr;    // [S+1]
-  const int32_t* kv_lens = nullptr;       // [S] tokens of the sequence in the cache once this step is stored
-  const int32_t* block_tables = nullptr;  // [S, B] block ids; entries past the sequence's length are unused
-  const int32_t* logit_rows = nullptr;    // [R] token rows whose logits are wanted
+  int num_tokens = 0;                   // T
+  int num_seqs = 0;                     // S
+  int num_logit_rows = 0;               // R
+  int max_blocks_per_seq = 0;           // B
+  const int32_t* token_ids = nullptr;   // [T]
+  const int32_t* positions = nullptr;   // [T] position of each token in its sequence
+  const int32_t* seq_starts = nullptr;  // [S+1]
+  const int32_t* kv_lens =
+      nullptr;  // [S] tokens of the sequence in the cache once this step is stored
+  const int32_t* block_tables =
+      nullptr;  // [S, B] block ids; entries past the sequence's length are unused
+  const int32_t* logit_rows = nullptr;  // [R] token rows whose logits are wanted
   // Host copies of the two arrays that a CPU-side work split needs.
   const int32_t* host_seq_starts = nullptr;  // [S+1]
   const int32_t* host_kv_lens = nullptr;     // [S]
@@ -45,9 +49,9 @@ struct KvLayer {
   KvFormat format = KvFormat::kInt8Dynamic;
   int num_blocks = 0;
   int block_tokens = 0;
-  int num_kv_heads = 0;  // G
-  int head_dim = 0;      // D
-  void* data = nullptr;  // num_blocks * kv_block_bytes
+  int num_kv_heads = 0;            // G
+  int head_dim = 0;                // D
+  void* data = nullptr;            // num_blocks * kv_block_bytes
   float k_scale = 0, v_scale = 0;  // kInt8Static only
 };
 
@@ -57,8 +61,9 @@ struct RopeTable {
   int max_position = 0;
 };
 
-/// One row of the sampling op. Order: bias and penalties, then temperature, top_k, top_p, min_p on the
-/// tempered distribution, then one draw. temperature 0 is greedy: the smallest id among the maxima.
+/// One row of the sampling op. Order: bias and penalties, then temperature, top_k, top_p, min_p on
+/// the tempered distribution, then one draw. temperature 0 is greedy: the smallest id among the
+/// maxima.
 struct SampleRow {
   float temperature = 1.0f;
   float top_p = 1.0f;               // 1: off
@@ -68,11 +73,12 @@ struct SampleRow {
   float presence_penalty = 0.0f;    // subtracted once for ids generated
   float frequency_penalty = 0.0f;   // subtracted per count of ids generated
   uint64_t seed = 0;
-  uint64_t position = 0;            // index of the token drawn in its sequence: (seed, position) keys the RNG
+  uint64_t position = 0;  // index of the token drawn in its sequence: (seed, position) keys the RNG
   int32_t history_begin = 0, history_end = 0;  // into SampleBatch::history
   int32_t bias_begin = 0, bias_end = 0;        // into SampleBatch::bias
-  int32_t num_logprobs = -1;        // -1: none; k >= 0: the sampled token's and the k best
-  int32_t forced_token = -1;        // >= 0: "drawn" whatever the logits and masks say (log-probs of a given text)
+  int32_t num_logprobs = -1;  // -1: none; k >= 0: the sampled token's and the k best
+  int32_t forced_token =
+      -1;  // >= 0: "drawn" whatever the logits and masks say (log-probs of a given text)
 };
 
 struct TokenCount {
@@ -85,20 +91,21 @@ struct TokenBias {
 };
 
 struct SampleBatch {
-  int num_rows = 0;                       // R
+  int num_rows = 0;  // R
   int vocab_size = 0;
-  const SampleRow* rows = nullptr;        // [R]
-  const TokenCount* history = nullptr;    // ragged; each id once a row
-  const TokenBias* bias = nullptr;        // ragged; each id once a row
-  const uint64_t* allowed = nullptr;      // [vocab/64 bits]; null: every id may be drawn
-  int max_logprobs = 0;                   // columns of the two arrays below
+  const SampleRow* rows = nullptr;      // [R]
+  const TokenCount* history = nullptr;  // ragged; each id once a row
+  const TokenBias* bias = nullptr;      // ragged; each id once a row
+  const uint64_t* allowed = nullptr;    // [vocab/64 bits]; null: every id may be drawn
+  int max_logprobs = 0;                 // columns of the two arrays below
 };
 
 struct SampleResult {
-  int32_t* tokens = nullptr;             // [R]
-  float* logprobs = nullptr;             // [R] of the drawn token under softmax(raw logits); may be null
-  int32_t* top_tokens = nullptr;         // [R, max_logprobs], best first, ties by smaller id; -1 past num_logprobs
-  float* top_logprobs = nullptr;         // [R, max_logprobs]
+  int32_t* tokens = nullptr;  // [R]
+  float* logprobs = nullptr;  // [R] of the drawn token under softmax(raw logits); may be null
+  int32_t* top_tokens =
+      nullptr;  // [R, max_logprobs], best first, ties by smaller id; -1 past num_logprobs
+  float* top_logprobs = nullptr;  // [R, max_logprobs]
 };
 
 }  // namespace nibble

@@ -22,7 +22,8 @@ void for_each_row(int out_features, int in_features, int group_size, Visit visit
   const size_t group_bytes = cpu_int4_group_bytes(group_size);
   for (int n = 0; n < out_features; ++n) {
     for (int g = 0; g < in_features / group_size; ++g) {
-      visit(n, g, n % kCpuTileRows, static_cast<size_t>(n / kCpuTileRows) * tile_bytes + g * group_bytes);
+      visit(n, g, n % kCpuTileRows,
+            static_cast<size_t>(n / kCpuTileRows) * tile_bytes + g * group_bytes);
     }
   }
 }
@@ -35,15 +36,18 @@ std::vector<std::byte> pack_cpu_int4(const Int4Matrix& m) {
   NIBBLE_CHECK(m.q.size() == static_cast<size_t>(m.out_features) * m.in_features &&
                m.scales.size() == static_cast<size_t>(m.out_features) * num_groups);
   const size_t group_bytes = cpu_int4_group_bytes(m.group_size);
-  const size_t total = cpu_int4_num_tiles(m.out_features) * cpu_int4_tile_bytes(m.in_features, m.group_size);
+  const size_t total =
+      cpu_int4_num_tiles(m.out_features) * cpu_int4_tile_bytes(m.in_features, m.group_size);
   std::vector<std::byte> packed(total, std::byte{0x88});
-  for (size_t group = 0; group < total; group += group_bytes) std::memset(packed.data() + group, 0, 64);
+  for (size_t group = 0; group < total; group += group_bytes)
+    std::memset(packed.data() + group, 0, 64);
   for_each_row(m.out_features, m.in_features, m.group_size, [&](int n, int g, int r, size_t at) {
-    std::memcpy(packed.data() + at + r * sizeof(float), &m.scales[static_cast<size_t>(n) * num_groups + g],
-                sizeof(float));
+    std::memcpy(packed.data() + at + r * sizeof(float),
+                &m.scales[static_cast<size_t>(n) * num_groups + g], sizeof(float));
     const int8_t* q = m.q.data() + static_cast<size_t>(n) * m.in_features + g * m.group_size;
     for (int b = 0; b < m.group_size / 8; ++b, q += 8) {
-      std::byte* block = packed.data() + at + 64 + static_cast<size_t>(b) * kCpuQuadBlockBytes + 4 * r;
+      std::byte* block =
+          packed.data() + at + 64 + static_cast<size_t>(b) * kCpuQuadBlockBytes + 4 * r;
       for (int j = 0; j < 4; ++j) {
         NIBBLE_CHECK(q[j] >= -8 && q[j] <= 7 && q[j + 4] >= -8 && q[j + 4] <= 7);
         block[j] = static_cast<std::byte>((q[j] + 8) | (q[j + 4] + 8) << 4);
@@ -53,20 +57,23 @@ std::vector<std::byte> pack_cpu_int4(const Int4Matrix& m) {
   return packed;
 }
 
-Int4Matrix unpack_cpu_int4(std::span<const std::byte> weight, int out_features, int in_features, int group_size) {
+Int4Matrix unpack_cpu_int4(std::span<const std::byte> weight, int out_features, int in_features,
+                           int group_size) {
   check_shape(out_features, in_features, group_size);
-  NIBBLE_CHECK(weight.size() == cpu_int4_num_tiles(out_features) * cpu_int4_tile_bytes(in_features, group_size),
+  NIBBLE_CHECK(weight.size() ==
+                   cpu_int4_num_tiles(out_features) * cpu_int4_tile_bytes(in_features, group_size),
                "{} bytes", weight.size());
   const int num_groups = in_features / group_size;
   Int4Matrix m{.out_features = out_features, .in_features = in_features, .group_size = group_size};
   m.q.resize(static_cast<size_t>(out_features) * in_features);
   m.scales.resize(static_cast<size_t>(out_features) * num_groups);
   for_each_row(out_features, in_features, group_size, [&](int n, int g, int r, size_t at) {
-    std::memcpy(&m.scales[static_cast<size_t>(n) * num_groups + g], weight.data() + at + r * sizeof(float),
-                sizeof(float));
+    std::memcpy(&m.scales[static_cast<size_t>(n) * num_groups + g],
+                weight.data() + at + r * sizeof(float), sizeof(float));
     int8_t* q = m.q.data() + static_cast<size_t>(n) * in_features + g * group_size;
     for (int b = 0; b < group_size / 8; ++b, q += 8) {
-      const std::byte* block = weight.data() + at + 64 + static_cast<size_t>(b) * kCpuQuadBlockBytes + 4 * r;
+      const std::byte* block =
+          weight.data() + at + 64 + static_cast<size_t>(b) * kCpuQuadBlockBytes + 4 * r;
       for (int j = 0; j < 4; ++j) {
         const int byte = std::to_integer<int>(block[j]);
         q[j] = static_cast<int8_t>((byte & 15) - 8);

@@ -9,7 +9,8 @@ namespace nibble {
 namespace {
 
 [[noreturn]] void refuse(WeightLayout layout) {
-  fail(ErrorKind::kUnsupported, "{} is not an int4 layout that this build can pack", weight_layout_name(layout));
+  fail(ErrorKind::kUnsupported, "{} is not an int4 layout that this build can pack",
+       weight_layout_name(layout));
 }
 
 }  // namespace
@@ -25,15 +26,17 @@ PackedLinear pack_int4(const Int4Matrix& matrix, WeightLayout layout) {
 
 size_t packed_int4_bytes(int out_features, int in_features, int group_size, WeightLayout layout) {
   switch (layout) {
-    case WeightLayout::kInt4Portable: return static_cast<size_t>(out_features) * static_cast<size_t>(in_features) / 2;
+    case WeightLayout::kInt4Portable:
+      return static_cast<size_t>(out_features) * static_cast<size_t>(in_features) / 2;
     case WeightLayout::kCpuInt4:
-      return static_cast<size_t>(cpu_int4_num_tiles(out_features)) * cpu_int4_tile_bytes(in_features, group_size);
+      return static_cast<size_t>(cpu_int4_num_tiles(out_features)) *
+             cpu_int4_tile_bytes(in_features, group_size);
     default: refuse(layout);
   }
 }
 
-Int4Matrix unpack_int4(std::span<const std::byte> weight, std::span<const float> scales, int out_features,
-                       int in_features, int group_size, WeightLayout layout) {
+Int4Matrix unpack_int4(std::span<const std::byte> weight, std::span<const float> scales,
+                       int out_features, int in_features, int group_size, WeightLayout layout) {
   const int64_t elements = int64_t{out_features} * in_features;
   switch (layout) {
     case WeightLayout::kInt4Portable:
@@ -44,7 +47,8 @@ Int4Matrix unpack_int4(std::span<const std::byte> weight, std::span<const float>
               .group_size = group_size,
               .q = unpack_nibbles(weight.data(), out_features, in_features),
               .scales = {scales.begin(), scales.end()}};
-    case WeightLayout::kCpuInt4: return unpack_cpu_int4(weight, out_features, in_features, group_size);
+    case WeightLayout::kCpuInt4:
+      return unpack_cpu_int4(weight, out_features, in_features, group_size);
     default: refuse(layout);
   }
 }

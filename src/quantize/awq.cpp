@@ -13,11 +13,12 @@
 namespace nibble::awq {
 namespace {
 
-constexpr int64_t kPanelRows = 128;      // of one chunk of work; results depend on it, so it is fixed
-constexpr int64_t kMaxSearchRows = 8192; // rows that vote on the scale candidates
-constexpr size_t kFinalists = 4;         // candidates that are tried with the clip search
+constexpr int64_t kPanelRows = 128;  // of one chunk of work; results depend on it, so it is fixed
+constexpr int64_t kMaxSearchRows = 8192;  // rows that vote on the scale candidates
+constexpr size_t kFinalists = 4;          // candidates that are tried with the clip search
 
-// Clip ratios: above 1 a step is wider than the largest weight asks for, which can land more weights near a step.
+// Clip ratios: above 1 a step is wider than the largest weight asks for, which can land more
+// weights near a step.
 std::vector<float> clip_ratios() {
   std::vector<float> ratios;
   for (int i = 0; i < 24; ++i) ratios.push_back(1.05f - 0.025f * static_cast<float>(i));
@@ -40,7 +41,8 @@ std::vector<PanelRange> panel_ranges(std::span<const DenseLinear> linears) {
 }
 
 // Mean |w| of each in-channel over all rows.
-std::vector<float> column_mean_abs(ThreadPool& pool, std::span<const DenseLinear> linears, int64_t features) {
+std::vector<float> column_mean_abs(ThreadPool& pool, std::span<const DenseLinear> linears,
+                                   int64_t features) {
   std::vector<float> mean(static_cast<size_t>(features));
   int64_t rows = 0;
   for (const DenseLinear& linear : linears) rows += linear.out_features;
@@ -65,13 +67,14 @@ std::vector<float> column_mean_abs(ThreadPool& pool, std::span<const DenseLinear
 void raise_floor(std::vector<float>& values) {
   double mean = 0;
   for (const float value : values) mean += double{value};
-  const float floor = static_cast<float>(std::max(mean / static_cast<double>(values.size()) * 1e-3, 1e-20));
+  const float floor =
+      static_cast<float>(std::max(mean / static_cast<double>(values.size()) * 1e-3, 1e-20));
   for (float& value : values) value = std::max(value, floor);
 }
 
 // pre = 1 / s rounded to the checkpoint's type, s = act^alpha / weight^beta with geometric mean 1.
-std::vector<float> make_pre_scale(const std::vector<float>& act, const std::vector<float>& weight, double alpha,
-                                  double beta, DType dtype) {
+std::vector<float> make_pre_scale(const std::vector<float>& act, const std::vector<float>& weight,
+                                  double alpha, double beta, DType dtype) {
   std::vector<double> log_scale(act.size());
   double mean = 0;
   for (size_t c = 0; c < act.size(); ++c) {
@@ -86,16 +89,25 @@ std::vector<float> make_pre_scale(const std::vector<float>& act, const std::vect
   return pre;
 }
 
-// A scale that TensorRT-LLM casts to the model's type when it loads is chosen exact in bf16, which f16 holds too.
-DType scale_type(const RoundingOptions& options) { return options.dtype == DType::kF32 ? DType::kF32 : DType::kBF16; }
+// A scale that TensorRT-LLM casts to the model's type when it loads is chosen exact in bf16, which
+// f16 holds too.
+DType scale_type(const RoundingOptions& options) {
+  return options.dtype == DType::kF32 ? DType::kF32 : DType::kBF16;
+}
 
 class GroupQuantizer {
  public:
   GroupQuantizer(ThreadPool& pool, std::span<const DenseLinear> linears, int64_t features,
                  const InputStatistics& input, const RoundingOptions& options)
-      : pool_(pool), linears_(linears), features_(features), gram_(input.gram()), options_(options),
-        ranges_(panel_ranges(linears)), panels_(static_cast<size_t>(pool.num_threads())) {
-    search_stride_ = std::max<size_t>(1, ranges_.size() * static_cast<size_t>(kPanelRows) / kMaxSearchRows);
+      : pool_(pool),
+        linears_(linears),
+        features_(features),
+        gram_(input.gram()),
+        options_(options),
+        ranges_(panel_ranges(linears)),
+        panels_(static_cast<size_t>(pool.num_threads())) {
+    search_stride_ =
+        std::max<size_t>(1, ranges_.size() * static_cast<size_t>(kPanelRows) / kMaxSearchRows);
     act_ = input.mean_abs();
     weight_ = column_mean_abs(pool, linears, features);
     raise_floor(act_);
@@ -108,10 +120,12 @@ class GroupQuantizer {
     const double energy = weight_energy();
     const auto relative = [&](double loss) { return energy > 0 ? loss / energy : 0.0; };
     const std::vector<float> pre = search(report);
-    if (voters_energy_ > 0) report.error_rtn /= voters_energy_, report.error_scaled /= voters_energy_;
+    if (voters_energy_ > 0)
+      report.error_rtn /= voters_energy_, report.error_scaled /= voters_energy_;
 
     std::vector<float> factor;
-    if (options_.rounding == Rounding::kCompensated) factor_gram(pool_, gram_, options_.damping, factor);
+    if (options_.rounding == Rounding::kCompensated)
+      factor_gram(pool_, gram_, options_.damping, factor);
     for (const DenseLinear& linear : linears_) {
       CheckpointLinear& out = result.linears.emplace_back();
       out.q.resize(static_cast<size_t>(linear.out_features * features_));
@@ -133,14 +147,16 @@ class GroupQuantizer {
       }
       losses[static_cast<size_t>(chunk)] = panel_loss(panel, gram_);
       CheckpointLinear& out = result.linears[range.linear];
-      std::transform(panel.q.begin(), panel.q.begin() + range.rows * features_, out.q.begin() + range.begin * features_,
+      std::transform(panel.q.begin(), panel.q.begin() + range.rows * features_,
+                     out.q.begin() + range.begin * features_,
                      [](float q) { return static_cast<int8_t>(q); });
       std::copy(panel.scales.begin(), panel.scales.end(),
                 out.scales.begin() + range.begin * features_ / options_.group_size);
     });
     double loss = 0, clip = 0;
     int64_t rows = 0;
-    for (size_t i = 0; i < ranges_.size(); ++i) loss += losses[i], clip += clips[i], rows += ranges_[i].rows;
+    for (size_t i = 0; i < ranges_.size(); ++i)
+      loss += losses[i], clip += clips[i], rows += ranges_[i].rows;
     report.error = relative(loss);
     report.mean_clip = clip / static_cast<double>(rows * (features_ / options_.group_size));
     return result;
@@ -159,7 +175,8 @@ class GroupQuantizer {
 
   // Loss of rounding to nearest under `pre`, over the rows that vote.
   double candidate_loss(const std::vector<float>& pre, std::span<const float> ratios) {
-    const int64_t voters = static_cast<int64_t>((ranges_.size() + search_stride_ - 1) / search_stride_);
+    const int64_t voters =
+        static_cast<int64_t>((ranges_.size() + search_stride_ - 1) / search_stride_);
     std::vector<double> losses(static_cast<size_t>(voters));
     pool_.parallel_for(voters, [&](int64_t chunk, int thread) {
       throw_if_interrupted();
@@ -201,8 +218,10 @@ class GroupQuantizer {
     std::vector<Candidate> candidates;
     for (int a = 0; a <= options_.alpha_steps; ++a) {
       for (int b = 0; b <= options_.beta_steps; ++b) {
-        const double alpha = options_.alpha_steps > 0 ? static_cast<double>(a) / options_.alpha_steps : 0.0;
-        const double beta = options_.beta_steps > 0 ? static_cast<double>(b) / options_.beta_steps : 0.0;
+        const double alpha =
+            options_.alpha_steps > 0 ? static_cast<double>(a) / options_.alpha_steps : 0.0;
+        const double beta =
+            options_.beta_steps > 0 ? static_cast<double>(b) / options_.beta_steps : 0.0;
         candidates.push_back({alpha, beta, candidate_loss(pre_scale(alpha, beta), one)});
       }
     }
@@ -251,8 +270,10 @@ float round_to(DType dtype, float value) {
   }
 }
 
-CheckpointLinear round_to_nearest(ThreadPool& pool, const DenseLinear& linear, int64_t in_features, int group_size) {
-  NIBBLE_CHECK(in_features % group_size == 0, "{} in-features, groups of {}", in_features, group_size);
+CheckpointLinear round_to_nearest(ThreadPool& pool, const DenseLinear& linear, int64_t in_features,
+                                  int group_size) {
+  NIBBLE_CHECK(in_features % group_size == 0, "{} in-features, groups of {}", in_features,
+               group_size);
   const int64_t groups = in_features / group_size;
   CheckpointLinear out;
   out.q.resize(static_cast<size_t>(linear.out_features * in_features));
@@ -262,12 +283,14 @@ CheckpointLinear round_to_nearest(ThreadPool& pool, const DenseLinear& linear, i
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t at = row * in_features + g * group_size;
       float widest = 0;
-      for (int64_t j = at; j < at + group_size; ++j) widest = std::max(widest, std::fabs(linear.weight[j]));
+      for (int64_t j = at; j < at + group_size; ++j)
+        widest = std::max(widest, std::fabs(linear.weight[j]));
       float scale = widest / 7.0f;
       if (!(scale > 0)) scale = 1.0f;
       out.scales[static_cast<size_t>(row * groups + g)] = scale;
       for (int64_t j = at; j < at + group_size; ++j) {
-        const float q = std::nearbyint(linear.weight[j] / scale);  // ties to even: the default rounding mode
+        const float q =
+            std::nearbyint(linear.weight[j] / scale);  // ties to even: the default rounding mode
         out.q[static_cast<size_t>(j)] = static_cast<int8_t>(std::clamp(q, -8.0f, 7.0f));
       }
     }
@@ -275,15 +298,17 @@ CheckpointLinear round_to_nearest(ThreadPool& pool, const DenseLinear& linear, i
   return out;
 }
 
-QuantizedGroup quantize_group(ThreadPool& pool, std::span<const DenseLinear> linears, int64_t in_features,
-                              const InputStatistics& input, const RoundingOptions& options) {
+QuantizedGroup quantize_group(ThreadPool& pool, std::span<const DenseLinear> linears,
+                              int64_t in_features, const InputStatistics& input,
+                              const RoundingOptions& options) {
   NIBBLE_CHECK(input.gram().features == in_features && input.gram().block % options.group_size == 0,
-               "statistics of {} features in blocks of {} for a linear of {} in groups of {}", input.gram().features,
-               input.gram().block, in_features, options.group_size);
+               "statistics of {} features in blocks of {} for a linear of {} in groups of {}",
+               input.gram().features, input.gram().block, in_features, options.group_size);
   return GroupQuantizer(pool, linears, in_features, input, options).run();
 }
 
-std::vector<float> dequantize(ThreadPool& pool, const CheckpointLinear& linear, int64_t in_features) {
+std::vector<float> dequantize(ThreadPool& pool, const CheckpointLinear& linear,
+                              int64_t in_features) {
   std::vector<float> weight(linear.q.size());
   const int64_t rows = static_cast<int64_t>(linear.q.size()) / in_features;
   const int64_t groups = static_cast<int64_t>(linear.scales.size()) / rows;
@@ -291,7 +316,8 @@ std::vector<float> dequantize(ThreadPool& pool, const CheckpointLinear& linear, 
   pool.parallel_for(rows, [&](int64_t row, int) {
     for (int64_t j = 0; j < in_features; ++j) {
       const size_t at = static_cast<size_t>(row * in_features + j);
-      const float step = linear.scales[static_cast<size_t>(row * groups + j / group)] * linear.pre_scale[static_cast<size_t>(j)];
+      const float step = linear.scales[static_cast<size_t>(row * groups + j / group)] *
+                         linear.pre_scale[static_cast<size_t>(j)];
       weight[at] = static_cast<float>(linear.q[at]) * step;
     }
   });

@@ -12,7 +12,8 @@
 namespace nibble {
 namespace {
 
-constexpr size_t kTextPieceBytes = 4096;  // a .txt file is shuffled in pieces of at least this, whole paragraphs
+constexpr size_t kTextPieceBytes =
+    4096;  // a .txt file is shuffled in pieces of at least this, whole paragraphs
 
 struct Sample {
   std::string_view source;  // a JSON line or a text
@@ -35,7 +36,8 @@ std::vector<Sample> split_jsonl(std::string_view content) {
 std::vector<Sample> split_text(std::string_view content) {
   std::vector<Sample> samples;
   while (!content.empty()) {
-    const size_t blank = content.size() > kTextPieceBytes ? content.find("\n\n", kTextPieceBytes) : content.npos;
+    const size_t blank =
+        content.size() > kTextPieceBytes ? content.find("\n\n", kTextPieceBytes) : content.npos;
     const size_t end = blank == content.npos ? content.size() : blank + 2;
     const std::string_view piece = content.substr(0, end);
     content.remove_prefix(end);
@@ -53,16 +55,19 @@ void shuffle(std::vector<Sample>& samples, uint64_t seed) {
 
 }  // namespace
 
-CalibrationData make_calibration(std::string_view name, std::string_view content, const CalibrationOptions& options,
+CalibrationData make_calibration(std::string_view name, std::string_view content,
+                                 const CalibrationOptions& options,
                                  const CalibrationEncoder& encoder) {
   if (options.size < 1 || options.seq_len < 2) {
-    fail(ErrorKind::kUsage, "calibration needs at least 1 sequence of 2 tokens, got {} of {}", options.size,
-         options.seq_len);
+    fail(ErrorKind::kUsage, "calibration needs at least 1 sequence of 2 tokens, got {} of {}",
+         options.size, options.seq_len);
   }
   const bool is_jsonl = name.ends_with(".jsonl");
   if (!is_jsonl && !name.ends_with(".txt")) {
-    fail(ErrorKind::kUsage, "calibration file {}: wanted a .jsonl file (a line each: {{\"messages\": [...]}} or "
-         "{{\"text\": \"...\"}}) or a .txt file", name);
+    fail(ErrorKind::kUsage,
+         "calibration file {}: wanted a .jsonl file (a line each: {{\"messages\": [...]}} or "
+         "{{\"text\": \"...\"}}) or a .txt file",
+         name);
   }
   std::vector<Sample> samples = is_jsonl ? split_jsonl(content) : split_text(content);
   CalibrationData data;
@@ -91,28 +96,33 @@ CalibrationData make_calibration(std::string_view name, std::string_view content
           ids = encoder.chat(*object);
         } catch (const Error& error) {
           // One odd conversation (a role the template refuses) must not cost the whole run.
-          if (error.kind() == ErrorKind::kInterrupted || error.kind() == ErrorKind::kInternal) throw;
-          if (data.samples_unusable++ == 0) data.first_refusal = fmt::format("{}: {}", what, error.what());
+          if (error.kind() == ErrorKind::kInterrupted || error.kind() == ErrorKind::kInternal)
+            throw;
+          if (data.samples_unusable++ == 0)
+            data.first_refusal = fmt::format("{}: {}", what, error.what());
           continue;
         }
       } else if (text != nullptr && text->is_string()) {
         ids = encoder.text(std::string_view(text->get_string()));
       } else {
-        fail(ErrorKind::kInput, "{}: wanted an object with \"messages\" (an array) or \"text\" (a string)", what);
+        fail(ErrorKind::kInput,
+             "{}: wanted an object with \"messages\" (an array) or \"text\" (a string)", what);
       }
     }
     ++data.samples_used;
-    data.longest_sample_tokens = std::max(data.longest_sample_tokens, static_cast<int64_t>(ids.size()));
+    data.longest_sample_tokens =
+        std::max(data.longest_sample_tokens, static_cast<int64_t>(ids.size()));
     for (const int32_t id : ids) {
       if (data.tokens >= data.tokens_wanted) break;
-      if (data.sequences.empty() || data.sequences.back().size() == seq_len) data.sequences.emplace_back();
+      if (data.sequences.empty() || data.sequences.back().size() == seq_len)
+        data.sequences.emplace_back();
       data.sequences.back().push_back(id);
       ++data.tokens;
     }
   }
   if (data.tokens == 0) {
-    fail(ErrorKind::kInput, "calibration file {} gave no token{}{}", name, data.first_refusal.empty() ? "" : "; ",
-         data.first_refusal);
+    fail(ErrorKind::kInput, "calibration file {} gave no token{}{}", name,
+         data.first_refusal.empty() ? "" : "; ", data.first_refusal);
   }
   return data;
 }
@@ -137,12 +147,13 @@ json::object CalibrationData::to_json() const {
 std::vector<std::string> CalibrationData::notices() const {
   std::vector<std::string> sentences;
   if (tokens < tokens_wanted) {
-    sentences.push_back(fmt::format("{} holds {} tokens, {} were asked for; all of it is used", file, tokens,
-                                    tokens_wanted));
+    sentences.push_back(fmt::format("{} holds {} tokens, {} were asked for; all of it is used",
+                                    file, tokens, tokens_wanted));
   }
   if (samples_unusable > 0) {
-    sentences.push_back(fmt::format("{} of {} calibration samples could not be rendered and were left out; the first: {}",
-                                    samples_unusable, samples_in_file, first_refusal));
+    sentences.push_back(fmt::format(
+        "{} of {} calibration samples could not be rendered and were left out; the first: {}",
+        samples_unusable, samples_in_file, first_refusal));
   }
   return sentences;
 }

@@ -7,12 +7,13 @@
 namespace nibble::awq {
 namespace {
 
-// Blocks of A [kBlockM, kBlockK] and B [kBlockN, kBlockK] are copied into panels that the kernel reads in order:
-// 192 KiB + 256 KiB, within a 1 MiB L2.
+// Blocks of A [kBlockM, kBlockK] and B [kBlockN, kBlockK] are copied into panels that the kernel
+// reads in order: 192 KiB + 256 KiB, within a 1 MiB L2.
 constexpr int64_t kBlockM = 192, kBlockN = 256, kBlockK = 256;
 
 // Panels of `width` rows: out[panel][k][lane], rows past `rows` are zero.
-void pack(MatrixView view, int64_t row0, int64_t rows, int64_t k0, int64_t depth, int64_t width, float* out) {
+void pack(MatrixView view, int64_t row0, int64_t rows, int64_t k0, int64_t depth, int64_t width,
+          float* out) {
   for (int64_t panel = 0; panel < rows; panel += width) {
     const int64_t lanes = std::min(width, rows - panel);
     const float* base = view.data + (row0 + panel) * view.row_stride + k0 * view.col_stride;
@@ -27,19 +28,23 @@ void pack(MatrixView view, int64_t row0, int64_t rows, int64_t k0, int64_t depth
         for (int64_t k = 0; k < depth; ++k) out[k * width + lane] = in[k * view.col_stride];
       }
     }
-    for (int64_t k = 0; k < depth && lanes < width; ++k) std::fill(out + k * width + lanes, out + (k + 1) * width, 0.0f);
+    for (int64_t k = 0; k < depth && lanes < width; ++k)
+      std::fill(out + k * width + lanes, out + (k + 1) * width, 0.0f);
     out += depth * width;
   }
 }
 
-// tile[kRows][kVectors * lanes] = sum over k of a[k][row] * b[k][column]. Vector is a GCC vector type.
+// tile[kRows][kVectors * lanes] = sum over k of a[k][row] * b[k][column]. Vector is a GCC vector
+// type.
 template <typename Vector, int kRows, int kVectors>
-[[gnu::always_inline]] inline void multiply_panels(const float* a, const float* b, int64_t depth, float* tile) {
+[[gnu::always_inline]] inline void multiply_panels(const float* a, const float* b, int64_t depth,
+                                                   float* tile) {
   constexpr int kLanes = sizeof(Vector) / sizeof(float);
   Vector sum[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vector columns[kVectors];
-    for (int v = 0; v < kVectors; ++v) __builtin_memcpy(&columns[v], b + v * kLanes, sizeof(Vector));
+    for (int v = 0; v < kVectors; ++v)
+      __builtin_memcpy(&columns[v], b + v * kLanes, sizeof(Vector));
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) sum[r][v] += columns[v] * a[r];
     }
@@ -62,11 +67,13 @@ struct Kernel {
 #if defined(__x86_64__)
 typedef float Vector8 __attribute__((vector_size(32)));
 typedef float Vector16 __attribute__((vector_size(64)));
-[[gnu::target("avx2,fma")]] void kernel_avx2(const float* a, const float* b, int64_t depth, float* tile) {
+[[gnu::target("avx2,fma")]] void kernel_avx2(const float* a, const float* b, int64_t depth,
+                                             float* tile) {
   multiply_panels<Vector8, 6, 2>(a, b, depth, tile);
 }
-[[gnu::target("avx512f,prefer-vector-width=512")]] void kernel_avx512(const float* a, const float* b, int64_t depth,
-                                                                     float* tile) {
+[[gnu::target("avx512f,prefer-vector-width=512")]] void kernel_avx512(const float* a,
+                                                                      const float* b, int64_t depth,
+                                                                      float* tile) {
   multiply_panels<Vector16, 8, 2>(a, b, depth, tile);
 }
 Kernel choose_kernel() {
@@ -80,7 +87,8 @@ Kernel choose_kernel() { return {kernel_generic, 4, 8}; }
 
 }  // namespace
 
-void gemm(int64_t m, int64_t n, int64_t depth, MatrixView a, MatrixView b, bool accumulate, float* c, int64_t ldc) {
+void gemm(int64_t m, int64_t n, int64_t depth, MatrixView a, MatrixView b, bool accumulate,
+          float* c, int64_t ldc) {
   static const Kernel kernel = choose_kernel();
   if (!accumulate) {
     for (int64_t i = 0; i < m; ++i) std::fill(c + i * ldc, c + i * ldc + n, 0.0f);
@@ -104,7 +112,8 @@ void gemm(int64_t m, int64_t n, int64_t depth, MatrixView a, MatrixView b, bool 
             const int64_t columns = std::min<int64_t>(kernel.columns, js - j);
             for (int64_t r = 0; r < rows; ++r) {
               float* out = c + (i0 + i + r) * ldc + j0 + j;
-              for (int64_t col = 0; col < columns; ++col) out[col] += tile[r * kernel.columns + col];
+              for (int64_t col = 0; col < columns; ++col)
+                out[col] += tile[r * kernel.columns + col];
             }
           }
         }

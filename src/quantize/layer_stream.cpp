@@ -17,7 +17,8 @@ WeightLayout layout_of(DType dtype, const std::string& name) {
     case DType::kBF16: return WeightLayout::kBf16Rows;
     case DType::kF16: return WeightLayout::kF16Rows;
     case DType::kF32: return WeightLayout::kF32Rows;
-    default: fail(ErrorKind::kUnsupported, "{} is {}; wanted BF16, F16 or F32", name, dtype_name(dtype));
+    default:
+      fail(ErrorKind::kUnsupported, "{} is {}; wanted BF16, F16 or F32", name, dtype_name(dtype));
   }
 }
 
@@ -28,18 +29,22 @@ LinearOperand dense_operand(const WeightRow& row, WeightLayout layout, const voi
                        .weight = weight};
 }
 
-int blocks_of(size_t tokens) { return static_cast<int>((tokens + kBlockTokens - 1) / kBlockTokens); }
+int blocks_of(size_t tokens) {
+  return static_cast<int>((tokens + kBlockTokens - 1) / kBlockTokens);
+}
 
 }  // namespace
 
-StreamedLayer::StreamedLayer(Backend& backend, const WeightSource& source, int layer) : backend_(backend) {
+StreamedLayer::StreamedLayer(Backend& backend, const WeightSource& source, int layer)
+    : backend_(backend) {
   for (const WeightRow& row : weight_table(source.spec())) {
     if (row.layer != layer) continue;
     if (row.shape.size() == 1) {
       const std::vector<float> norm = source.load_dense(row);
       Buffer buffer = backend.alloc(norm.size() * sizeof(float));
       backend.upload(buffer.data(), norm.data(), norm.size() * sizeof(float));
-      (row.role == WeightRole::kAttnNorm ? weights_.attn_norm : weights_.mlp_norm) = buffer.as<float>();
+      (row.role == WeightRole::kAttnNorm ? weights_.attn_norm : weights_.mlp_norm) =
+          buffer.as<float>();
       buffers_.emplace_back(row.role, std::move(buffer));
     } else {
       std::vector<std::byte> storage;
@@ -66,7 +71,8 @@ LinearOperand& StreamedLayer::operand(WeightRole role) {
 
 void StreamedLayer::replace(WeightRole role, std::span<const float> weight) {
   LinearOperand& target = operand(role);
-  NIBBLE_CHECK(weight.size() == static_cast<size_t>(target.out_features) * static_cast<size_t>(target.in_features));
+  NIBBLE_CHECK(weight.size() ==
+               static_cast<size_t>(target.out_features) * static_cast<size_t>(target.in_features));
   for (auto& [have, buffer] : buffers_) {
     if (have != role) continue;
     buffer = Buffer();
@@ -79,22 +85,26 @@ void StreamedLayer::replace(WeightRole role, std::span<const float> weight) {
 }
 
 LayerStream::LayerStream(Backend& backend, const WeightSource& source,
-                         std::span<const std::vector<int32_t>> sequences, int max_sequences, int max_step_tokens)
+                         std::span<const std::vector<int32_t>> sequences, int max_sequences,
+                         int max_step_tokens)
     : backend_(backend) {
   const ModelSpec& spec = source.spec();
   if (backend.act_bytes() != sizeof(float)) {
-    fail(ErrorKind::kUnsupported, "calibration on the {} backend: its activations are {} bytes wide, wanted 4",
+    fail(ErrorKind::kUnsupported,
+         "calibration on the {} backend: its activations are {} bytes wide, wanted 4",
          backend.name(), backend.act_bytes());
   }
   int longest = 0;
   for (size_t first = 0; first < sequences.size();) {
     size_t count = 0, tokens = 0;
     while (first + count < sequences.size() && count < static_cast<size_t>(max_sequences) &&
-           (count == 0 || tokens + sequences[first + count].size() <= static_cast<size_t>(max_step_tokens))) {
+           (count == 0 ||
+            tokens + sequences[first + count].size() <= static_cast<size_t>(max_step_tokens))) {
       tokens += sequences[first + count].size();
       ++count;
     }
-    for (size_t s = first; s < first + count; ++s) longest = std::max(longest, static_cast<int>(sequences[s].size()));
+    for (size_t s = first; s < first + count; ++s)
+      longest = std::max(longest, static_cast<int>(sequences[s].size()));
     const int length = static_cast<int>(tokens);
     if (count > 1) {
       add_step(sequences, first, count, 0, 0);
@@ -107,13 +117,17 @@ LayerStream::LayerStream(Backend& backend, const WeightSource& source,
   }
   NIBBLE_CHECK(num_tokens_ > 0, "no calibration tokens");
   if (longest > spec.max_position) {
-    fail(ErrorKind::kUnsupported, "calibration sequences of {} tokens, but the model has {} positions; lower "
-         "--calib-seq-len", longest, spec.max_position);
+    fail(ErrorKind::kUnsupported,
+         "calibration sequences of {} tokens, but the model has {} positions; lower "
+         "--calib-seq-len",
+         longest, spec.max_position);
   }
 
   plan_.target = backend.name();
   plan_.spec = spec;
-  plan_.limits = {.max_batch_size = max_sequences, .max_input_len = longest, .max_output_len = 0,
+  plan_.limits = {.max_batch_size = max_sequences,
+                  .max_input_len = longest,
+                  .max_output_len = 0,
                   .max_num_tokens = max_step_tokens};
   plan_.kv_format = KvFormat::kF32;
   plan_.kv_block_tokens = kBlockTokens;
@@ -121,8 +135,9 @@ LayerStream::LayerStream(Backend& backend, const WeightSource& source,
   for (const WeightRow& row : weight_table(spec)) {
     if (row.role != WeightRole::kEmbedding) continue;
     const TensorView view = source.view_dense(row, storage);
-    weights_.embedding = dense_operand(row, layout_of(view.dtype, row.name),
-                                       backend.import_weights(view.bytes.data(), view.bytes.size()));
+    weights_.embedding =
+        dense_operand(row, layout_of(view.dtype, row.name),
+                      backend.import_weights(view.bytes.data(), view.bytes.size()));
   }
   int step_tokens = 0, step_blocks = 0;
   size_t step_fields = 0;
@@ -133,10 +148,14 @@ LayerStream::LayerStream(Backend& backend, const WeightSource& source,
   }
   decoder_ = std::make_unique<Decoder>(backend, plan_, weights_, step_tokens, 1);
   device_step_ = backend.alloc(step_fields * sizeof(int32_t));
-  kv_ = KvLayer{.format = KvFormat::kF32, .num_blocks = step_blocks, .block_tokens = kBlockTokens,
-                .num_kv_heads = spec.num_kv_heads, .head_dim = spec.head_dim};
-  kv_data_ = backend.alloc(static_cast<size_t>(step_blocks) *
-                           backend.kv_block_bytes(kv_.format, kBlockTokens, spec.num_kv_heads, spec.head_dim));
+  kv_ = KvLayer{.format = KvFormat::kF32,
+                .num_blocks = step_blocks,
+                .block_tokens = kBlockTokens,
+                .num_kv_heads = spec.num_kv_heads,
+                .head_dim = spec.head_dim};
+  kv_data_ = backend.alloc(
+      static_cast<size_t>(step_blocks) *
+      backend.kv_block_bytes(kv_.format, kBlockTokens, spec.num_kv_heads, spec.head_dim));
   kv_.data = kv_data_.data();
 
   row_bytes_ = static_cast<size_t>(spec.hidden_size) * backend.act_bytes();
@@ -149,8 +168,8 @@ LayerStream::LayerStream(Backend& backend, const WeightSource& source,
   weights_.embedding = {};  // `storage` and the source's pages go
 }
 
-void LayerStream::add_step(std::span<const std::vector<int32_t>> sequences, size_t first, size_t count, int begin,
-                           int end) {
+void LayerStream::add_step(std::span<const std::vector<int32_t>> sequences, size_t first,
+                           size_t count, int begin, int end) {
   Step step;
   step.num_seqs = static_cast<int>(count);
   step.first_token = num_tokens_;
@@ -182,15 +201,19 @@ StepBatch LayerStream::upload(const Step& step) {
   for (int i = 0; i < step.num_tokens; ++i) {
     const int32_t id = step.fields[static_cast<size_t>(i)];
     if (id < 0 || id >= plan_.spec.vocab_size) {
-      fail(ErrorKind::kInput, "calibration token id {} is outside the model's vocabulary of {}; the tokenizer is not "
-           "this model's", id, plan_.spec.vocab_size);
+      fail(ErrorKind::kInput,
+           "calibration token id {} is outside the model's vocabulary of {}; the tokenizer is not "
+           "this model's",
+           id, plan_.spec.vocab_size);
     }
   }
   backend_.upload(device_step_.data(), step.fields.data(), step.fields.size() * sizeof(int32_t));
   const int tokens = step.num_tokens, seqs = step.num_seqs;
   const int32_t* device = device_step_.as<int32_t>();
   const int32_t* host = step.fields.data();
-  return StepBatch{.num_tokens = tokens, .num_seqs = seqs, .max_blocks_per_seq = step.blocks_per_seq,
+  return StepBatch{.num_tokens = tokens,
+                   .num_seqs = seqs,
+                   .max_blocks_per_seq = step.blocks_per_seq,
                    .token_ids = device,
                    .positions = device + tokens,
                    .seq_starts = device + 2 * tokens,

@@ -1,5 +1,5 @@
-// The calibration set's hidden states, carried through the model one layer at a time: all of them on the host, one
-// layer's weights and one step's activations on the backend.
+// The calibration set's hidden states, carried through the model one layer at a time: all of them
+// on the host, one layer's weights and one step's activations on the backend.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -15,7 +15,8 @@
 
 namespace nibble {
 
-/// One layer's weights on a backend, in the type the source stores; replaceable by dequantized ones.
+/// One layer's weights on a backend, in the type the source stores; replaceable by dequantized
+/// ones.
 class StreamedLayer {
  public:
   /// Copies the rows of `layer`; the source's pages may be dropped afterwards.
@@ -36,15 +37,16 @@ class LayerStream {
   /// Listens to host floats [rows, cols] of the tap's activation.
   using Listener = std::function<void(Tap tap, const float* x, int rows, int cols)>;
 
-  /// Embeds `sequences`. A step takes up to `max_sequences` whole sequences, or a part of one long one, and at most
-  /// `max_step_tokens` tokens. Throws Error{kInput} for ids outside the vocabulary, Error{kUnsupported} for
-  /// sequences past the model's positions.
-  LayerStream(Backend& backend, const WeightSource& source, std::span<const std::vector<int32_t>> sequences,
-              int max_sequences, int max_step_tokens);
+  /// Embeds `sequences`. A step takes up to `max_sequences` whole sequences, or a part of one long
+  /// one, and at most `max_step_tokens` tokens. Throws Error{kInput} for ids outside the
+  /// vocabulary, Error{kUnsupported} for sequences past the model's positions.
+  LayerStream(Backend& backend, const WeightSource& source,
+              std::span<const std::vector<int32_t>> sequences, int max_sequences,
+              int max_step_tokens);
 
   int64_t num_tokens() const { return num_tokens_; }
-  /// Runs one layer over all tokens. `listen` may be empty. With `keep` the states become the layer's outputs,
-  /// otherwise they stay what they were. `on_step` hears the tokens done so far.
+  /// Runs one layer over all tokens. `listen` may be empty. With `keep` the states become the
+  /// layer's outputs, otherwise they stay what they were. `on_step` hears the tokens done so far.
   void run(int layer, const LayerWeights& weights, const Listener& listen, bool keep,
            const std::function<void(int64_t tokens)>& on_step);
 
@@ -54,9 +56,12 @@ class LayerStream {
     int num_tokens = 0, num_seqs = 0, blocks_per_seq = 0;
     int64_t first_token = 0;
   };
-  void add_step(std::span<const std::vector<int32_t>> sequences, size_t first, size_t count, int begin, int end);
+  void add_step(std::span<const std::vector<int32_t>> sequences, size_t first, size_t count,
+                int begin, int end);
   StepBatch upload(const Step& step);
-  std::byte* state(const Step& step) { return states_.data() + static_cast<size_t>(step.first_token) * row_bytes_; }
+  std::byte* state(const Step& step) {
+    return states_.data() + static_cast<size_t>(step.first_token) * row_bytes_;
+  }
 
   Backend& backend_;
   EnginePlan plan_;

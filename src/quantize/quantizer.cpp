@@ -17,7 +17,9 @@ namespace nibble {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 // Linears that read one input are searched together.
 struct InputGroup {
@@ -25,10 +27,11 @@ struct InputGroup {
   std::vector<WeightRole> roles;
 };
 const std::vector<InputGroup>& input_groups() {
-  static const std::vector<InputGroup> groups = {{Tap::kQkvInput, {WeightRole::kQkv}},
-                                                 {Tap::kOInput, {WeightRole::kO}},
-                                                 {Tap::kGateUpInput, {WeightRole::kGate, WeightRole::kUp}},
-                                                 {Tap::kDownInput, {WeightRole::kDown}}};
+  static const std::vector<InputGroup> groups = {
+      {Tap::kQkvInput, {WeightRole::kQkv}},
+      {Tap::kOInput, {WeightRole::kO}},
+      {Tap::kGateUpInput, {WeightRole::kGate, WeightRole::kUp}},
+      {Tap::kDownInput, {WeightRole::kDown}}};
   return groups;
 }
 
@@ -42,11 +45,12 @@ void check_options(const WeightSource& source, const QuantizeOptions& options) {
   for (const WeightRow& row : weight_table(source.spec())) {
     if (!row.quantizable) continue;
     if (source.is_quantized(row)) {
-      fail(ErrorKind::kUnsupported, "{} is already quantized; quantize wants the original 16-bit model", row.name);
+      fail(ErrorKind::kUnsupported,
+           "{} is already quantized; quantize wants the original 16-bit model", row.name);
     }
     if (row.shape[1] % options.group_size != 0) {
-      fail(ErrorKind::kUnsupported, "{} has {} in-features, not a multiple of the group size {}{}", row.name,
-           row.shape[1], options.group_size,
+      fail(ErrorKind::kUnsupported, "{} has {} in-features, not a multiple of the group size {}{}",
+           row.name, row.shape[1], options.group_size,
            row.shape[1] % 64 == 0 ? "; use --group-size 64" : "");
     }
   }
@@ -56,14 +60,18 @@ class Quantizer {
  public:
   Quantizer(const WeightSource& source, Backend* backend, const CalibrationData* calibration,
             const QuantizeOptions& options, Progress& progress)
-      : source_(source), backend_(backend), options_(options), progress_(progress), pool_(options.num_threads) {
+      : source_(source),
+        backend_(backend),
+        options_(options),
+        progress_(progress),
+        pool_(options.num_threads) {
     for (WeightRow& row : weight_table(source.spec())) {
       if (row.quantizable) rows_[{row.layer, row.role}] = std::move(row);
     }
     if (!needs_calibration(options)) return;
     NIBBLE_CHECK(backend != nullptr && calibration != nullptr);
-    stream_ = std::make_unique<LayerStream>(*backend, source, calibration->sequences, options.calib_batch,
-                                            options.max_step_tokens);
+    stream_ = std::make_unique<LayerStream>(*backend, source, calibration->sequences,
+                                            options.calib_batch, options.max_step_tokens);
     report_.num_calibration_tokens = stream_->num_tokens();
     stream_passes_ = options.method == QuantizeMethod::kAwq && options.sequential ? 2 : 1;
   }
@@ -95,7 +103,8 @@ class Quantizer {
   // Within a layer `done` of `total` units of pass `pass` are finished.
   void tick(int pass, int64_t done, int64_t total) {
     throw_if_interrupted();
-    const int64_t percent = int64_t{layer_} * units_per_layer_ + int64_t{pass} * 100 + done * 100 / std::max<int64_t>(total, 1);
+    const int64_t percent = int64_t{layer_} * units_per_layer_ + int64_t{pass} * 100 +
+                            done * 100 / std::max<int64_t>(total, 1);
     progress_.advance(percent / 100);
   }
 
@@ -125,9 +134,11 @@ class Quantizer {
       const int64_t in_features = row(group.roles[0]).shape[1];
       if (awq) {
         awq::InputStatistics& input = statistics.at(group.tap);
-        const awq::RoundingOptions rounding = {.group_size = options_.group_size, .dtype = options_.dtype,
+        const awq::RoundingOptions rounding = {.group_size = options_.group_size,
+                                               .dtype = options_.dtype,
                                                .rounding = options_.rounding};
-        awq::QuantizedGroup result = awq::quantize_group(pool_, linears, in_features, input, rounding);
+        awq::QuantizedGroup result =
+            awq::quantize_group(pool_, linears, in_features, input, rounding);
         for (size_t i = 0; i < group.roles.size(); ++i) {
           report_.linears.push_back({row(group.roles[i]).name, result.report, input.max_abs()});
           done_[group.roles[i]] = std::move(result.linears[i]);
@@ -135,7 +146,8 @@ class Quantizer {
         statistics.erase(group.tap);
       } else {
         for (size_t i = 0; i < group.roles.size(); ++i) {
-          done_[group.roles[i]] = awq::round_to_nearest(pool_, linears[i], in_features, options_.group_size);
+          done_[group.roles[i]] =
+              awq::round_to_nearest(pool_, linears[i], in_features, options_.group_size);
         }
       }
       tick(search_pass, ++searched, static_cast<int64_t>(input_groups().size()));
@@ -152,13 +164,15 @@ class Quantizer {
     }
   }
 
-  // One pass of the dense layer: statistics of every linear's input, and the ranges of K after RoPE and of V.
+  // One pass of the dense layer: statistics of every linear's input, and the ranges of K after RoPE
+  // and of V.
   void listen(const StreamedLayer& layer, std::map<Tap, awq::InputStatistics>* statistics) {
     const ModelSpec& spec = source_.spec();
     const bool keep = stream_passes_ == 1;
     if (statistics != nullptr) {
       for (const InputGroup& group : input_groups()) {
-        statistics->try_emplace(group.tap, row(group.roles[0]).shape[1], options_.group_size, options_.max_gram_bytes);
+        statistics->try_emplace(group.tap, row(group.roles[0]).shape[1], options_.group_size,
+                                options_.max_gram_bytes);
       }
     }
     float k_max = 0, v_max = 0;
@@ -182,7 +196,9 @@ class Quantizer {
       for (auto& [tap, input] : *statistics) {
         input.finish(pool_);
         if (!std::isfinite(input.max_abs())) {
-          fail(ErrorKind::kInput, "layer {}: an activation is not finite on the calibration texts; is the model damaged?",
+          fail(ErrorKind::kInput,
+               "layer {}: an activation is not finite on the calibration texts; is the model "
+               "damaged?",
                layer_);
         }
       }
@@ -197,9 +213,11 @@ class Quantizer {
   std::vector<float> load(const WeightRow& row) {
     std::vector<float> weight = source_.load_dense(row);
     source_.release(row);
-    const auto bad = std::find_if(weight.begin(), weight.end(), [](float w) { return !std::isfinite(w); });
+    const auto bad =
+        std::find_if(weight.begin(), weight.end(), [](float w) { return !std::isfinite(w); });
     if (bad != weight.end()) {
-      fail(ErrorKind::kInput, "{} holds {} at element {}; wanted finite weights", row.name, *bad, bad - weight.begin());
+      fail(ErrorKind::kInput, "{} holds {} at element {}; wanted finite weights", row.name, *bad,
+           bad - weight.begin());
     }
     return weight;
   }
@@ -211,9 +229,9 @@ class Quantizer {
   ThreadPool pool_;
   std::map<std::pair<int, WeightRole>, WeightRow> rows_;
   std::unique_ptr<LayerStream> stream_;
-  int stream_passes_ = 0;     // over the tokens, per layer
+  int stream_passes_ = 0;  // over the tokens, per layer
   int64_t units_per_layer_ = 0;
-  int layer_ = -1;            // the one in done_
+  int layer_ = -1;  // the one in done_
   std::map<WeightRole, CheckpointLinear> done_;
   QuantizeReport report_;
 };
@@ -229,7 +247,8 @@ bool needs_calibration(const QuantizeOptions& options) {
 }
 
 QuantizeReport quantize(const fs::path& directory, const WeightSource& source, Backend* backend,
-                        const CalibrationData* calibration, const QuantizeOptions& options, Progress& progress) {
+                        const CalibrationData* calibration, const QuantizeOptions& options,
+                        Progress& progress) {
   check_options(source, options);
   CheckpointOptions checkpoint;
   checkpoint.tp_size = options.tp_size;

@@ -1,7 +1,7 @@
-// From a dense model to a portable 4-bit checkpoint: layer by layer, one layer's weights and the calibration set's
-// hidden states in memory (docs/quantization.md). Deterministic: the same model, calibration data and options
-// give the same bytes on the same kind of machine, whatever the number of threads.
-// SPDX-License-Identifier: Apache-2.0
+// From a dense model to a portable 4-bit checkpoint: layer by layer, one layer's weights and the
+// calibration set's hidden states in memory (docs/quantization.md). Deterministic: the same model,
+// calibration data and options give the same bytes on the same kind of machine, whatever the number
+// of threads. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <string>
@@ -22,20 +22,21 @@ enum class QuantizeMethod : uint8_t { kAwq, kRtn };
 struct QuantizeOptions {
   QuantizeMethod method = QuantizeMethod::kAwq;
   awq::Rounding rounding = awq::Rounding::kCompensated;
-  int group_size = 128;               // 64 or 128
+  int group_size = 128;  // 64 or 128
   int tp_size = 1;
-  DType dtype = DType::kBF16;         // of the checkpoint: kBF16 or kF16
-  bool int8_kv = true;                // calibrate static scales for K after RoPE and for V
-  int calib_batch = 16;               // sequences a step
-  int max_step_tokens = 8192;         // tokens a step; a longer sequence is run in parts
-  bool sequential = true;             // a layer's inputs come from the quantized layers before it
-  int num_threads = 0;                // of the search; 0: usable_cpu_count()
-  uint64_t max_gram_bytes = uint64_t{1} << 30;  // per linear input; beyond it the Gram matrix is cut to blocks
+  DType dtype = DType::kBF16;  // of the checkpoint: kBF16 or kF16
+  bool int8_kv = true;         // calibrate static scales for K after RoPE and for V
+  int calib_batch = 16;        // sequences a step
+  int max_step_tokens = 8192;  // tokens a step; a longer sequence is run in parts
+  bool sequential = true;      // a layer's inputs come from the quantized layers before it
+  int num_threads = 0;         // of the search; 0: usable_cpu_count()
+  uint64_t max_gram_bytes = uint64_t{1}
+                            << 30;  // per linear input; beyond it the Gram matrix is cut to blocks
 };
 
 struct LinearReport {
-  std::string name;                   // weight table row: "layers.3.qkv"
-  awq::GroupReport search;            // gate and up share one
+  std::string name;         // weight table row: "layers.3.qkv"
+  awq::GroupReport search;  // gate and up share one
   float input_max_abs = 0;
 };
 
@@ -48,14 +49,17 @@ struct QuantizeReport {
   json::object to_json() const;
 };
 
-/// True when quantize() needs a backend and calibration data: always, except for RTN without KV scales.
+/// True when quantize() needs a backend and calibration data: always, except for RTN without KV
+/// scales.
 bool needs_calibration(const QuantizeOptions& options);
 
-/// Writes config.json and rank*.safetensors into `directory` (which exists; usually inside an AtomicDirectory).
-/// `backend` runs the dense model and `calibration` holds its texts; both may be null where needs_calibration() says
-/// no. Throws Error naming the weight, value and wanted value for models or options that cannot be quantized.
+/// Writes config.json and rank*.safetensors into `directory` (which exists; usually inside an
+/// AtomicDirectory). `backend` runs the dense model and `calibration` holds its texts; both may be
+/// null where needs_calibration() says no. Throws Error naming the weight, value and wanted value
+/// for models or options that cannot be quantized.
 QuantizeReport quantize(const fs::path& directory, const WeightSource& source, Backend* backend,
-                        const CalibrationData* calibration, const QuantizeOptions& options, Progress& progress);
+                        const CalibrationData* calibration, const QuantizeOptions& options,
+                        Progress& progress);
 
 const char* rounding_name(awq::Rounding rounding);  // "nearest", "compensated"
 

@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t kFactorBlock = 128;
 
-// Half to even without a library call: exact for |x| < 2^22, and larger values are clamped all the same.
+// Half to even without a library call: exact for |x| < 2^22, and larger values are clamped all the
+// same.
 inline float round_half_even(float x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23
   return (x + magic) - magic;
@@ -29,13 +30,16 @@ inline float amax(const float* x, const float* pre, int64_t count) {
 
 float positive(float scale) { return scale > 0 ? scale : 1.0f; }
 
-// One diagonal block of H, in place: R on and above the diagonal. False when H is not positive definite.
+// One diagonal block of H, in place: R on and above the diagonal. False when H is not positive
+// definite.
 bool factor_block(ThreadPool& pool, float* h, int64_t size) {
   std::vector<double> diagonal(static_cast<size_t>(kFactorBlock * kFactorBlock));
   std::vector<float> negated;
   for (int64_t k = 0; k < size; k += kFactorBlock) {
     const int64_t ks = std::min(kFactorBlock, size - k);
-    const auto d = [&](int64_t i, int64_t j) -> double& { return diagonal[static_cast<size_t>(i * kFactorBlock + j)]; };
+    const auto d = [&](int64_t i, int64_t j) -> double& {
+      return diagonal[static_cast<size_t>(i * kFactorBlock + j)];
+    };
     for (int64_t i = 0; i < ks; ++i) {
       for (int64_t j = i; j < ks; ++j) {
         double sum = double{h[(k + i) * size + k + j]};
@@ -74,8 +78,9 @@ bool factor_block(ThreadPool& pool, float* h, int64_t size) {
     pool.parallel_for(tiles * tiles, [&](int64_t chunk, int) {
       const int64_t i = chunk / tiles * kColumns, j = chunk % tiles * kColumns;
       if (j < i) return;
-      gemm(std::min(kColumns, rest - i), std::min(kColumns, rest - j), ks, {negated.data() + i, 1, rest},
-           {right + j, 1, size}, true, h + (k + ks + i) * size + k + ks + j, size);
+      gemm(std::min(kColumns, rest - i), std::min(kColumns, rest - j), ks,
+           {negated.data() + i, 1, rest}, {right + j, 1, size}, true,
+           h + (k + ks + i) * size + k + ks + j, size);
     });
   }
   return true;
@@ -85,16 +90,20 @@ bool factor_block(ThreadPool& pool, float* h, int64_t size) {
 
 float factor_gram(ThreadPool& pool, const Gram& gram, float damping, std::vector<float>& factor) {
   const int64_t size = gram.block;
-  // A channel that is always zero gets a diagonal of its own so that the factor exists; it costs nothing anyway.
+  // A channel that is always zero gets a diagonal of its own so that the factor exists; it costs
+  // nothing anyway.
   double mean = 0;
-  for (int64_t j = 0; j < gram.features; ++j) mean += double{gram.at(j / size)[(j % size) * (size + 1)]};
-  const float floor = static_cast<float>(std::max(mean / static_cast<double>(gram.features) * 1e-6, 1e-30));
+  for (int64_t j = 0; j < gram.features; ++j)
+    mean += double{gram.at(j / size)[(j % size) * (size + 1)]};
+  const float floor =
+      static_cast<float>(std::max(mean / static_cast<double>(gram.features) * 1e-6, 1e-30));
   for (int attempt = 0; attempt < 12; ++attempt, damping = std::max(damping, 1e-6f) * 10) {
     factor = gram.values;
     bool good = true;
     for (int64_t index = 0; index < gram.num_blocks() && good; ++index) {
       float* h = factor.data() + index * size * size;
-      for (int64_t j = 0; j < size; ++j) h[j * (size + 1)] = h[j * (size + 1)] * (1 + damping) + floor;
+      for (int64_t j = 0; j < size; ++j)
+        h[j * (size + 1)] = h[j * (size + 1)] * (1 + damping) + floor;
       good = factor_block(pool, h, size);
       for (int64_t j = 0; j < size && good; ++j) {
         const float inverse = 1.0f / h[j * (size + 1)];
@@ -103,15 +112,16 @@ float factor_gram(ThreadPool& pool, const Gram& gram, float damping, std::vector
     }
     if (good) return damping;
   }
-  fail(ErrorKind::kInternal, "the calibration Hessian of {} channels cannot be factored", gram.features);
+  fail(ErrorKind::kInternal, "the calibration Hessian of {} channels cannot be factored",
+       gram.features);
 }
 
 double panel_loss(Panel& panel, const Gram& gram) {
   const int64_t size = gram.block;
   double loss = 0;
   for (int64_t index = 0; index < gram.num_blocks(); ++index) {
-    gemm(panel.rows, size, size, {panel.error.data() + index * size, panel.features, 1}, {gram.at(index), size, 1},
-         false, panel.product.data() + index * size, panel.features);
+    gemm(panel.rows, size, size, {panel.error.data() + index * size, panel.features, 1},
+         {gram.at(index), size, 1}, false, panel.product.data() + index * size, panel.features);
   }
   for (int64_t r = 0; r < panel.rows; ++r) {
     const float* e = panel.error.data() + r * panel.features;
@@ -141,13 +151,15 @@ double choose_scales(Panel& panel, const Gram& gram, std::span<const float> rati
     for (int64_t r = 0; r < rows; ++r) {
       const float* w = panel.weight + r * panel.features + g * group;
       const float widest = amax(w, pre, group) / 7.0f;
-      panel.scales[static_cast<size_t>(r * groups + g)] = positive(round_to(dtype, ratios[0] * widest));
+      panel.scales[static_cast<size_t>(r * groups + g)] =
+          positive(round_to(dtype, ratios[0] * widest));
       if (count == 1) continue;
       for (int64_t c = 0; c < count; ++c) {
         const float scale = positive(round_to(dtype, ratios[static_cast<size_t>(c)] * widest));
         const float inverse = 1.0f / scale;
         float* e = errors.data() + (c * rows + r) * group;
-        for (int64_t j = 0; j < group; ++j) e[j] = w[j] - to_grid(w[j] / pre[j] * inverse) * (scale * pre[j]);
+        for (int64_t j = 0; j < group; ++j)
+          e[j] = w[j] - to_grid(w[j] / pre[j] * inverse) * (scale * pre[j]);
       }
     }
     if (count == 1) {
@@ -156,7 +168,8 @@ double choose_scales(Panel& panel, const Gram& gram, std::span<const float> rati
     }
     const int64_t first = g * group, offset = first % gram.block;
     gemm(count * rows, group, group, {errors.data(), group, 1},
-         {gram.at(first / gram.block) + offset * (gram.block + 1), gram.block, 1}, false, products, group);
+         {gram.at(first / gram.block) + offset * (gram.block + 1), gram.block, 1}, false, products,
+         group);
     for (int64_t r = 0; r < rows; ++r) {
       float best = 0;
       int64_t best_ratio = 0;
@@ -202,10 +215,11 @@ void round_compensated(Panel& panel, const Gram& gram, const std::vector<float>&
   panel.scratch.resize(static_cast<size_t>(rows * group));
   for (int64_t g = groups - 1; g >= 0; --g) {
     const int64_t first = g * group, offset = first % size;
-    const float* r_rows = factor.data() + (first / size) * size * size + offset * size;  // [group, size] of R
+    const float* r_rows =
+        factor.data() + (first / size) * size * size + offset * size;  // [group, size] of R
     const int64_t after = offset + group, rest = size - after;
-    gemm(rows, group, rest, {panel.error.data() + first + group, panel.features, 1}, {r_rows + after, size, 1}, false,
-         panel.scratch.data(), group);
+    gemm(rows, group, rest, {panel.error.data() + first + group, panel.features, 1},
+         {r_rows + after, size, 1}, false, panel.scratch.data(), group);
     for (int64_t r = 0; r < rows; ++r) {
       const float scale = panel.scales[static_cast<size_t>(r * groups + g)];
       const float* w = panel.weight + r * panel.features + first;
@@ -242,7 +256,8 @@ void descend(Panel& panel, const Gram& gram, int sweeps, DType dtype) {
         const float* q = panel.q.data() + r * panel.features + first;
         for (int64_t j = 0; j < group; ++j) unit[r * group + j] = q[j] * pre[j];
       }
-      gemm(rows, group, group, {unit, group, 1}, {g_rows + offset, size, 1}, false, unit_product, group);
+      gemm(rows, group, group, {unit, group, 1}, {g_rows + offset, size, 1}, false, unit_product,
+           group);
       std::fill(change.begin(), change.begin() + rows * group, 0.0f);
       for (int64_t r = 0; r < rows; ++r) {
         float& scale = panel.scales[static_cast<size_t>(r * groups + g)];
@@ -260,7 +275,8 @@ void descend(Panel& panel, const Gram& gram, int sweeps, DType dtype) {
         if (curvature > 0) {
           const float refitted = round_to(dtype, scale + slope / curvature);
           const float moved = refitted - scale;
-          // Rounding the scale to its type may undo the gain: moving by m changes the loss by m^2 c - 2 m s.
+          // Rounding the scale to its type may undo the gain: moving by m changes the loss by m^2 c
+          // - 2 m s.
           if (refitted > 0 && moved != 0 && moved * (moved * curvature - 2 * slope) < 0) {
             for (int64_t j = 0; j < group; ++j) {
               de[j] = -moved * unit[r * group + j];
@@ -289,12 +305,13 @@ void descend(Panel& panel, const Gram& gram, int sweeps, DType dtype) {
       // The rest of the block hears of this group's changes.
       float* product = panel.product.data() + (first / size) * size;
       if (offset > 0) {
-        gemm(rows, offset, group, {change.data(), group, 1}, {g_rows, 1, size}, true, product, panel.features);
+        gemm(rows, offset, group, {change.data(), group, 1}, {g_rows, 1, size}, true, product,
+             panel.features);
       }
       const int64_t after = offset + group;
       if (after < size) {
-        gemm(rows, size - after, group, {change.data(), group, 1}, {g_rows + after, 1, size}, true, product + after,
-             panel.features);
+        gemm(rows, size - after, group, {change.data(), group, 1}, {g_rows + after, 1, size}, true,
+             product + after, panel.features);
       }
     }
     if (!changed) break;

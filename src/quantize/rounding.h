@@ -25,22 +25,25 @@ struct Panel {
   int64_t groups() const { return features / group; }
 };
 
-/// G + damping * diag(G) = R^T R; each row of R divided by its diagonal element, stored like the Gram matrix.
-/// Damping grows until the factor exists; the one used is returned.
+/// G + damping * diag(G) = R^T R; each row of R divided by its diagonal element, stored like the
+/// Gram matrix. Damping grows until the factor exists; the one used is returned.
 float factor_gram(ThreadPool& pool, const Gram& gram, float damping, std::vector<float>& factor);
 
-/// The grid of each row and group: scale = ratio * amax / 7 (rounded to `dtype`), the ratio that loses least on the
-/// group's own block of G. Returns the sum of the ratios chosen. One ratio: no search.
+/// The grid of each row and group: scale = ratio * amax / 7 (rounded to `dtype`), the ratio that
+/// loses least on the group's own block of G. Returns the sum of the ratios chosen. One ratio: no
+/// search.
 double choose_scales(Panel& panel, const Gram& gram, std::span<const float> ratios, DType dtype);
 
 void round_nearest(Panel& panel);
 
-/// Last column first: each weight is rounded after the errors of those already rounded have been added to it in the
-/// proportion that the Hessian says (Babai's nearest plane, the same rule as GPTQ's).
+/// Last column first: each weight is rounded after the errors of those already rounded have been
+/// added to it in the proportion that the Hessian says (Babai's nearest plane, the same rule as
+/// GPTQ's).
 void round_compensated(Panel& panel, const Gram& gram, const std::vector<float>& factor);
 
-/// Sweeps over the columns that never raise error G error^T: refit each group's scale to its integers, then move each
-/// integer to its best value given all others. Stops early when nothing changes.
+/// Sweeps over the columns that never raise error G error^T: refit each group's scale to its
+/// integers, then move each integer to its best value given all others. Stops early when nothing
+/// changes.
 void descend(Panel& panel, const Gram& gram, int sweeps, DType dtype);
 
 /// Sum over rows of error G error^T; leaves the product in panel.product.

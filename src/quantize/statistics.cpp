@@ -17,7 +17,8 @@ int64_t gram_block(int64_t features, int64_t granularity, uint64_t max_bytes) {
   for (int64_t parts = 1; parts <= units; ++parts) {
     if (units % parts != 0) continue;
     const uint64_t block = static_cast<uint64_t>(features / parts);
-    if (block * static_cast<uint64_t>(features) * sizeof(float) <= max_bytes) return static_cast<int64_t>(block);
+    if (block * static_cast<uint64_t>(features) * sizeof(float) <= max_bytes)
+      return static_cast<int64_t>(block);
   }
   return granularity;
 }
@@ -25,8 +26,8 @@ int64_t gram_block(int64_t features, int64_t granularity, uint64_t max_bytes) {
 }  // namespace
 
 InputStatistics::InputStatistics(int64_t features, int64_t granularity, uint64_t max_gram_bytes) {
-  NIBBLE_CHECK(features > 0 && granularity > 0 && features % granularity == 0, "{} features, groups of {}", features,
-               granularity);
+  NIBBLE_CHECK(features > 0 && granularity > 0 && features % granularity == 0,
+               "{} features, groups of {}", features, granularity);
   gram_.features = features;
   gram_.block = gram_block(features, granularity, max_gram_bytes);
   gram_.values.assign(static_cast<size_t>(features * gram_.block), 0.0f);

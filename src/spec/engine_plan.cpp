@@ -24,8 +24,8 @@ constexpr Names<WeightLayout, 6> kLayouts = {{{WeightLayout::kF32Rows, "f32-rows
                                               {WeightLayout::kInt4Portable, "int4-portable"},
                                               {WeightLayout::kCpuInt4, "cpu-int4"},
                                               {WeightLayout::kCudaInt4, "cuda-int4"}}};
-constexpr Names<ActivationPrecision, 2> kActivations = {{{ActivationPrecision::kF32, "f32"},
-                                                         {ActivationPrecision::kInt8Group, "int8"}}};
+constexpr Names<ActivationPrecision, 2> kActivations = {
+    {{ActivationPrecision::kF32, "f32"}, {ActivationPrecision::kInt8Group, "int8"}}};
 
 template <typename Enum, size_t N>
 const char* name_of(const Names<Enum, N>& names, Enum value) {
@@ -76,10 +76,11 @@ json::object EnginePlan::to_json() const {
       {"spec", spec.to_json()},
       {"tp_rank", tp_rank},
       {"tp_size", tp_size},
-      {"limits", {{"max_batch_size", limits.max_batch_size},
-                  {"max_input_len", limits.max_input_len},
-                  {"max_output_len", limits.max_output_len},
-                  {"max_num_tokens", limits.max_num_tokens}}},
+      {"limits",
+       {{"max_batch_size", limits.max_batch_size},
+        {"max_input_len", limits.max_input_len},
+        {"max_output_len", limits.max_output_len},
+        {"max_num_tokens", limits.max_num_tokens}}},
       {"linear_layout", weight_layout_name(linear_layout)},
       {"dense_layout", weight_layout_name(dense_layout)},
       {"activation_precision", activation_precision_name(activation_precision)},
@@ -94,8 +95,10 @@ EnginePlan EnginePlan::from_json(const json::object& object, std::string_view wh
   ObjectReader in(object, std::string(what));
   const int version = in.integer("format_version", 0, kMax);
   if (version != kFormatVersion) {
-    fail(ErrorKind::kUnsupported, "{}: format_version is {}; this nibble reads {}. Rebuild the engine with "
-         "`nibble build`", what, version, kFormatVersion);
+    fail(ErrorKind::kUnsupported,
+         "{}: format_version is {}; this nibble reads {}. Rebuild the engine with "
+         "`nibble build`",
+         what, version, kFormatVersion);
   }
   EnginePlan plan;
   plan.nibble_version = in.string("nibble_version");

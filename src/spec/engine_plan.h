@@ -1,6 +1,5 @@
-// Every decision about how an engine runs, as data: written by build, stored in the engine, printed by
-// inspect. What the runtime allocates is in it.
-// SPDX-License-Identifier: Apache-2.0
+// Every decision about how an engine runs, as data: written by build, stored in the engine, printed
+// by inspect. What the runtime allocates is in it. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <string>
@@ -15,9 +14,9 @@ enum class KvFormat : uint8_t {
   kInt8Dynamic,  // int8, one float scale per token and kv head (the default)
   kInt8Static,   // int8, one calibrated scale per layer for K and one for V
   kF16,
-  kF32,          // reference and evaluation only
+  kF32,  // reference and evaluation only
 };
-const char* kv_format_name(KvFormat format);  // "int8", "int8-static", "f16", "f32"
+const char* kv_format_name(KvFormat format);          // "int8", "int8-static", "f16", "f32"
 KvFormat kv_format_from_name(std::string_view name);  // throws Error{kInput}
 
 /// Bit layout of one linear's weights in the engine. Each is described where it is packed (pack/).
@@ -34,17 +33,17 @@ WeightLayout weight_layout_from_name(std::string_view name);  // throws Error{kI
 
 /// How the cpu backend feeds int4 linears.
 enum class ActivationPrecision : uint8_t {
-  kF32,           // exact path: fp32 activations, fp32 accumulation
-  kInt8Group,     // int8 per group of at most 128 channels, exact integer dot products per group
+  kF32,        // exact path: fp32 activations, fp32 accumulation
+  kInt8Group,  // int8 per group of at most 128 channels, exact integer dot products per group
 };
-const char* activation_precision_name(ActivationPrecision precision);  // "f32", "int8"
+const char* activation_precision_name(ActivationPrecision precision);       // "f32", "int8"
 ActivationPrecision activation_precision_from_name(std::string_view name);  // throws Error{kInput}
 
 struct EngineLimits {
-  int max_batch_size = 64;     // sequences per step
-  int max_input_len = 5525;    // prompt tokens
-  int max_output_len = 150;    // generated tokens; max_seq_len = input + output
-  int max_num_tokens = 2048;   // tokens per step (the chunked-prefill budget)
+  int max_batch_size = 64;    // sequences per step
+  int max_input_len = 5525;   // prompt tokens
+  int max_output_len = 150;   // generated tokens; max_seq_len = input + output
+  int max_num_tokens = 2048;  // tokens per step (the chunked-prefill budget)
 
   int max_seq_len() const { return max_input_len + max_output_len; }
   bool operator==(const EngineLimits&) const = default;
@@ -53,19 +52,20 @@ struct EngineLimits {
 struct EnginePlan {
   static constexpr int kFormatVersion = 1;
   std::string nibble_version;
-  std::string target = "ref";        // "ref", "cpu:avx512", "cpu:avx2", "cpu:generic", "cuda:sm_90"
+  std::string target = "ref";  // "ref", "cpu:avx512", "cpu:avx2", "cpu:generic", "cuda:sm_90"
   ModelSpec spec;
   int tp_rank = 0, tp_size = 1;
   EngineLimits limits;
-  WeightLayout linear_layout = WeightLayout::kInt4Portable;   // of the quantizable linears
-  WeightLayout dense_layout = WeightLayout::kBf16Rows;        // embedding and lm_head
+  WeightLayout linear_layout = WeightLayout::kInt4Portable;  // of the quantizable linears
+  WeightLayout dense_layout = WeightLayout::kBf16Rows;       // embedding and lm_head
   ActivationPrecision activation_precision = ActivationPrecision::kF32;
   int group_size = 128;
   KvFormat kv_format = KvFormat::kInt8Dynamic;
   int kv_block_tokens = 32;
 
   json::object to_json() const;
-  static EnginePlan from_json(const json::object& object, std::string_view what);  // unknown keys refused
+  static EnginePlan from_json(const json::object& object,
+                              std::string_view what);  // unknown keys refused
   bool operator==(const EnginePlan&) const = default;
 };
 

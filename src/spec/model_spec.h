@@ -1,6 +1,6 @@
-// What a model is, as a value: read from a Hugging Face config.json or from a TensorRT-LLM checkpoint's,
-// written to the latter. A key that would change the mathematics and is not understood is an error.
-// SPDX-License-Identifier: Apache-2.0
+// What a model is, as a value: read from a Hugging Face config.json or from a TensorRT-LLM
+// checkpoint's, written to the latter. A key that would change the mathematics and is not
+// understood is an error. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
@@ -16,12 +16,12 @@ struct ModelSpec {
   std::string architecture = "MistralForCausalLM";  // the Hugging Face class name
   int num_layers = 0;
   int hidden_size = 0;
-  int num_heads = 0;      // query heads
+  int num_heads = 0;  // query heads
   int num_kv_heads = 0;
   int head_dim = 0;
-  int ffn_size = 0;       // intermediate_size
+  int ffn_size = 0;  // intermediate_size
   int vocab_size = 0;
-  int max_position = 0;   // max_position_embeddings
+  int max_position = 0;  // max_position_embeddings
   double rope_theta = 10000.0;
   double norm_eps = 1e-5;
   bool tied_embeddings = false;

@@ -26,17 +26,20 @@ const json::value* ObjectReader::find(std::string_view key) {
   return value == nullptr || value->is_null() ? nullptr : value;
 }
 
-void ObjectReader::wrong(std::string_view key, const json::value& value, std::string_view wanted) const {
+void ObjectReader::wrong(std::string_view key, const json::value& value,
+                         std::string_view wanted) const {
   fail(ErrorKind::kInput, "{}: {} is {}; wanted {}", where_, key, show_json(value), wanted);
 }
 
 const json::value& ObjectReader::require(std::string_view key, std::string_view wanted) {
   const json::value* value = find(key);
-  if (value == nullptr) fail(ErrorKind::kInput, "{}: {} is missing; wanted {}", where_, key, wanted);
+  if (value == nullptr)
+    fail(ErrorKind::kInput, "{}: {} is missing; wanted {}", where_, key, wanted);
   return *value;
 }
 
-int ObjectReader::to_integer(std::string_view key, const json::value& value, int min, int max) const {
+int ObjectReader::to_integer(std::string_view key, const json::value& value, int min,
+                             int max) const {
   int64_t number = 0;
   bool whole = true;
   if (value.is_int64()) {
@@ -102,7 +105,8 @@ std::vector<int> ObjectReader::integers(std::string_view key, int min, int max) 
   if (value == nullptr) return {};
   if (!value->is_array()) return {to_integer(key, *value, min, max)};
   std::vector<int> numbers;
-  for (const json::value& item : value->get_array()) numbers.push_back(to_integer(key, item, min, max));
+  for (const json::value& item : value->get_array())
+    numbers.push_back(to_integer(key, item, min, max));
   return numbers;
 }
 

@@ -1,5 +1,5 @@
-// Reads the members of one JSON object with type and range checks; every complaint names the document,
-// the key, the value seen and the values wanted. Knows nothing of models.
+// Reads the members of one JSON object with type and range checks; every complaint names the
+// document, the key, the value seen and the values wanted. Knows nothing of models.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -32,14 +32,15 @@ class ObjectReader {
   bool boolean_or(std::string_view key, bool fallback);
   std::string string(std::string_view key);
   std::string string_or(std::string_view key, std::string_view fallback);
-  const json::object* object(std::string_view key);  // null when absent
+  const json::object* object(std::string_view key);                   // null when absent
   std::vector<int> integers(std::string_view key, int min, int max);  // an array or one number
 
   /// Throws Error{kInput} naming a key that was never asked for, and the nearest that was.
   void refuse_unknown_keys() const;
 
  private:
-  [[noreturn]] void wrong(std::string_view key, const json::value& value, std::string_view wanted) const;
+  [[noreturn]] void wrong(std::string_view key, const json::value& value,
+                          std::string_view wanted) const;
   int to_integer(std::string_view key, const json::value& value, int min, int max) const;
   const json::value& require(std::string_view key, std::string_view wanted);
 

@@ -10,49 +10,83 @@ std::vector<WeightRow> weight_table(const ModelSpec& spec) {
   const int64_t ffn = spec.ffn_size, vocab = spec.vocab_size;
   std::vector<WeightRow> table;
   table.reserve(static_cast<size_t>(spec.num_layers) * 7 + 3);
-  table.push_back({.role = WeightRole::kEmbedding, .name = "embedding",
+  table.push_back({.role = WeightRole::kEmbedding,
+                   .name = "embedding",
                    .hf_names = {"model.embed_tokens.weight"},
                    .trtllm_name = "transformer.vocab_embedding",
-                   .shape = {vocab, hidden}, .shard = ShardRule::kVocab});
+                   .shape = {vocab, hidden},
+                   .shard = ShardRule::kVocab});
   for (int layer = 0; layer < spec.num_layers; ++layer) {
     const std::string own = fmt::format("layers.{}.", layer);
     const std::string hf = "model." + own;
     const std::string trtllm = "transformer." + own;
-    table.push_back({.role = WeightRole::kAttnNorm, .layer = layer, .name = own + "attn_norm",
+    table.push_back({.role = WeightRole::kAttnNorm,
+                     .layer = layer,
+                     .name = own + "attn_norm",
                      .hf_names = {hf + "input_layernorm.weight"},
-                     .trtllm_name = trtllm + "input_layernorm", .shape = {hidden}});
-    table.push_back({.role = WeightRole::kQkv, .layer = layer, .name = own + "qkv",
+                     .trtllm_name = trtllm + "input_layernorm",
+                     .shape = {hidden}});
+    table.push_back({.role = WeightRole::kQkv,
+                     .layer = layer,
+                     .name = own + "qkv",
                      .hf_names = {hf + "self_attn.q_proj.weight", hf + "self_attn.k_proj.weight",
                                   hf + "self_attn.v_proj.weight"},
-                     .trtllm_name = trtllm + "attention.qkv", .shape = {qkv, hidden},
-                     .shard = ShardRule::kQkvRows, .quantizable = true});
-    table.push_back({.role = WeightRole::kO, .layer = layer, .name = own + "o",
+                     .trtllm_name = trtllm + "attention.qkv",
+                     .shape = {qkv, hidden},
+                     .shard = ShardRule::kQkvRows,
+                     .quantizable = true});
+    table.push_back({.role = WeightRole::kO,
+                     .layer = layer,
+                     .name = own + "o",
                      .hf_names = {hf + "self_attn.o_proj.weight"},
-                     .trtllm_name = trtllm + "attention.dense", .shape = {hidden, q},
-                     .shard = ShardRule::kColumns, .quantizable = true});
-    table.push_back({.role = WeightRole::kMlpNorm, .layer = layer, .name = own + "mlp_norm",
+                     .trtllm_name = trtllm + "attention.dense",
+                     .shape = {hidden, q},
+                     .shard = ShardRule::kColumns,
+                     .quantizable = true});
+    table.push_back({.role = WeightRole::kMlpNorm,
+                     .layer = layer,
+                     .name = own + "mlp_norm",
                      .hf_names = {hf + "post_attention_layernorm.weight"},
-                     .trtllm_name = trtllm + "post_layernorm", .shape = {hidden}});
+                     .trtllm_name = trtllm + "post_layernorm",
+                     .shape = {hidden}});
     // The naming trap: TensorRT-LLM's fc is the branch through SiLU, its gate is the other one.
-    table.push_back({.role = WeightRole::kGate, .layer = layer, .name = own + "gate",
+    table.push_back({.role = WeightRole::kGate,
+                     .layer = layer,
+                     .name = own + "gate",
                      .hf_names = {hf + "mlp.gate_proj.weight"},
-                     .trtllm_name = trtllm + "mlp.fc", .shape = {ffn, hidden},
-                     .shard = ShardRule::kRows, .quantizable = true});
-    table.push_back({.role = WeightRole::kUp, .layer = layer, .name = own + "up",
+                     .trtllm_name = trtllm + "mlp.fc",
+                     .shape = {ffn, hidden},
+                     .shard = ShardRule::kRows,
+                     .quantizable = true});
+    table.push_back({.role = WeightRole::kUp,
+                     .layer = layer,
+                     .name = own + "up",
                      .hf_names = {hf + "mlp.up_proj.weight"},
-                     .trtllm_name = trtllm + "mlp.gate", .shape = {ffn, hidden},
-                     .shard = ShardRule::kRows, .quantizable = true});
-    table.push_back({.role = WeightRole::kDown, .layer = layer, .name = own + "down",
+                     .trtllm_name = trtllm + "mlp.gate",
+                     .shape = {ffn, hidden},
+                     .shard = ShardRule::kRows,
+                     .quantizable = true});
+    table.push_back({.role = WeightRole::kDown,
+                     .layer = layer,
+                     .name = own + "down",
                      .hf_names = {hf + "mlp.down_proj.weight"},
-                     .trtllm_name = trtllm + "mlp.proj", .shape = {hidden, ffn},
-                     .shard = ShardRule::kColumns, .quantizable = true});
+                     .trtllm_name = trtllm + "mlp.proj",
+                     .shape = {hidden, ffn},
+                     .shard = ShardRule::kColumns,
+                     .quantizable = true});
   }
-  table.push_back({.role = WeightRole::kFinalNorm, .name = "final_norm",
-                   .hf_names = {"model.norm.weight"}, .trtllm_name = "transformer.ln_f",
+  table.push_back({.role = WeightRole::kFinalNorm,
+                   .name = "final_norm",
+                   .hf_names = {"model.norm.weight"},
+                   .trtllm_name = "transformer.ln_f",
                    .shape = {hidden}});
   if (!spec.tied_embeddings) {
-    table.push_back({.role = WeightRole::kLmHead, .name = "lm_head", .hf_names = {"lm_head.weight"},
-                     .trtllm_name = "lm_head", .shape = {vocab, hidden}, .shard = ShardRule::kVocab});
+    table.push_back({.role = WeightRole::kLmHead,
+                     .name = "lm_head",
+                     .hf_names = {"lm_head.weight"},
+                     .trtllm_name = "lm_head",
+                     .shape = {vocab, hidden},
+                     .shard = ShardRule::kVocab});
   }
   return table;
 }

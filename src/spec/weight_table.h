@@ -1,7 +1,6 @@
-// One row per weight of a model. The Hugging Face reader, the checkpoint reader and writer, the sharder,
-// the packer and `inspect` all walk this table; "each tensor consumed once, none left over" follows
-// from it and is checked in one place (formats/).
-// SPDX-License-Identifier: Apache-2.0
+// One row per weight of a model. The Hugging Face reader, the checkpoint reader and writer, the
+// sharder, the packer and `inspect` all walk this table; "each tensor consumed once, none left
+// over" follows from it and is checked in one place (formats/). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
@@ -13,16 +12,16 @@
 namespace nibble {
 
 enum class WeightRole : uint8_t {
-  kEmbedding,   // [vocab, hidden]
-  kAttnNorm,    // [hidden]
-  kQkv,         // [q + 2 kv, hidden]: q, k, v rows one after another
-  kO,           // [hidden, q]
-  kMlpNorm,     // [hidden]
-  kGate,        // [ffn, hidden]: the branch through SiLU; TensorRT-LLM calls it mlp.fc
-  kUp,          // [ffn, hidden]: TensorRT-LLM calls it mlp.gate
-  kDown,        // [hidden, ffn]
-  kFinalNorm,   // [hidden]
-  kLmHead,      // [vocab, hidden]
+  kEmbedding,  // [vocab, hidden]
+  kAttnNorm,   // [hidden]
+  kQkv,        // [q + 2 kv, hidden]: q, k, v rows one after another
+  kO,          // [hidden, q]
+  kMlpNorm,    // [hidden]
+  kGate,       // [ffn, hidden]: the branch through SiLU; TensorRT-LLM calls it mlp.fc
+  kUp,         // [ffn, hidden]: TensorRT-LLM calls it mlp.gate
+  kDown,       // [hidden, ffn]
+  kFinalNorm,  // [hidden]
+  kLmHead,     // [vocab, hidden]
 };
 
 enum class ShardRule : uint8_t {
@@ -35,20 +34,21 @@ enum class ShardRule : uint8_t {
 
 struct WeightRow {
   WeightRole role;
-  int layer = -1;                      // -1 for weights outside the layers
-  std::string name;                    // nibble's own: "layers.3.qkv", "embedding", "final_norm", "lm_head"
-  std::vector<std::string> hf_names;   // concatenated along rows, without the ".weight" suffix's prefix variants:
-                                       // "model.layers.3.self_attn.q_proj.weight", ...
-  std::string trtllm_name;             // without the ".weight" suffix: "transformer.layers.3.attention.qkv"
-  std::vector<int64_t> shape;          // [out, in], or [hidden] for norms
+  int layer = -1;    // -1 for weights outside the layers
+  std::string name;  // nibble's own: "layers.3.qkv", "embedding", "final_norm", "lm_head"
+  std::vector<std::string>
+      hf_names;  // concatenated along rows, without the ".weight" suffix's prefix variants:
+                 // "model.layers.3.self_attn.q_proj.weight", ...
+  std::string trtllm_name;     // without the ".weight" suffix: "transformer.layers.3.attention.qkv"
+  std::vector<int64_t> shape;  // [out, in], or [hidden] for norms
   ShardRule shard = ShardRule::kReplicated;
-  bool quantizable = false;            // qkv, o, gate, up, down
+  bool quantizable = false;  // qkv, o, gate, up, down
 
   bool is_linear() const { return shape.size() == 2 && role != WeightRole::kEmbedding; }
 };
 
-/// In the order of the forward pass: embedding, layers, final norm, lm_head. With tied embeddings the
-/// lm_head row is absent and the embedding serves for it.
+/// In the order of the forward pass: embedding, layers, final norm, lm_head. With tied embeddings
+/// the lm_head row is absent and the embedding serves for it.
 std::vector<WeightRow> weight_table(const ModelSpec& spec);
 
 }  // namespace nibble

@@ -80,8 +80,8 @@ void AddedTokenMatcher::split_one(const Set& set, std::string_view text, TextSpa
     at = end;
     if (found->special && !regions[region].parse_special) continue;
     if (found->single_word) {
-      const bool word_before = begin > within.begin &&
-                               (bits_at(text, previous_start(text, begin)) & unicode::kWord);
+      const bool word_before =
+          begin > within.begin && (bits_at(text, previous_start(text, begin)) & unicode::kWord);
       const bool word_after = end < within.end && (bits_at(text, end) & unicode::kWord);
       if (word_before || word_after) continue;
     }

@@ -1,5 +1,5 @@
-// Finds added tokens ("[INST]", "</s>") in raw text, leftmost-longest, as Hugging Face's AddedVocabulary
-// does: first those that are not `normalized`, then, between them, those that are.
+// Finds added tokens ("[INST]", "</s>") in raw text, leftmost-longest, as Hugging Face's
+// AddedVocabulary does: first those that are not `normalized`, then, between them, those that are.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -38,8 +38,8 @@ class AddedTokenMatcher {
  public:
   explicit AddedTokenMatcher(std::vector<AddedToken> tokens);
 
-  /// Cuts `text` (valid UTF-8). A `special` token is found only where its bytes lie within one region
-  /// that has parse_special; tokens that are not special are found everywhere, as in HF with
+  /// Cuts `text` (valid UTF-8). A `special` token is found only where its bytes lie within one
+  /// region that has parse_special; tokens that are not special are found everywhere, as in HF with
   /// encode_special_tokens. `regions` cover the text.
   std::vector<TextSpan> split(std::string_view text, std::span<const TextRegion> regions) const;
 

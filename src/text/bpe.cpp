@@ -32,7 +32,9 @@ constexpr uint64_t kSeed0 = 0xa0761d6478bd642full, kSeed1 = 0xe7037ed1a0b428dbul
 inline uint64_t load_short(const char* p, size_t n) {
   if (n == 8) return load64(p);
   if (n >= 4) return load32(p) | static_cast<uint64_t>(load32(p + n - 4)) << (8 * (n - 4));
-  const auto byte = [p](size_t i) { return static_cast<uint64_t>(static_cast<uint8_t>(p[i])) << (8 * i); };
+  const auto byte = [p](size_t i) {
+    return static_cast<uint64_t>(static_cast<uint8_t>(p[i])) << (8 * i);
+  };
   return byte(0) | byte(n / 2) | byte(n - 1);
 }
 
@@ -52,7 +54,9 @@ inline uint64_t pair_key(int32_t left, int32_t right) {
 inline uint64_t hash_pair(uint64_t key) { return mix(key ^ kSeed0, kSeed1); }
 constexpr int kRankBits = 22;
 
-size_t table_size(size_t num_entries) { return std::bit_ceil(std::max<size_t>(16, num_entries * 3 / 2)); }
+size_t table_size(size_t num_entries) {
+  return std::bit_ceil(std::max<size_t>(16, num_entries * 3 / 2));
+}
 
 }  // namespace
 
@@ -142,7 +146,8 @@ int32_t BytePairEncoder::find_piece(std::string_view piece) const {
   const uint64_t key = hash_long(piece);
   for (size_t at = key & mask;; at = (at + 1) & mask) {
     const PieceSlot& slot = pieces_[at];
-    if (slot.key == key && slot.length == piece.size() && bytes_of(slot.id) == piece) return slot.id;
+    if (slot.key == key && slot.length == piece.size() && bytes_of(slot.id) == piece)
+      return slot.id;
     if (slot.length == 0) return -1;
   }
 }
@@ -191,12 +196,12 @@ void BytePairEncoder::merge_short(std::string_view piece, std::vector<int32_t>& 
 
 namespace {
 
-// Priority queue of (rank, position) for a mostly rising sequence of minimal ranks: a radix heap on the
-// rank. An entry waits in the bucket of the highest bit in which its rank differs from the current one
-// and moves down a few times in all, in sequential memory, where a binary heap of 10^6 entries misses
-// the cache at every level. The entries of the current rank are sorted by position, which they
-// nearly are. A merge list may also bring back a rank not above the current one: such entries
-// wait in `early`, a plain heap, and are compared with the rest.
+// Priority queue of (rank, position) for a mostly rising sequence of minimal ranks: a radix heap on
+// the rank. An entry waits in the bucket of the highest bit in which its rank differs from the
+// current one and moves down a few times in all, in sequential memory, where a binary heap of 10^6
+// entries misses the cache at every level. The entries of the current rank are sorted by position,
+// which they nearly are. A merge list may also bring back a rank not above the current one: such
+// entries wait in `early`, a plain heap, and are compared with the rest.
 class MergeQueue {
  public:
   MergeQueue(std::vector<uint64_t> (&buckets)[33], std::vector<uint64_t>& early)
@@ -234,13 +239,14 @@ class MergeQueue {
 
  private:
   void put(uint64_t entry) {
-    const auto i = static_cast<size_t>(std::bit_width(static_cast<uint32_t>(entry >> 32) ^ current_));
+    const auto i =
+        static_cast<size_t>(std::bit_width(static_cast<uint32_t>(entry >> 32) ^ current_));
     buckets_[i].push_back(entry);
     if (i > 0) occupied_ |= uint32_t{1} << (i - 1);
   }
 
-  // Bucket i holds ranks whose highest difference from the current one is bit i - 1, so the lowest bucket
-  // in use has the minimum, and all of it moves to lower buckets.
+  // Bucket i holds ranks whose highest difference from the current one is bit i - 1, so the lowest
+  // bucket in use has the minimum, and all of it moves to lower buckets.
   bool advance() {
     buckets_[0].clear();
     next_ = 0;
@@ -258,9 +264,9 @@ class MergeQueue {
 
   std::vector<uint64_t> (&buckets_)[33];
   std::vector<uint64_t>& early_;
-  size_t next_ = 0;         // into buckets_[0], the entries of the current rank
-  uint32_t occupied_ = 0;   // bit i - 1: bucket i holds something
-  uint32_t current_ = 0;    // the current rank + 1
+  size_t next_ = 0;        // into buckets_[0], the entries of the current rank
+  uint32_t occupied_ = 0;  // bit i - 1: bucket i holds something
+  uint32_t current_ = 0;   // the current rank + 1
 };
 
 }  // namespace

@@ -1,11 +1,10 @@
-// Byte-pair encoding of one piece: bytes in, token ids out, exactly as Hugging Face's BPE model does it
-// (lowest merge rank first, leftmost among equals; with ignore_merges a piece that is a token is that
-// token). Knows nothing of regexes, special tokens or files.
+// Byte-pair encoding of one piece: bytes in, token ids out, exactly as Hugging Face's BPE model
+// does it (lowest merge rank first, leftmost among equals; with ignore_merges a piece that is a
+// token is that token). Knows nothing of regexes, special tokens or files.
 //
-// Merges run from the file's own merge table, keyed by the id pair. Tekken's table could be derived from
-// the vocabulary and dropped, but checking that costs more load time than the 4 MB it saves, and
-// one path is exact for every file.
-// SPDX-License-Identifier: Apache-2.0
+// Merges run from the file's own merge table, keyed by the id pair. Tekken's table could be derived
+// from the vocabulary and dropped, but checking that costs more load time than the 4 MB it saves,
+// and one path is exact for every file. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
@@ -30,8 +29,9 @@ class BytePairEncoder {
     std::string_view bytes;  // copied
   };
 
-  /// `tokens` must hold each single byte (NIBBLE_CHECKed: the file reader refuses such files by name).
-  /// Ids are below `num_ids`, at most kMaxIds of them and kMaxMerges merges. A later merge of the same pair replaces the earlier one, as in HF.
+  /// `tokens` must hold each single byte (NIBBLE_CHECKed: the file reader refuses such files by
+  /// name). Ids are below `num_ids`, at most kMaxIds of them and kMaxMerges merges. A later merge
+  /// of the same pair replaces the earlier one, as in HF.
   BytePairEncoder(std::span<const Token> tokens, std::span<const Merge> merges, size_t num_ids,
                   bool ignore_merges);
 
@@ -68,7 +68,7 @@ class BytePairEncoder {
     const size_t i = static_cast<size_t>(id);
     return {pool_.data() + offsets_[i], offsets_[i + 1] - offsets_[i]};
   }
-  int32_t find_piece(std::string_view piece) const;  // -1: not a token that stands for itself
+  int32_t find_piece(std::string_view piece) const;     // -1: not a token that stands for itself
   uint32_t rank_of(int32_t left, int32_t right) const;  // kNoRank: the pair does not merge
   uint32_t rank_of_bytes(char left, char right) const {
     return byte_ranks_[static_cast<uint8_t>(left) << 8 | static_cast<uint8_t>(right)];
@@ -78,8 +78,8 @@ class BytePairEncoder {
   std::string pool_;               // all token bytes, by id
   std::vector<uint32_t> offsets_;  // [num_ids + 1]
   int32_t byte_ids_[256];
-  std::vector<PieceSlot> pieces_;  // open addressing; only tokens that encode to themselves
-  std::vector<MergeSlot> merges_;  // open addressing
+  std::vector<PieceSlot> pieces_;     // open addressing; only tokens that encode to themselves
+  std::vector<MergeSlot> merges_;     // open addressing
   std::vector<uint32_t> byte_ranks_;  // [256 * 256]: every piece starts with these pairs
   std::vector<int32_t> result_of_rank_;
 };

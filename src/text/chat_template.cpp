@@ -46,7 +46,8 @@ std::string flatten_content(const json::value& content) {
       if (type == "thinking") continue;
       if (type != "text") {
         fail(ErrorKind::kUnsupported,
-             "content part of type \"{}\": this model reads text only; send parts of type \"text\"", type);
+             "content part of type \"{}\": this model reads text only; send parts of type \"text\"",
+             type);
       }
       text = text_of(part.get_object(), "text");
     }
@@ -81,7 +82,8 @@ json::array merge_neighbours(const json::array& messages) {
     const json::object& message = messages[i].get_object();
     const std::string role = role_of(message);
     const bool is_last = i + 1 == messages.size();
-    if (role == "assistant" && !is_last && !has_calls(message) && text_of(message, "content").empty()) {
+    if (role == "assistant" && !is_last && !has_calls(message) &&
+        text_of(message, "content").empty()) {
       continue;  // an empty reply
     }
     const bool merges = role == "user" || role == "assistant" || role == "system";
@@ -100,7 +102,8 @@ json::object make_message(std::string_view role, std::string_view content) {
   return json::object{{"role", json::string(role)}, {"content", json::string(content)}};
 }
 
-/// System notes after the beginning go to the front of the next user turn; without one, they become one.
+/// System notes after the beginning go to the front of the next user turn; without one, they become
+/// one.
 json::array fold_late_system(const json::array& messages) {
   json::array out;
   std::string pending;
@@ -179,7 +182,8 @@ std::string last_text(const json::array& messages) {
   if (content == nullptr) return {};
   if (content->is_array()) {
     for (auto it = content->get_array().rbegin(); it != content->get_array().rend(); ++it) {
-      if (it->is_object() && it->get_object().contains("text")) return text_of(it->get_object(), "text");
+      if (it->is_object() && it->get_object().contains("text"))
+        return text_of(it->get_object(), "text");
     }
     return {};
   }
@@ -261,8 +265,8 @@ void collect_special_strings(const json::value& tokens, std::vector<std::string>
   }
 }
 
-/// The "added_tokens" array of tokenizer.json, without parsing the 17 MB around it: it is found by its
-/// key and read up to its closing bracket.
+/// The "added_tokens" array of tokenizer.json, without parsing the 17 MB around it: it is found by
+/// its key and read up to its closing bracket.
 void read_added_tokens(const fs::path& path, std::vector<std::string>& out) {
   const std::string text = read_file(path);
   const size_t key = text.find("\"added_tokens\"");
@@ -298,7 +302,8 @@ jinja::Template compile_from(std::string_view source, const std::string& where) 
   try {
     return jinja::Template::compile(source);
   } catch (const jinja::TemplateError& error) {
-    throw jinja::TemplateError(error.kind(), error.type(), where + ": " + error.message(), error.line());
+    throw jinja::TemplateError(error.kind(), error.type(), where + ": " + error.message(),
+                               error.line());
   }
 }
 
@@ -343,27 +348,31 @@ ChatTemplate ChatTemplate::load(const fs::path& model_dir) {
     out.templates_.emplace_back("default", compile_from(read_file(file), file.string()));
   } else if (in_config != nullptr && in_config->is_string()) {
     out.origin_ = "tokenizer_config.json";
-    out.templates_.emplace_back("default", compile_from(in_config->get_string(), "tokenizer_config.json"));
+    out.templates_.emplace_back("default",
+                                compile_from(in_config->get_string(), "tokenizer_config.json"));
   } else if (in_config != nullptr && in_config->is_array()) {
     out.origin_ = "tokenizer_config.json";
     for (const auto& named : in_config->get_array()) {
       if (!named.is_object()) continue;
       const std::string name = text_of(named.get_object(), "name");
-      out.templates_.emplace_back(name, compile_from(text_of(named.get_object(), "template"),
-                                                     "tokenizer_config.json, template \"" + name + "\""));
+      out.templates_.emplace_back(name,
+                                  compile_from(text_of(named.get_object(), "template"),
+                                               "tokenizer_config.json, template \"" + name + "\""));
     }
   } else if (const fs::path old = model_dir / "chat_template.json"; fs::exists(old)) {
     out.origin_ = "chat_template.json";
-    out.templates_.emplace_back("default",
-                                compile_from(text_of(read_object(old), "chat_template"), old.string()));
+    out.templates_.emplace_back(
+        "default", compile_from(text_of(read_object(old), "chat_template"), old.string()));
   }
   if (out.templates_.empty()) {
     const auto token = [&](std::string_view key, std::string_view fallback) {
       const auto* value = out.special_tokens_.if_contains(key);
-      return value != nullptr && value->is_string() ? std::string(value->get_string()) : std::string(fallback);
+      return value != nullptr && value->is_string() ? std::string(value->get_string())
+                                                    : std::string(fallback);
     };
     const bool has_think = out.has_think_token_;
-    out = built_in(choose_mistral_version(special_strings), token("bos_token", "<s>"), token("eos_token", "</s>"));
+    out = built_in(choose_mistral_version(special_strings), token("bos_token", "<s>"),
+                   token("eos_token", "</s>"));
     out.has_think_token_ = has_think;
   }
   return out;
@@ -401,7 +410,8 @@ const jinja::Template& ChatTemplate::pick(bool has_tools) const {
   if (templates_.size() == 1) return templates_[0].second;
   std::string names;
   for (const auto& entry : templates_) names += (names.empty() ? "" : ", ") + entry.first;
-  fail(ErrorKind::kInput, "the model has chat templates named {} but none named \"default\"", names);
+  fail(ErrorKind::kInput, "the model has chat templates named {} but none named \"default\"",
+       names);
 }
 
 RenderedSegments ChatTemplate::render_once(const ChatRequest& request, const json::array& messages,
@@ -449,7 +459,8 @@ RenderedSegments ChatTemplate::render(const ChatRequest& request,
       !work.messages.empty() && role_of(work.messages.back().get_object()) == "assistant";
   if (tolerant && last_is_assistant) {
     const auto* prefix = work.messages.back().get_object().if_contains("prefix");
-    if (prefix != nullptr && prefix->is_bool() && prefix->get_bool()) work.continue_final_message = true;
+    if (prefix != nullptr && prefix->is_bool() && prefix->get_bool())
+      work.continue_final_message = true;
   }
   if (work.continue_final_message && tolerant && !last_is_assistant) {
     work.continue_final_message = false;  // nothing of the model's to continue: answer instead
@@ -460,7 +471,8 @@ RenderedSegments ChatTemplate::render(const ChatRequest& request,
         format_.render(work.messages, work.tools, work.continue_final_message, work.roles);
     const std::string text = work.continue_final_message ? last_text(work.messages) : std::string();
     if (has_think_token_ && text.starts_with("[THINK]")) {
-      const size_t at = join_segments(segments).rfind(text.substr(0, text.find_last_not_of(' ') + 1));
+      const size_t at =
+          join_segments(segments).rfind(text.substr(0, text.find_last_not_of(' ') + 1));
       if (at != std::string::npos) segments = promote_think(segments, at);
     }
     return segments;
@@ -497,7 +509,8 @@ std::string answer(Fn&& fn) {
   } catch (const jinja::TemplateError& error) {
     return dump_json(json::object{{"error", error.type()}, {"message", error.message()}});
   } catch (const Error& error) {
-    return dump_json(json::object{{"error", error_kind_name(error.kind())}, {"message", error.what()}});
+    return dump_json(
+        json::object{{"error", error_kind_name(error.kind())}, {"message", error.what()}});
   }
 }
 

@@ -13,8 +13,8 @@ Detokenizer::Detokenizer(Tokenizer tokenizer, DetokenizerOptions options)
   for (size_t i = 0; i < options_.stop.size(); ++i) {
     const std::string& text = options_.stop[i];
     if (text.empty() || !utf8::is_valid(text)) {
-      fail(ErrorKind::kInput, "stop[{}] is {}; nibble wants UTF-8 text of at least one character", i,
-           text.empty() ? "empty" : "not UTF-8");
+      fail(ErrorKind::kInput, "stop[{}] is {}; nibble wants UTF-8 text of at least one character",
+           i, text.empty() ? "empty" : "not UTF-8");
     }
     Stop stop{.text = text, .failure = std::vector<uint32_t>(text.size())};
     for (size_t k = 1; k < text.size(); ++k) {

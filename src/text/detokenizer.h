@@ -1,5 +1,5 @@
-// Token ids to text while they are generated: never splits a character, never shows any part of a stop
-// string. Works on the byte stream, so how text falls into tokens does not matter.
+// Token ids to text while they are generated: never splits a character, never shows any part of a
+// stop string. Works on the byte stream, so how text falls into tokens does not matter.
 //
 // A stop string ends the text at the first byte that completes one; if several complete at the same
 // byte, the one that began first (the longest) wins. Bytes that may still become one are held back.

@@ -33,8 +33,10 @@ RenderedSegments Template::render(const json::object& variables, const json::obj
   DictObject context;
   int line = 0;
   try {
-    for (const auto& member : trusted) context.set(member.key(), Value::from_json(member.value(), true));
-    for (const auto& member : variables) context.set(member.key(), Value::from_json(member.value()));
+    for (const auto& member : trusted)
+      context.set(member.key(), Value::from_json(member.value(), true));
+    for (const auto& member : variables)
+      context.set(member.key(), Value::from_json(member.value()));
     Evaluator evaluator(context, options);
     Text text;
     try {
@@ -45,7 +47,8 @@ RenderedSegments Template::render(const json::object& variables, const json::obj
     }
     RenderedSegments segments;
     text.for_each_run([&](size_t begin, size_t end, bool is_template) {
-      append_segment(segments, std::string_view(text.str()).substr(begin, end - begin), is_template);
+      append_segment(segments, std::string_view(text.str()).substr(begin, end - begin),
+                     is_template);
     });
     return segments;
   } catch (const Raise& raised) {
@@ -53,7 +56,8 @@ RenderedSegments Template::render(const json::object& variables, const json::obj
   }
 }
 
-std::string Template::render_text(const json::object& variables, const RenderOptions& options) const {
+std::string Template::render_text(const json::object& variables,
+                                  const RenderOptions& options) const {
   return join_segments(render(variables, {}, options));
 }
 

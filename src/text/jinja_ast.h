@@ -1,6 +1,5 @@
-// The syntax tree of one template. Nodes are plain data; the parser bounds their depth, so walking and
-// destroying them recursively is safe.
-// SPDX-License-Identifier: Apache-2.0
+// The syntax tree of one template. Nodes are plain data; the parser bounds their depth, so walking
+// and destroying them recursively is safe. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <memory>
@@ -20,13 +19,13 @@ enum class ExprKind : uint8_t {
   kName,
   kList,
   kTuple,
-  kDict,         // children: key, value, key, value, ...
-  kAttribute,    // children[0].name
-  kSubscript,    // children[0][children[1]]
-  kSlice,        // children[0][a:b:c]; absent bounds are null
-  kCall,         // children[0](arguments)
-  kFilter,       // children[0] | name(arguments); children[0] is null inside `filter` blocks
-  kTest,         // children[0] is name(arguments)
+  kDict,       // children: key, value, key, value, ...
+  kAttribute,  // children[0].name
+  kSubscript,  // children[0][children[1]]
+  kSlice,      // children[0][a:b:c]; absent bounds are null
+  kCall,       // children[0](arguments)
+  kFilter,     // children[0] | name(arguments); children[0] is null inside `filter` blocks
+  kTest,       // children[0] is name(arguments)
   kNegate,
   kPositive,
   kNot,
@@ -58,16 +57,16 @@ struct Expr {
 };
 
 enum class StmtKind : uint8_t {
-  kOutput,    // expressions; literals are constants
-  kIf,        // expressions: conditions; bodies: one per condition, plus else
-  kFor,       // target, expressions: {iterable, condition or null}; bodies: {body, else}
-  kSet,       // target = expressions[0]
-  kSetBlock,  // target, expressions: {filter chain or null}; bodies: {body}
-  kMacro,     // name, parameters, bodies: {body}
-  kCallBlock, // expressions: {call}; parameters of the caller; bodies: {body}
+  kOutput,     // expressions; literals are constants
+  kIf,         // expressions: conditions; bodies: one per condition, plus else
+  kFor,        // target, expressions: {iterable, condition or null}; bodies: {body, else}
+  kSet,        // target = expressions[0]
+  kSetBlock,   // target, expressions: {filter chain or null}; bodies: {body}
+  kMacro,      // name, parameters, bodies: {body}
+  kCallBlock,  // expressions: {call}; parameters of the caller; bodies: {body}
   kFilterBlock,
-  kWith,      // targets and expressions pairwise; bodies: {body}
-  kScope,     // bodies: {body}: {% generation %}
+  kWith,   // targets and expressions pairwise; bodies: {body}
+  kScope,  // bodies: {body}: {% generation %}
   kBreak,
   kContinue,
 };

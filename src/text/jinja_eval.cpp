@@ -111,7 +111,8 @@ Text Evaluator::text_of(const Value& value) {
 
 void Evaluator::emit(Text& out, const Text& text) {
   if (out.size() + text.size() > options_.limits.max_output_bytes) {
-    raise_limit(fmt::format("the output is longer than {} bytes", options_.limits.max_output_bytes));
+    raise_limit(
+        fmt::format("the output is longer than {} bytes", options_.limits.max_output_bytes));
   }
   charge(text.size());
   out.append(text);
@@ -161,8 +162,7 @@ Evaluator::Flow Evaluator::exec(const Stmt& stmt, const FramePtr& frame, Text& o
       if (stmt.bodies.size() > stmt.expressions.size()) return exec(stmt.bodies.back(), frame, out);
       return Flow::kNormal;
     }
-    case StmtKind::kFor:
-      return exec_for(stmt, frame, eval(*stmt.expressions[0], frame), 0, out);
+    case StmtKind::kFor: return exec_for(stmt, frame, eval(*stmt.expressions[0], frame), 0, out);
     case StmtKind::kSet:
       assign(stmt.targets[0], eval(*stmt.expressions[0], frame), frame);
       return Flow::kNormal;
@@ -181,7 +181,8 @@ Evaluator::Flow Evaluator::exec(const Stmt& stmt, const FramePtr& frame, Text& o
     case StmtKind::kFilterBlock: {
       Text text;
       const Flow flow = exec(stmt.bodies[0], std::make_shared<Frame>(frame), text);
-      emit(out, text_of(apply_filter_chain(*stmt.expressions[0], frame, captured(std::move(text)))));
+      emit(out,
+           text_of(apply_filter_chain(*stmt.expressions[0], frame, captured(std::move(text)))));
       return flow;
     }
     case StmtKind::kWith: {
@@ -283,8 +284,8 @@ Value Evaluator::call_macro(const Stmt& stmt, const std::string& name, const Fra
     inner->set(parameter, i >= first_default
                               ? eval(*stmt.defaults[i - first_default], inner)
                               : Value::undefined_because(
-                                    "UndefinedError",
-                                    fmt::format("parameter {} was not provided", repr_string(parameter))));
+                                    "UndefinedError", fmt::format("parameter {} was not provided",
+                                                                  repr_string(parameter))));
   }
   if (stmt.uses_caller) {
     const auto given = std::find_if(args.keyword.begin(), args.keyword.end(),
@@ -306,7 +307,8 @@ Value Evaluator::call_macro(const Stmt& stmt, const std::string& name, const Fra
   }
   if (stmt.uses_varargs) {
     std::vector<Value> rest;
-    for (size_t i = num_parameters; i < args.positional.size(); ++i) rest.push_back(args.positional[i]);
+    for (size_t i = num_parameters; i < args.positional.size(); ++i)
+      rest.push_back(args.positional[i]);
     inner->set("varargs", make_list(std::move(rest), Kind::kTuple));
   }
   Text text;
@@ -378,8 +380,7 @@ Value Evaluator::eval(const Expr& expr, const FramePtr& frame) {
       std::vector<Value> items;
       items.reserve(expr.children.size());
       for (const auto& child : expr.children) items.push_back(eval(*child, frame));
-      return make_list(std::move(items),
-                       expr.kind == ExprKind::kList ? Kind::kList : Kind::kTuple);
+      return make_list(std::move(items), expr.kind == ExprKind::kList ? Kind::kList : Kind::kTuple);
     }
     case ExprKind::kDict: {
       auto dict = std::make_shared<DictObject>();
@@ -400,7 +401,8 @@ Value Evaluator::eval(const Expr& expr, const FramePtr& frame) {
         return expr.children[i] ? eval(*expr.children[i], frame) : Value::none();
       };
       const Value start = bound(1), stop = bound(2), step_value = bound(3);
-      // Jinja folds constants through its own, lenient look-up; everything else is Python's owner[a:b].
+      // Jinja folds constants through its own, lenient look-up; everything else is Python's
+      // owner[a:b].
       if (expr.children[0]->kind == ExprKind::kConstant && !owner.is_string()) {
         return Value::undefined_because(
             "UndefinedError", fmt::format("{} has no element slice({}, {}, {})", type_name(owner),
@@ -421,7 +423,8 @@ Value Evaluator::eval(const Expr& expr, const FramePtr& frame) {
       Arguments args;
       eval_arguments(expr, frame, args);
       if (expr.test == nullptr) {
-        raise("TemplateRuntimeError", fmt::format("No test named {} found.", repr_string(expr.name)));
+        raise("TemplateRuntimeError",
+              fmt::format("No test named {} found.", repr_string(expr.name)));
       }
       return Value::boolean(expr.test->apply(*this, input, args));
     }
@@ -429,7 +432,8 @@ Value Evaluator::eval(const Expr& expr, const FramePtr& frame) {
     case ExprKind::kPositive: {
       const Value value = eval(*expr.children[0], frame);
       const bool negate = expr.kind == ExprKind::kNegate;
-      if (value.kind() == Kind::kFloat) return Value::number(negate ? -value.as_float() : value.as_float());
+      if (value.kind() == Kind::kFloat)
+        return Value::number(negate ? -value.as_float() : value.as_float());
       if (value.is_int_like()) {
         if (negate && value.as_int() == INT64_MIN) {
           raise_limit("integers beyond 64 bits are not supported");
@@ -439,7 +443,8 @@ Value Evaluator::eval(const Expr& expr, const FramePtr& frame) {
       if (value.is_undefined()) raise(value.undefined_info().type, value.undefined_info().message);
       if (value.kind() == Kind::kBigInt) {
         if (!negate) return value;
-        return Value::big_integer(value.str()[0] == '-' ? value.str().substr(1) : "-" + value.str());
+        return Value::big_integer(value.str()[0] == '-' ? value.str().substr(1)
+                                                        : "-" + value.str());
       }
       raise("TypeError", fmt::format("bad operand type for unary {}: '{}'", negate ? "-" : "+",
                                      type_name(value)));
@@ -478,9 +483,10 @@ Value Evaluator::eval(const Expr& expr, const FramePtr& frame) {
       if (expr.children[2]) return eval(*expr.children[2], frame);
       return Value::undefined_because(
           "UndefinedError",
-          fmt::format("the inline if-expression on line {} evaluated to false and no else section was "
-                      "defined.",
-                      expr.line));
+          fmt::format(
+              "the inline if-expression on line {} evaluated to false and no else section was "
+              "defined.",
+              expr.line));
   }
   return {};
 }
@@ -499,7 +505,8 @@ Value Evaluator::eval_compare(const Expr& expr, const FramePtr& frame) {
 void Evaluator::eval_arguments(const Expr& expr, const FramePtr& frame, Arguments& args) {
   args.positional.reserve(expr.positional.size());
   for (const auto& child : expr.positional) args.positional.push_back(eval(*child, frame));
-  for (const auto& [name, child] : expr.keyword) args.keyword.emplace_back(name, eval(*child, frame));
+  for (const auto& [name, child] : expr.keyword)
+    args.keyword.emplace_back(name, eval(*child, frame));
   if (expr.star_positional) {
     for (Value& item : iterate(eval(*expr.star_positional, frame))) {
       args.positional.push_back(std::move(item));
@@ -508,7 +515,8 @@ void Evaluator::eval_arguments(const Expr& expr, const FramePtr& frame, Argument
   if (expr.star_keyword) {
     const Value extra = eval(*expr.star_keyword, frame);
     if (!extra.is_dict()) {
-      raise("TypeError", fmt::format("argument after ** must be a mapping, not {}", type_name(extra)));
+      raise("TypeError",
+            fmt::format("argument after ** must be a mapping, not {}", type_name(extra)));
     }
     for (const auto& [key, value] : extra.dict().entries) {
       if (!key.is_string()) raise("TypeError", "keywords must be strings");
@@ -558,8 +566,7 @@ Value Evaluator::call(const Value& callee, Arguments& args) {
     case Kind::kLoop: {
       auto loop = std::static_pointer_cast<LoopObject>(callee.object());
       if (!loop->recurse) {
-        raise("TypeError",
-              "The loop must have the 'recursive' marker to be called recursively.");
+        raise("TypeError", "The loop must have the 'recursive' marker to be called recursively.");
       }
       if (args.positional.size() != 1) raise("TypeError", "loop() takes one iterable");
       const auto recurse = loop->recurse;

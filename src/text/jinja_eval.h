@@ -1,6 +1,6 @@
-// Walks the syntax tree of one rendering. One Evaluator per rendering; not thread-safe. Filters, tests
-// and methods get it as their way back: iterating, attribute look-up, calling, and paying for work.
-// SPDX-License-Identifier: Apache-2.0
+// Walks the syntax tree of one rendering. One Evaluator per rendering; not thread-safe. Filters,
+// tests and methods get it as their way back: iterating, attribute look-up, calling, and paying for
+// work. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <memory>
@@ -64,10 +64,12 @@ class Evaluator {
 
   Flow exec(const Body& body, const FramePtr& frame, Text& out);
   Flow exec(const Stmt& stmt, const FramePtr& frame, Text& out);
-  Flow exec_for(const Stmt& stmt, const FramePtr& frame, const Value& iterable, int nesting, Text& out);
+  Flow exec_for(const Stmt& stmt, const FramePtr& frame, const Value& iterable, int nesting,
+                Text& out);
   void exec_call_block(const Stmt& stmt, const FramePtr& frame, Text& out);
   Value make_macro(const Stmt& stmt, const FramePtr& frame, std::string name);
-  Value call_macro(const Stmt& stmt, const std::string& name, const FramePtr& frame, Arguments& args);
+  Value call_macro(const Stmt& stmt, const std::string& name, const FramePtr& frame,
+                   Arguments& args);
   void emit(Text& out, const Text& text);
   Value captured(Text text) { return make_string(std::move(text)); }
 

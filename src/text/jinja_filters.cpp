@@ -19,8 +19,8 @@ void bind_arguments(std::string_view function, Arguments& args,
                     std::initializer_list<std::string_view> names, std::vector<Value>& values,
                     size_t num_required) {
   if (args.positional.size() > names.size()) {
-    raise("TypeError", fmt::format("{}() takes at most {} arguments ({} given)", function, names.size(),
-                                   args.positional.size()));
+    raise("TypeError", fmt::format("{}() takes at most {} arguments ({} given)", function,
+                                   names.size(), args.positional.size()));
   }
   values.resize(names.size());
   std::vector<bool> given(names.size());
@@ -29,14 +29,15 @@ void bind_arguments(std::string_view function, Arguments& args,
     given[i] = true;
   }
   for (auto& [name, value] : args.keyword) {
-    const auto at = static_cast<size_t>(std::find(names.begin(), names.end(), name) - names.begin());
+    const auto at =
+        static_cast<size_t>(std::find(names.begin(), names.end(), name) - names.begin());
     if (at == names.size()) {
-      raise("TypeError", fmt::format("{}() got an unexpected keyword argument {}", function,
-                                     repr_string(name)));
+      raise("TypeError",
+            fmt::format("{}() got an unexpected keyword argument {}", function, repr_string(name)));
     }
     if (given[at]) {
-      raise("TypeError", fmt::format("{}() got multiple values for argument {}", function,
-                                     repr_string(name)));
+      raise("TypeError",
+            fmt::format("{}() got multiple values for argument {}", function, repr_string(name)));
     }
     values[at] = value;
     given[at] = true;
@@ -68,7 +69,8 @@ Value text_filter(Evaluator& eval, const Value& input, std::string (*convert)(st
 }
 
 std::string jinja_title(std::string_view text) {
-  // Words begin after runs of - ( { [ < or white space; unlike str.title(), apostrophes do not count.
+  // Words begin after runs of - ( { [ < or white space; unlike str.title(), apostrophes do not
+  // count.
   std::string out;
   size_t i = 0;
   while (i < text.size()) {
@@ -77,7 +79,8 @@ std::string jinja_title(std::string_view text) {
     while (i < text.size()) {
       size_t next = i;
       const char32_t c = next_code_point(text, next);
-      const bool is_separator = c == '-' || c == '(' || c == '{' || c == '[' || c == '<' || is_space(c);
+      const bool is_separator =
+          c == '-' || c == '(' || c == '{' || c == '[' || c == '<' || is_space(c);
       if (i == begin) separators = is_separator;
       if (is_separator != separators) break;
       i = next;
@@ -102,7 +105,8 @@ Value get_path(Evaluator& eval, Value item, const Value& attribute, const Value*
       const std::string_view part = rest.substr(0, dot);
       int64_t number = 0;
       const auto [end, ec] = std::from_chars(part.data(), part.data() + part.size(), number);
-      if (!part.empty() && ec == std::errc() && end == part.data() + part.size() && part[0] != '-') {
+      if (!part.empty() && ec == std::errc() && end == part.data() + part.size() &&
+          part[0] != '-') {
         parts.push_back(Value::integer(number));
       } else {
         parts.push_back(Value::data(part));
@@ -125,7 +129,8 @@ Value fold_case(const Value& value) {
 }
 
 Value sort_key(Evaluator& eval, const Value& item, const Value& attribute, bool case_sensitive) {
-  if (attribute.is_undefined() || attribute.is_none()) return case_sensitive ? item : fold_case(item);
+  if (attribute.is_undefined() || attribute.is_none())
+    return case_sensitive ? item : fold_case(item);
   if (attribute.is_string() && attribute.str().find(',') != std::string::npos) {
     Values keys;
     std::string_view rest = attribute.str();
@@ -193,8 +198,8 @@ Value filter_join(Evaluator& eval, const Value& input, Arguments& args) {
       out.append(separator);
     }
     first = false;
-    out.append(eval.text_of(v[1].is_undefined() || v[1].is_none() ? item
-                                                                  : get_path(eval, item, v[1], nullptr)));
+    out.append(eval.text_of(
+        v[1].is_undefined() || v[1].is_none() ? item : get_path(eval, item, v[1], nullptr)));
   }
   return eval.make_string(std::move(out));
 }
@@ -211,7 +216,8 @@ Value filter_tojson(Evaluator& eval, const Value& input, Arguments& args) {
     if (v[1].is_string()) {
       style.indent = v[1].str();
     } else {
-      style.indent = std::string(static_cast<size_t>(std::clamp<int64_t>(want_int(v[1]), 0, 64)), ' ');
+      style.indent =
+          std::string(static_cast<size_t>(std::clamp<int64_t>(want_int(v[1]), 0, 64)), ' ');
     }
   }
   if (!v[2].is_undefined() && !v[2].is_none()) {
@@ -282,8 +288,8 @@ bool parse_python_float(std::string_view text, double& out) {
   trim_range(text, true, true, nullptr, begin, end);
   std::string digits(text.substr(begin, end - begin));
   std::string lower = to_lower(digits);
-  const std::string_view unsigned_part =
-      std::string_view(lower).substr(!lower.empty() && (lower[0] == '-' || lower[0] == '+') ? 1 : 0);
+  const std::string_view unsigned_part = std::string_view(lower).substr(
+      !lower.empty() && (lower[0] == '-' || lower[0] == '+') ? 1 : 0);
   const double sign = !lower.empty() && lower[0] == '-' ? -1 : 1;
   if (unsigned_part == "inf" || unsigned_part == "infinity") {
     out = sign * HUGE_VAL;
@@ -326,8 +332,9 @@ Value filter_int(Evaluator&, const Value& input, Arguments& args) {
   if (input.kind() == Kind::kFloat) return from_float(input.as_float());
   if (input.is_int_like()) return Value::integer(input.as_int());
   if (input.kind() == Kind::kBigInt) return input;
-  return input.is_undefined() ? (raise(input.undefined_info().type, input.undefined_info().message), input)
-                              : fallback;
+  return input.is_undefined()
+             ? (raise(input.undefined_info().type, input.undefined_info().message), input)
+             : fallback;
 }
 
 Value filter_float(Evaluator&, const Value& input, Arguments& args) {
@@ -376,7 +383,9 @@ Value filter_last(Evaluator& eval, const Value& input, Arguments&) {
 
 Value filter_upper(Evaluator& e, const Value& v, Arguments&) { return text_filter(e, v, to_upper); }
 Value filter_lower(Evaluator& e, const Value& v, Arguments&) { return text_filter(e, v, to_lower); }
-Value filter_title(Evaluator& e, const Value& v, Arguments&) { return text_filter(e, v, jinja_title); }
+Value filter_title(Evaluator& e, const Value& v, Arguments&) {
+  return text_filter(e, v, jinja_title);
+}
 Value filter_capitalize(Evaluator& e, const Value& v, Arguments&) {
   return text_filter(e, v, to_capitalized);
 }
@@ -408,7 +417,8 @@ Value filter_map(Evaluator& eval, const Value& input, Arguments& args) {
     if (!has_attribute) raise("FilterArgumentError", "map requires a filter argument");
     for (auto& [name, value] : args.keyword) {
       if (name != "attribute" && name != "default") {
-        raise("FilterArgumentError", fmt::format("Unexpected keyword argument {}", repr_string(name)));
+        raise("FilterArgumentError",
+              fmt::format("Unexpected keyword argument {}", repr_string(name)));
       }
     }
     for (const Value& item : items) {
@@ -426,11 +436,13 @@ Value filter_map(Evaluator& eval, const Value& input, Arguments& args) {
   return eval.make_list(std::move(out), Kind::kGenerator);
 }
 
-Value select_or_reject(Evaluator& eval, const Value& input, Arguments& args, bool keep, bool by_attribute) {
+Value select_or_reject(Evaluator& eval, const Value& input, Arguments& args, bool keep,
+                       bool by_attribute) {
   size_t next = 0;
   Value attribute;
   if (by_attribute) {
-    if (args.positional.empty()) raise("FilterArgumentError", "Missing parameter for attribute name");
+    if (args.positional.empty())
+      raise("FilterArgumentError", "Missing parameter for attribute name");
     attribute = args.positional[next++];
   }
   std::string test;
@@ -442,8 +454,9 @@ Value select_or_reject(Evaluator& eval, const Value& input, Arguments& args, boo
     const Value subject = by_attribute ? get_path(eval, item, attribute, nullptr) : item;
     bool passes = false;
     if (has_test) {
-      Arguments inner{{args.positional.begin() + static_cast<ptrdiff_t>(next), args.positional.end()},
-                      args.keyword};
+      Arguments inner{
+          {args.positional.begin() + static_cast<ptrdiff_t>(next), args.positional.end()},
+          args.keyword};
       passes = apply_test(eval, test, subject, inner);
     } else {
       passes = truthy(subject);
@@ -453,10 +466,18 @@ Value select_or_reject(Evaluator& eval, const Value& input, Arguments& args, boo
   return eval.make_list(std::move(out), Kind::kGenerator);
 }
 
-Value filter_select(Evaluator& e, const Value& v, Arguments& a) { return select_or_reject(e, v, a, true, false); }
-Value filter_reject(Evaluator& e, const Value& v, Arguments& a) { return select_or_reject(e, v, a, false, false); }
-Value filter_selectattr(Evaluator& e, const Value& v, Arguments& a) { return select_or_reject(e, v, a, true, true); }
-Value filter_rejectattr(Evaluator& e, const Value& v, Arguments& a) { return select_or_reject(e, v, a, false, true); }
+Value filter_select(Evaluator& e, const Value& v, Arguments& a) {
+  return select_or_reject(e, v, a, true, false);
+}
+Value filter_reject(Evaluator& e, const Value& v, Arguments& a) {
+  return select_or_reject(e, v, a, false, false);
+}
+Value filter_selectattr(Evaluator& e, const Value& v, Arguments& a) {
+  return select_or_reject(e, v, a, true, true);
+}
+Value filter_rejectattr(Evaluator& e, const Value& v, Arguments& a) {
+  return select_or_reject(e, v, a, false, true);
+}
 
 Value filter_sort(Evaluator& eval, const Value& input, Arguments& args) {
   Values v;
@@ -511,8 +532,8 @@ Value filter_sum(Evaluator& eval, const Value& input, Arguments& args) {
   if (total.is_string()) raise("TypeError", "sum() can't sum strings [use ''.join(seq) instead]");
   for (const Value& item : eval.iterate(input)) {
     eval.step();
-    total = eval.add(total, v[0].is_undefined() || v[0].is_none() ? item
-                                                                  : get_path(eval, item, v[0], nullptr));
+    total = eval.add(
+        total, v[0].is_undefined() || v[0].is_none() ? item : get_path(eval, item, v[0], nullptr));
   }
   return total;
 }
@@ -560,13 +581,15 @@ Value filter_groupby(Evaluator& eval, const Value& input, Arguments& args) {
     keys.push_back(case_sensitive ? raw.back() : fold_case(raw.back()));
   }
   Values order;
-  for (size_t i = 0; i < items.size(); ++i) order.push_back(Value::integer(static_cast<int64_t>(i)));
+  for (size_t i = 0; i < items.size(); ++i)
+    order.push_back(Value::integer(static_cast<int64_t>(i)));
   order = sorted(eval, order, keys, false);
   Values out;
   for (size_t i = 0; i < order.size();) {
     const auto first = static_cast<size_t>(order[i].as_int());
     Values members;
-    for (; i < order.size() && equal(keys[static_cast<size_t>(order[i].as_int())], keys[first]); ++i) {
+    for (; i < order.size() && equal(keys[static_cast<size_t>(order[i].as_int())], keys[first]);
+         ++i) {
       members.push_back(items[static_cast<size_t>(order[i].as_int())]);
     }
     if (members.empty()) {  // NaN is not equal to itself
@@ -598,7 +621,8 @@ Value filter_batch(Evaluator& eval, const Value& input, Arguments& args) {
   const int64_t size = std::max<int64_t>(1, want_int(v[0]));
   Values out, row;
   for (const Value& item : eval.iterate(input)) {
-    if (static_cast<int64_t>(row.size()) == size) out.push_back(eval.make_list(std::exchange(row, {})));
+    if (static_cast<int64_t>(row.size()) == size)
+      out.push_back(eval.make_list(std::exchange(row, {})));
     row.push_back(item);
   }
   if (!row.empty()) {
@@ -670,7 +694,8 @@ Value filter_round(Evaluator& eval, const Value& input, Arguments& args) {
 
 Value filter_abs(Evaluator&, const Value& input, Arguments&) {
   if (input.kind() == Kind::kFloat) return Value::number(std::fabs(input.as_float()));
-  if (input.is_int_like() && input.as_int() != INT64_MIN) return Value::integer(std::abs(input.as_int()));
+  if (input.is_int_like() && input.as_int() != INT64_MIN)
+    return Value::integer(std::abs(input.as_int()));
   if (input.is_undefined()) raise(input.undefined_info().type, input.undefined_info().message);
   raise("TypeError", fmt::format("bad operand type for abs(): '{}'", type_name(input)));
 }
@@ -784,8 +809,8 @@ Value filter_urlencode(Evaluator& eval, const Value& input, Arguments&) {
   const auto quote = [](std::string_view text, std::string_view safe) {
     std::string out;
     for (const char c : text) {
-      if (isalnum(static_cast<unsigned char>(c)) || std::string_view("_.-~").find(c) != std::string_view::npos ||
-          safe.find(c) != safe.npos) {
+      if (isalnum(static_cast<unsigned char>(c)) ||
+          std::string_view("_.-~").find(c) != std::string_view::npos || safe.find(c) != safe.npos) {
         out += c;
       } else if (c == ' ' && safe.empty()) {
         out += '+';  // query strings
@@ -811,22 +836,54 @@ Value filter_urlencode(Evaluator& eval, const Value& input, Arguments&) {
 }
 
 constexpr auto kFilters = std::to_array<Filter>({
-    {"abs", filter_abs}, {"attr", filter_attr}, {"batch", filter_batch},
-    {"capitalize", filter_capitalize}, {"center", filter_center}, {"count", filter_length},
-    {"d", filter_default}, {"default", filter_default}, {"dictsort", filter_dictsort},
-    {"e", filter_escape}, {"escape", filter_escape}, {"first", filter_first},
-    {"float", filter_float}, {"forceescape", filter_forceescape}, {"format", filter_format},
-    {"groupby", filter_groupby}, {"indent", filter_indent}, {"int", filter_int},
-    {"items", filter_items}, {"join", filter_join}, {"last", filter_last},
-    {"length", filter_length}, {"list", filter_list}, {"lower", filter_lower},
-    {"map", filter_map}, {"max", filter_max}, {"min", filter_min},
-    {"random", filter_random}, {"reject", filter_reject}, {"rejectattr", filter_rejectattr},
-    {"replace", filter_replace}, {"reverse", filter_reverse}, {"round", filter_round},
-    {"safe", filter_safe}, {"select", filter_select}, {"selectattr", filter_selectattr},
-    {"slice", filter_slice}, {"sort", filter_sort}, {"string", filter_string},
-    {"sum", filter_sum}, {"title", filter_title}, {"tojson", filter_tojson},
-    {"trim", filter_trim}, {"truncate", filter_truncate}, {"unique", filter_unique},
-    {"upper", filter_upper}, {"urlencode", filter_urlencode}, {"wordcount", filter_wordcount},
+    {"abs", filter_abs},
+    {"attr", filter_attr},
+    {"batch", filter_batch},
+    {"capitalize", filter_capitalize},
+    {"center", filter_center},
+    {"count", filter_length},
+    {"d", filter_default},
+    {"default", filter_default},
+    {"dictsort", filter_dictsort},
+    {"e", filter_escape},
+    {"escape", filter_escape},
+    {"first", filter_first},
+    {"float", filter_float},
+    {"forceescape", filter_forceescape},
+    {"format", filter_format},
+    {"groupby", filter_groupby},
+    {"indent", filter_indent},
+    {"int", filter_int},
+    {"items", filter_items},
+    {"join", filter_join},
+    {"last", filter_last},
+    {"length", filter_length},
+    {"list", filter_list},
+    {"lower", filter_lower},
+    {"map", filter_map},
+    {"max", filter_max},
+    {"min", filter_min},
+    {"random", filter_random},
+    {"reject", filter_reject},
+    {"rejectattr", filter_rejectattr},
+    {"replace", filter_replace},
+    {"reverse", filter_reverse},
+    {"round", filter_round},
+    {"safe", filter_safe},
+    {"select", filter_select},
+    {"selectattr", filter_selectattr},
+    {"slice", filter_slice},
+    {"sort", filter_sort},
+    {"string", filter_string},
+    {"sum", filter_sum},
+    {"title", filter_title},
+    {"tojson", filter_tojson},
+    {"trim", filter_trim},
+    {"truncate", filter_truncate},
+    {"unique", filter_unique},
+    {"upper", filter_upper},
+    {"urlencode", filter_urlencode},
+    {"wordcount", filter_wordcount},
 });
 
 }  // namespace

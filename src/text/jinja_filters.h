@@ -35,8 +35,8 @@ Value find_global(Evaluator& eval, std::string_view name, bool& found);
 Value percent_format(Evaluator& eval, const Value& format, const Value& args);
 Value brace_format(Evaluator& eval, const Text& format, Arguments& args);
 
-/// Python call binding: values of `names` in order from positional and keyword arguments; absent ones
-/// keep `values`' defaults. Raises TypeError for unknown, repeated or surplus arguments.
+/// Python call binding: values of `names` in order from positional and keyword arguments; absent
+/// ones keep `values`' defaults. Raises TypeError for unknown, repeated or surplus arguments.
 void bind_arguments(std::string_view function, Arguments& args,
                     std::initializer_list<std::string_view> names, std::vector<Value>& values,
                     size_t num_required = 0);

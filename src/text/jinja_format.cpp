@@ -1,6 +1,5 @@
-// "%s" % x and "{}".format(x). Pieces of the format string and string arguments keep their provenance;
-// formatted numbers are data.
-// SPDX-License-Identifier: Apache-2.0
+// "%s" % x and "{}".format(x). Pieces of the format string and string arguments keep their
+// provenance; formatted numbers are data. SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cmath>
 
@@ -55,11 +54,11 @@ std::string format_number(const Value& value, const Spec& spec) {
   std::string body;
   bool negative = false;
   const char type = spec.type;
-  if (value.is_int_like() && type != 'e' && type != 'E' && type != 'f' && type != 'F' && type != 'g' &&
-      type != 'G' && type != '%') {
+  if (value.is_int_like() && type != 'e' && type != 'E' && type != 'f' && type != 'F' &&
+      type != 'g' && type != 'G' && type != '%') {
     negative = value.as_int() < 0;
-    const uint64_t magnitude =
-        negative ? 0 - static_cast<uint64_t>(value.as_int()) : static_cast<uint64_t>(value.as_int());
+    const uint64_t magnitude = negative ? 0 - static_cast<uint64_t>(value.as_int())
+                                        : static_cast<uint64_t>(value.as_int());
     switch (type) {
       case 'x': body = fmt::format("{}{:x}", spec.alternate ? "0x" : "", magnitude); break;
       case 'X': body = fmt::format("{}{:X}", spec.alternate ? "0X" : "", magnitude); break;
@@ -210,10 +209,12 @@ Value percent_format(Evaluator& eval, const Value& format_value, const Value& ar
       case 'o': {
         const bool decimal = type == 'd' || type == 'i' || type == 'u';
         if (!value.is_number() || (!decimal && value.kind() == Kind::kFloat)) {
-          if (value.is_undefined()) raise(value.undefined_info().type, value.undefined_info().message);
-          raise("TypeError",
-                decimal ? fmt::format("%{} format: a real number is required, not {}", type, type_name(value))
-                        : fmt::format("%{} format: an integer is required, not {}", type, type_name(value)));
+          if (value.is_undefined())
+            raise(value.undefined_info().type, value.undefined_info().message);
+          raise("TypeError", decimal ? fmt::format("%{} format: a real number is required, not {}",
+                                                   type, type_name(value))
+                                     : fmt::format("%{} format: an integer is required, not {}",
+                                                   type, type_name(value)));
         }
         spec.type = decimal ? 0 : type;
         if (zero && spec.align != '<') {
@@ -223,10 +224,9 @@ Value percent_format(Evaluator& eval, const Value& format_value, const Value& ar
         if (value.kind() == Kind::kFloat && std::fabs(value.as_float()) >= 9.2e18) {
           raise_limit("integers beyond 64 bits are not supported");
         }
-        const Value whole =
-            value.kind() == Kind::kFloat && !std::isnan(value.as_float())
-                ? Value::integer(static_cast<int64_t>(value.as_float()))
-                : value;
+        const Value whole = value.kind() == Kind::kFloat && !std::isnan(value.as_float())
+                                ? Value::integer(static_cast<int64_t>(value.as_float()))
+                                : value;
         piece = Text(format_number(whole, spec), false);
         break;
       }
@@ -247,15 +247,16 @@ Value percent_format(Evaluator& eval, const Value& format_value, const Value& ar
         piece = Text(format_number(value, spec), false);
         break;
       default:
-        raise("ValueError", fmt::format("unsupported format character '{}' ({:#x}) at index {}", type,
-                                        static_cast<int>(static_cast<unsigned char>(type)), i - 1));
+        raise("ValueError",
+              fmt::format("unsupported format character '{}' ({:#x}) at index {}", type,
+                          static_cast<int>(static_cast<unsigned char>(type)), i - 1));
     }
     out.append(spec.width > 0 ? align_text(eval, piece, spec, '>') : piece);
     eval.charge(piece.size());
   }
-  const bool all_used = is_tuple ? next >= args.items().size()
-                                 : next > 0 || used_mapping || args.is_dict() ||
-                                       args.kind() == Kind::kList;
+  const bool all_used =
+      is_tuple ? next >= args.items().size()
+               : next > 0 || used_mapping || args.is_dict() || args.kind() == Kind::kList;
   if (!all_used) raise("TypeError", "not all arguments converted during string formatting");
   return eval.make_string(std::move(out));
 }
@@ -287,7 +288,8 @@ Value brace_format(Evaluator& eval, const Text& format, Arguments& args) {
     std::string_view field = std::string_view(s).substr(i + 1, close - i - 1);
     i = close + 1;
     if (field.find('{') != field.npos) {
-      throw Raise{"ValueError", "nested fields in str.format are not supported", ErrorKind::kUnsupported};
+      throw Raise{"ValueError", "nested fields in str.format are not supported",
+                  ErrorKind::kUnsupported};
     }
     std::string_view spec_text;
     if (const size_t colon = field.find(':'); colon != field.npos) {
@@ -307,14 +309,14 @@ Value brace_format(Evaluator& eval, const Text& format, Arguments& args) {
     if (name.empty() || name.find_first_not_of("0123456789") == name.npos) {
       (name.empty() ? used_automatic : used_manual) = true;
       if (used_automatic && used_manual) {
-        raise("ValueError", name.empty() ? "cannot switch from manual field specification to automatic "
-                                           "field numbering"
-                                         : "cannot switch from automatic field numbering to manual "
-                                           "field specification");
+        raise("ValueError", name.empty()
+                                ? "cannot switch from manual field specification to automatic "
+                                  "field numbering"
+                                : "cannot switch from automatic field numbering to manual "
+                                  "field specification");
       }
       size_t at = 0;
-      const size_t index =
-          name.empty() ? automatic++ : static_cast<size_t>(parse_number(name, at));
+      const size_t index = name.empty() ? automatic++ : static_cast<size_t>(parse_number(name, at));
       if (index >= args.positional.size()) {
         raise("IndexError", "tuple index out of range");
       }
@@ -338,7 +340,8 @@ Value brace_format(Evaluator& eval, const Text& format, Arguments& args) {
         const std::string_view key = path.substr(1, end - 1);
         size_t at = 0;
         const bool number = !key.empty() && key.find_first_not_of("0123456789") == key.npos;
-        value = eval.get_item(value, number ? Value::integer(parse_number(key, at)) : Value::data(key));
+        value =
+            eval.get_item(value, number ? Value::integer(parse_number(key, at)) : Value::data(key));
         path.remove_prefix(end + 1);
       }
     }
@@ -351,7 +354,8 @@ Value brace_format(Evaluator& eval, const Text& format, Arguments& args) {
     if (!is_default) {
       size_t after = 0;
       const char32_t first = next_code_point(spec_text, after);
-      if (after < spec_text.size() && std::string_view("<>^=").find(spec_text[after]) != std::string_view::npos) {
+      if (after < spec_text.size() &&
+          std::string_view("<>^=").find(spec_text[after]) != std::string_view::npos) {
         spec.fill = first;
         spec.align = spec_text[after];
         k = after + 1;
@@ -359,7 +363,8 @@ Value brace_format(Evaluator& eval, const Text& format, Arguments& args) {
         spec.align = spec_text[0];
         k = 1;
       }
-      if (k < spec_text.size() && std::string_view("+- ").find(spec_text[k]) != std::string_view::npos) {
+      if (k < spec_text.size() &&
+          std::string_view("+- ").find(spec_text[k]) != std::string_view::npos) {
         spec.sign = spec_text[k++];
       }
       if (k < spec_text.size() && spec_text[k] == '#') {
@@ -404,13 +409,14 @@ Value brace_format(Evaluator& eval, const Text& format, Arguments& args) {
       const bool is_int = value.is_int_like();
       const std::string_view known = is_int ? "dxXobeEfFgG%n" : "eEfFgG%n";
       if (spec.type != 0 && known.find(spec.type) == known.npos) {
-        raise("ValueError", fmt::format("Unknown format code '{}' for object of type '{}'", spec.type,
-                                        type_name(value)));
+        raise("ValueError", fmt::format("Unknown format code '{}' for object of type '{}'",
+                                        spec.type, type_name(value)));
       }
       if (spec.type == 'd' || spec.type == 'n') spec.type = 0;
       piece = align_text(eval, Text(format_number(value, spec), false), spec, '>');
     } else {
-      raise("TypeError", fmt::format("unsupported format string passed to {}.__format__", type_name(value)));
+      raise("TypeError",
+            fmt::format("unsupported format string passed to {}.__format__", type_name(value)));
     }
     eval.charge(piece.size());
     out.append(piece);

@@ -13,9 +13,7 @@ namespace nibble::jinja {
 namespace {
 
 bool is_digit_char(char c) { return c >= '0' && c <= '9'; }
-bool is_hex(char c) {
-  return is_digit_char(c) || (c >= 'a' && c <= 'f') || (c >= 'A' && c <= 'F');
-}
+bool is_hex(char c) { return is_digit_char(c) || (c >= 'a' && c <= 'f') || (c >= 'A' && c <= 'F'); }
 
 std::string normalize_newlines(std::string_view source) {
   std::string out;
@@ -309,7 +307,8 @@ class Lexer {
       }
     }
     std::string out;
-    for (auto it = decimal.rbegin(); it != decimal.rend(); ++it) out += static_cast<char>('0' + *it);
+    for (auto it = decimal.rbegin(); it != decimal.rend(); ++it)
+      out += static_cast<char>('0' + *it);
     return out;
   }
 
@@ -375,9 +374,9 @@ class Lexer {
         uint64_t value = 0;
         size_t k = i + 2;
         while (k < text.size() && k < i + 2 + length && is_hex(text[k])) {
-          value = value * 16 +
-                  static_cast<uint64_t>(is_digit_char(text[k]) ? text[k] - '0'
-                                                               : (text[k] | 0x20) - 'a' + 10);
+          value = value * 16 + static_cast<uint64_t>(is_digit_char(text[k])
+                                                         ? text[k] - '0'
+                                                         : (text[k] | 0x20) - 'a' + 10);
           ++k;
         }
         if (k != i + 2 + length) {
@@ -423,7 +422,8 @@ class Lexer {
         if (closers.empty()) throw LexFailure{fmt::format("unexpected '{}'", c)};
         const char expected = closers.back();
         closers.pop_back();
-        if (expected != c) throw LexFailure{fmt::format("unexpected '{}', expected '{}'", c, expected)};
+        if (expected != c)
+          throw LexFailure{fmt::format("unexpected '{}', expected '{}'", c, expected)};
       }
       push(TokenKind::kOperator, std::string(op));
       advance_to(at_ + op.size());
@@ -431,9 +431,9 @@ class Lexer {
     }
     size_t next = at_;
     next_code_point(source_, next);
-    throw LexFailure{fmt::format(
-        "unexpected char {} at {}", repr_string(std::string_view(source_).substr(at_, next - at_)),
-        count_code_points(std::string_view(source_).substr(0, at_)))};
+    throw LexFailure{fmt::format("unexpected char {} at {}",
+                                 repr_string(std::string_view(source_).substr(at_, next - at_)),
+                                 count_code_points(std::string_view(source_).substr(0, at_)))};
   }
 
   std::string source_;

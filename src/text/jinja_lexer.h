@@ -11,18 +11,18 @@
 namespace nibble::jinja {
 
 enum class TokenKind : uint8_t {
-  kData,           // template text
+  kData,  // template text
   kBlockBegin,
   kBlockEnd,
   kVariableBegin,
   kVariableEnd,
   kName,
-  kString,         // text: unescaped
-  kInteger,        // text: decimal digits
+  kString,   // text: unescaped
+  kInteger,  // text: decimal digits
   kFloat,
   kOperator,
   kEnd,
-  kError,          // lexing failed here; raised when the parser arrives
+  kError,  // lexing failed here; raised when the parser arrives
 };
 
 struct Token {

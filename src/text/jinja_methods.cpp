@@ -1,6 +1,5 @@
-// Methods of str, dict, list, tuple and cycler that templates may call. What would change a list or a
-// dict is refused, as by Jinja's immutable sandbox.
-// SPDX-License-Identifier: Apache-2.0
+// Methods of str, dict, list, tuple and cycler that templates may call. What would change a list or
+// a dict is refused, as by Jinja's immutable sandbox. SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -90,20 +89,25 @@ Value affix_method(Evaluator& eval, const Value& self, Arguments& args, bool at_
   if (v[0].is_string()) return Value::boolean(matches(v[0]));
   if (v[0].is_undefined()) raise(v[0].undefined_info().type, v[0].undefined_info().message);
   if (v[0].kind() != Kind::kTuple) {
-    raise("TypeError", fmt::format("{} first arg must be str or a tuple of str, not {}", name,
-                                   type_name(v[0])));
+    raise("TypeError",
+          fmt::format("{} first arg must be str or a tuple of str, not {}", name, type_name(v[0])));
   }
   for (const Value& affix : v[0].items()) {
     if (!affix.is_string()) {
-      raise("TypeError", fmt::format("tuple for {} must only contain str, not {}", name, type_name(affix)));
+      raise("TypeError",
+            fmt::format("tuple for {} must only contain str, not {}", name, type_name(affix)));
     }
     if (matches(affix)) return Value::boolean(true);
   }
   return Value::boolean(false);
 }
 
-Value str_startswith(Evaluator& e, const Value& s, Arguments& a) { return affix_method(e, s, a, true); }
-Value str_endswith(Evaluator& e, const Value& s, Arguments& a) { return affix_method(e, s, a, false); }
+Value str_startswith(Evaluator& e, const Value& s, Arguments& a) {
+  return affix_method(e, s, a, true);
+}
+Value str_endswith(Evaluator& e, const Value& s, Arguments& a) {
+  return affix_method(e, s, a, false);
+}
 
 Value split_spaces(Evaluator& eval, const Text& text, int64_t max_split, bool from_right) {
   Values parts;
@@ -141,7 +145,8 @@ Value split_spaces(Evaluator& eval, const Text& text, int64_t max_split, bool fr
       size_t word_begin = end;
       while (word_begin > begin) {
         size_t previous = word_begin - 1;
-        while (previous > begin && (static_cast<unsigned char>(s[previous]) & 0xc0) == 0x80) --previous;
+        while (previous > begin && (static_cast<unsigned char>(s[previous]) & 0xc0) == 0x80)
+          --previous;
         size_t next = previous;
         if (is_space(next_code_point(s, next))) break;
         word_begin = previous;
@@ -183,7 +188,8 @@ Value split_method(Evaluator& eval, const Value& self, Arguments& args, bool fro
   }
   size_t begin = 0;
   while (max_split < 0 || static_cast<int64_t>(parts.size()) < max_split) {
-    const void* hit = memmem(s.data() + begin, s.size() - begin, separator.data(), separator.size());
+    const void* hit =
+        memmem(s.data() + begin, s.size() - begin, separator.data(), separator.size());
     if (hit == nullptr) break;
     const auto at = static_cast<size_t>(static_cast<const char*>(hit) - s.data());
     eval.step();
@@ -238,14 +244,22 @@ int64_t find_text(Evaluator& eval, const Value& self, Arguments& args, bool from
   return static_cast<int64_t>(count_code_points(std::string_view(self.str()).substr(0, from + at)));
 }
 
-Value str_find(Evaluator& e, const Value& s, Arguments& a) { return Value::integer(find_text(e, s, a, false)); }
-Value str_rfind(Evaluator& e, const Value& s, Arguments& a) { return Value::integer(find_text(e, s, a, true)); }
+Value str_find(Evaluator& e, const Value& s, Arguments& a) {
+  return Value::integer(find_text(e, s, a, false));
+}
+Value str_rfind(Evaluator& e, const Value& s, Arguments& a) {
+  return Value::integer(find_text(e, s, a, true));
+}
 Value found_or_raise(int64_t at) {
   if (at < 0) raise("ValueError", "substring not found");
   return Value::integer(at);
 }
-Value str_index(Evaluator& e, const Value& s, Arguments& a) { return found_or_raise(find_text(e, s, a, false)); }
-Value str_rindex(Evaluator& e, const Value& s, Arguments& a) { return found_or_raise(find_text(e, s, a, true)); }
+Value str_index(Evaluator& e, const Value& s, Arguments& a) {
+  return found_or_raise(find_text(e, s, a, false));
+}
+Value str_rindex(Evaluator& e, const Value& s, Arguments& a) {
+  return found_or_raise(find_text(e, s, a, true));
+}
 
 Value str_count(Evaluator& eval, const Value& self, Arguments& args) {
   Values v;
@@ -318,20 +332,26 @@ Value partition_method(Evaluator& eval, const Value& self, Arguments& args, bool
   if (separator.empty()) raise("ValueError", "empty separator");
   const Text& text = self.text();
   eval.step(text.size() * std::min<size_t>(separator.size(), 4096) / 4096);
-  const size_t at = from_right ? text.str().rfind(separator.str()) : text.str().find(separator.str());
+  const size_t at =
+      from_right ? text.str().rfind(separator.str()) : text.str().find(separator.str());
   Values parts;
   if (at == std::string::npos) {
     parts = {self, eval.make_string(Text()), eval.make_string(Text())};
     if (from_right) std::swap(parts[0], parts[2]);
   } else {
-    parts = {eval.make_string(text.sub(0, at)), eval.make_string(text.sub(at, at + separator.size())),
+    parts = {eval.make_string(text.sub(0, at)),
+             eval.make_string(text.sub(at, at + separator.size())),
              eval.make_string(text.sub(at + separator.size(), text.size()))};
   }
   return eval.make_list(std::move(parts), Kind::kTuple);
 }
 
-Value str_partition(Evaluator& e, const Value& s, Arguments& a) { return partition_method(e, s, a, false); }
-Value str_rpartition(Evaluator& e, const Value& s, Arguments& a) { return partition_method(e, s, a, true); }
+Value str_partition(Evaluator& e, const Value& s, Arguments& a) {
+  return partition_method(e, s, a, false);
+}
+Value str_rpartition(Evaluator& e, const Value& s, Arguments& a) {
+  return partition_method(e, s, a, true);
+}
 
 template <int side>
 Value pad_method(Evaluator& eval, const Value& self, Arguments& args) {
@@ -350,7 +370,8 @@ Value str_zfill(Evaluator& eval, const Value& self, Arguments& args) {
   const Text& text = self.text();
   const bool has_sign = !text.empty() && (text.str()[0] == '+' || text.str()[0] == '-');
   const Text digits = text.sub(has_sign ? 1 : 0, text.size());
-  const Text padded = pad_text(eval, digits, want_int(v[0]) - (has_sign ? 1 : 0), 1, Text("0", false));
+  const Text padded =
+      pad_text(eval, digits, want_int(v[0]) - (has_sign ? 1 : 0), 1, Text("0", false));
   Text out = text.sub(0, has_sign ? 1 : 0);
   out.append(padded);
   return eval.make_string(std::move(out));
@@ -373,22 +394,44 @@ Value str_removesuffix(Evaluator& eval, const Value& self, Arguments& args) {
 }
 
 constexpr auto kStrMethods = std::to_array<NamedMethod>({
-    {"capitalize", convert_method<to_capitalized>}, {"casefold", convert_method<to_lower>},
-    {"center", pad_method<0>}, {"count", str_count}, {"endswith", str_endswith},
-    {"find", str_find}, {"format", str_format}, {"index", str_index},
-    {"isalnum", all_method<is_alnum>}, {"isalpha", all_method<is_alpha>},
-    {"isascii", str_isascii}, {"isdecimal", all_method<is_decimal>},
-    {"isdigit", all_method<is_digit>}, {"islower", case_method<false>},
-    {"isnumeric", all_method<is_numeric>}, {"isspace", all_method<is_space>},
-    {"isupper", case_method<true>}, {"join", str_join}, {"ljust", pad_method<-1>},
-    {"lower", convert_method<to_lower>}, {"lstrip", strip_method<true, false>},
-    {"partition", str_partition}, {"removeprefix", str_removeprefix},
-    {"removesuffix", str_removesuffix}, {"replace", str_replace}, {"rfind", str_rfind},
-    {"rindex", str_rindex}, {"rjust", pad_method<1>}, {"rpartition", str_rpartition},
-    {"rsplit", str_rsplit}, {"rstrip", strip_method<false, true>}, {"split", str_split},
-    {"splitlines", str_splitlines}, {"startswith", str_startswith},
-    {"strip", strip_method<true, true>}, {"swapcase", convert_method<to_swapped>},
-    {"title", convert_method<to_title>}, {"upper", convert_method<to_upper>},
+    {"capitalize", convert_method<to_capitalized>},
+    {"casefold", convert_method<to_lower>},
+    {"center", pad_method<0>},
+    {"count", str_count},
+    {"endswith", str_endswith},
+    {"find", str_find},
+    {"format", str_format},
+    {"index", str_index},
+    {"isalnum", all_method<is_alnum>},
+    {"isalpha", all_method<is_alpha>},
+    {"isascii", str_isascii},
+    {"isdecimal", all_method<is_decimal>},
+    {"isdigit", all_method<is_digit>},
+    {"islower", case_method<false>},
+    {"isnumeric", all_method<is_numeric>},
+    {"isspace", all_method<is_space>},
+    {"isupper", case_method<true>},
+    {"join", str_join},
+    {"ljust", pad_method<-1>},
+    {"lower", convert_method<to_lower>},
+    {"lstrip", strip_method<true, false>},
+    {"partition", str_partition},
+    {"removeprefix", str_removeprefix},
+    {"removesuffix", str_removesuffix},
+    {"replace", str_replace},
+    {"rfind", str_rfind},
+    {"rindex", str_rindex},
+    {"rjust", pad_method<1>},
+    {"rpartition", str_rpartition},
+    {"rsplit", str_rsplit},
+    {"rstrip", strip_method<false, true>},
+    {"split", str_split},
+    {"splitlines", str_splitlines},
+    {"startswith", str_startswith},
+    {"strip", strip_method<true, true>},
+    {"swapcase", convert_method<to_swapped>},
+    {"title", convert_method<to_title>},
+    {"upper", convert_method<to_upper>},
     {"zfill", str_zfill},
 });
 
@@ -397,9 +440,10 @@ constexpr auto kStrMethods = std::to_array<NamedMethod>({
 Value dict_get(Evaluator&, const Value& self, Arguments& args) {
   if (!args.keyword.empty()) raise("TypeError", "dict.get() takes no keyword arguments");
   if (args.positional.empty() || args.positional.size() > 2) {
-    raise("TypeError", args.positional.empty()
-                           ? "get expected at least 1 argument, got 0"
-                           : fmt::format("get expected at most 2 arguments, got {}", args.positional.size()));
+    raise("TypeError",
+          args.positional.empty()
+              ? "get expected at least 1 argument, got 0"
+              : fmt::format("get expected at most 2 arguments, got {}", args.positional.size()));
   }
   if (const Value* value = self.dict().find(args.positional[0])) return *value;
   return args.positional.size() > 1 ? args.positional[1] : Value::none();
@@ -432,10 +476,13 @@ Value dict_values(Evaluator& eval, const Value& self, Arguments&) {
 Value return_self(Evaluator&, const Value& self, Arguments&) { return self; }
 
 constexpr auto kDictMethods = std::to_array<NamedMethod>({
-    {"copy", return_self}, {"get", dict_get}, {"items", dict_items},
-    {"keys", dict_keys}, {"values", dict_values},
+    {"copy", return_self},
+    {"get", dict_get},
+    {"items", dict_items},
+    {"keys", dict_keys},
+    {"values", dict_values},
 });
-constexpr std::array<std::string_view, 6> kDictMutators = {"clear", "pop", "popitem",
+constexpr std::array<std::string_view, 6> kDictMutators = {"clear",      "pop",    "popitem",
                                                            "setdefault", "update", "fromkeys"};
 
 // ---- list, tuple
@@ -458,10 +505,12 @@ Value list_count(Evaluator& eval, const Value& self, Arguments& args) {
 }
 
 constexpr auto kListMethods = std::to_array<NamedMethod>({
-    {"copy", return_self}, {"count", list_count}, {"index", list_index},
+    {"copy", return_self},
+    {"count", list_count},
+    {"index", list_index},
 });
-constexpr std::array<std::string_view, 8> kListMutators = {
-    "append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"};
+constexpr std::array<std::string_view, 8> kListMutators = {"append", "clear",  "extend",  "insert",
+                                                           "pop",    "remove", "reverse", "sort"};
 
 // ---- cycler
 
@@ -501,9 +550,9 @@ template <size_t N>
 bool is_mutator(const std::array<std::string_view, N>& names, const Value& self,
                 std::string_view name, Value& out) {
   if (std::find(names.begin(), names.end(), name) == names.end()) return false;
-  out = Value::undefined_because(
-      "SecurityError", fmt::format("access to attribute {} of '{}' object is unsafe.",
-                                   repr_string(name), type_name(self)));
+  out = Value::undefined_because("SecurityError",
+                                 fmt::format("access to attribute {} of '{}' object is unsafe.",
+                                             repr_string(name), type_name(self)));
   return true;
 }
 
@@ -513,9 +562,11 @@ bool find_method(const Value& self, std::string_view name, Value& out) {
   switch (self.kind()) {
     case Kind::kString: return bind_method(kStrMethods, self, name, out);
     case Kind::kDict:
-      return bind_method(kDictMethods, self, name, out) || is_mutator(kDictMutators, self, name, out);
+      return bind_method(kDictMethods, self, name, out) ||
+             is_mutator(kDictMutators, self, name, out);
     case Kind::kList:
-      return bind_method(kListMethods, self, name, out) || is_mutator(kListMutators, self, name, out);
+      return bind_method(kListMethods, self, name, out) ||
+             is_mutator(kListMutators, self, name, out);
     case Kind::kTuple:
     case Kind::kRange: return name != "copy" && bind_method(kListMethods, self, name, out);
     case Kind::kCycler:

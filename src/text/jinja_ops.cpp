@@ -38,9 +38,7 @@ std::vector<Value> Evaluator::iterate(const Value& value) {
     case Kind::kList:
     case Kind::kTuple:
     case Kind::kRange:
-    case Kind::kDictView:
-      charge(value.items().size() * sizeof(Value));
-      return value.items();
+    case Kind::kDictView: charge(value.items().size() * sizeof(Value)); return value.items();
     case Kind::kDict: {
       std::vector<Value> keys;
       keys.reserve(value.dict().entries.size());
@@ -86,7 +84,8 @@ Value Evaluator::loop_attribute(const Value& value, std::string_view name) {
     return loop->items->items[loop->index - 1];
   }
   if (name == "nextitem") {
-    if (index + 1 == length) return Value::undefined_because("UndefinedError", "there is no next item");
+    if (index + 1 == length)
+      return Value::undefined_because("UndefinedError", "there is no next item");
     return loop->items->items[loop->index + 1];
   }
   if (name == "cycle" || name == "changed") {
@@ -151,9 +150,9 @@ Value Evaluator::get_attribute(const Value& owner, std::string_view name) {
     default: break;
   }
   if (name.size() > 4 && name.starts_with("__") && name.ends_with("__")) {
-    return Value::undefined_because(
-        "SecurityError", fmt::format("access to attribute {} of '{}' object is unsafe.",
-                                     repr_string(name), type_name(owner)));
+    return Value::undefined_because("SecurityError",
+                                    fmt::format("access to attribute {} of '{}' object is unsafe.",
+                                                repr_string(name), type_name(owner)));
   }
   return Value::undefined_attribute(owner, name);
 }
@@ -207,7 +206,8 @@ Value Evaluator::get_item(const Value& owner, const Value& key) {
   return Value::undefined_element(owner, key);
 }
 
-Value Evaluator::slice(const Value& owner, const Value& start, const Value& stop, const Value& step_value) {
+Value Evaluator::slice(const Value& owner, const Value& start, const Value& stop,
+                       const Value& step_value) {
   if (owner.is_undefined()) raise_undefined(owner);
   if (!owner.is_string() && owner.kind() != Kind::kList && owner.kind() != Kind::kTuple &&
       owner.kind() != Kind::kRange) {
@@ -224,8 +224,8 @@ Value Evaluator::slice(const Value& owner, const Value& start, const Value& stop
   if (stride == 0) raise("ValueError", "slice step cannot be zero");
   const bool is_string = owner.is_string();
   if (is_string) step(owner.str().size() / 64);
-  const auto size = static_cast<int64_t>(is_string ? count_code_points(owner.str())
-                                                   : owner.items().size());
+  const auto size =
+      static_cast<int64_t>(is_string ? count_code_points(owner.str()) : owner.items().size());
   const int64_t low = stride > 0 ? 0 : -1;
   const int64_t high = stride > 0 ? size : size - 1;
   const auto clamp = [&](const Value& bound, int64_t absent) {
@@ -287,14 +287,15 @@ Value Evaluator::add(const Value& left, const Value& right) {
   }
   if (left.is_string() || left.kind() == Kind::kList || left.kind() == Kind::kTuple) {
     const std::string type = left.is_string() ? "str" : type_name(left);
-    raise("TypeError", fmt::format("can only concatenate {} (not \"{}\") to {}", type,
-                                   type_name(right), type));
+    raise("TypeError",
+          fmt::format("can only concatenate {} (not \"{}\") to {}", type, type_name(right), type));
   }
   return arithmetic("+", left, right);
 }
 
 Value Evaluator::multiply(const Value& left, const Value& right) {
-  const bool left_repeats = left.is_string() || left.kind() == Kind::kList || left.kind() == Kind::kTuple;
+  const bool left_repeats =
+      left.is_string() || left.kind() == Kind::kList || left.kind() == Kind::kTuple;
   const bool right_repeats =
       right.is_string() || right.kind() == Kind::kList || right.kind() == Kind::kTuple;
   if (!left_repeats && !right_repeats) return arithmetic("*", left, right);
@@ -309,7 +310,8 @@ Value Evaluator::multiply(const Value& left, const Value& right) {
   const size_t length = sequence.is_string() ? sequence.str().size() : sequence.items().size();
   const size_t unit = sequence.is_string() ? 1 : sizeof(Value);
   if (length > 0 && count > options_.limits.max_string_bytes / (length * unit)) {
-    raise_limit(fmt::format("repeating a sequence of {} {} times is longer than allowed", length, count));
+    raise_limit(
+        fmt::format("repeating a sequence of {} {} times is longer than allowed", length, count));
   }
   step(count);
   if (sequence.is_string()) {
@@ -331,8 +333,9 @@ Value Evaluator::arithmetic(std::string_view op, const Value& left, const Value&
   }
   if (left.kind() == Kind::kBigInt || right.kind() == Kind::kBigInt) raise_too_big();
   if (!left.is_number() || !right.is_number()) {
-    raise("TypeError", fmt::format("unsupported operand type(s) for {}: '{}' and '{}'",
-                                   op == "**" ? "** or pow()" : op, type_name(left), type_name(right)));
+    raise("TypeError",
+          fmt::format("unsupported operand type(s) for {}: '{}' and '{}'",
+                      op == "**" ? "** or pow()" : op, type_name(left), type_name(right)));
   }
   if (left.is_int_like() && right.is_int_like() && op != "/") {
     const int64_t a = left.as_int();
@@ -389,8 +392,9 @@ Value Evaluator::arithmetic(std::string_view op, const Value& left, const Value&
   if (op == "*") return Value::number(a * b);
   if (op == "/") {
     if (b == 0) {
-      raise("ZeroDivisionError", left.is_int_like() && right.is_int_like() ? "division by zero"
-                                                                           : "float division by zero");
+      raise("ZeroDivisionError", left.is_int_like() && right.is_int_like()
+                                     ? "division by zero"
+                                     : "float division by zero");
     }
     return Value::number(a / b);
   }

@@ -11,8 +11,8 @@
 namespace nibble::jinja {
 namespace {
 
-constexpr int kMaxNesting = 100;     // brackets, statements inside each other: parser recursion
-constexpr int kMaxTreeDepth = 400;   // any expression: evaluator recursion
+constexpr int kMaxNesting = 100;    // brackets, statements inside each other: parser recursion
+constexpr int kMaxTreeDepth = 400;  // any expression: evaluator recursion
 
 using Names = std::initializer_list<std::string_view>;
 
@@ -53,9 +53,12 @@ class Parser {
 
   bool is(TokenKind kind) const { return current().kind == kind; }
   bool is_op(std::string_view op) const { return is(TokenKind::kOperator) && current().text == op; }
-  bool is_name(std::string_view name) const { return is(TokenKind::kName) && current().text == name; }
+  bool is_name(std::string_view name) const {
+    return is(TokenKind::kName) && current().text == name;
+  }
   bool is_any_name(Names names) const {
-    return is(TokenKind::kName) && std::find(names.begin(), names.end(), current().text) != names.end();
+    return is(TokenKind::kName) &&
+           std::find(names.begin(), names.end(), current().text) != names.end();
   }
   bool skip_op(std::string_view op) {
     if (!is_op(op)) return false;
@@ -69,7 +72,8 @@ class Parser {
   }
 
   [[noreturn]] void fail_expected(std::string_view wanted) const {
-    if (is(TokenKind::kEnd)) fail(fmt::format("unexpected end of template, expected '{}'.", wanted));
+    if (is(TokenKind::kEnd))
+      fail(fmt::format("unexpected end of template, expected '{}'.", wanted));
     fail(fmt::format("expected token '{}', got '{}'", wanted, describe_token(current())));
   }
   void expect_op(std::string_view op) {
@@ -143,28 +147,28 @@ class Parser {
   }
 
   [[noreturn]] void fail_unknown_tag(const std::string& tag) const {
-    std::string message =
-        tag.empty() ? "Unexpected end of template." : fmt::format("Encountered unknown tag '{}'.", tag);
+    std::string message = tag.empty() ? "Unexpected end of template."
+                                      : fmt::format("Encountered unknown tag '{}'.", tag);
     if (!end_stack_.empty()) {
       std::string wanted;
       for (const std::string_view end : end_stack_.back()) {
         wanted += fmt::format("{}'{}'", wanted.empty() ? "" : " or ", end);
       }
-      const bool is_expected_elsewhere =
-          std::any_of(end_stack_.begin(), end_stack_.end(), [&](const auto& ends) {
-            return std::find(ends.begin(), ends.end(), tag) != ends.end();
-          });
+      const bool is_expected_elsewhere = std::any_of(
+          end_stack_.begin(), end_stack_.end(),
+          [&](const auto& ends) { return std::find(ends.begin(), ends.end(), tag) != ends.end(); });
       if (!tag.empty() && is_expected_elsewhere) {
         message += fmt::format(
-            " You probably made a nesting mistake. Jinja is expecting this tag, but currently looking "
+            " You probably made a nesting mistake. Jinja is expecting this tag, but currently "
+            "looking "
             "for {}.",
             wanted);
       } else {
         message += fmt::format(" Jinja was looking for the following tags: {}.", wanted);
       }
       if (!tag_stack_.empty()) {
-        message += fmt::format(" The innermost block that needs to be closed is '{}'.",
-                               tag_stack_.back());
+        message +=
+            fmt::format(" The innermost block that needs to be closed is '{}'.", tag_stack_.back());
       }
     }
     fail(message);
@@ -395,9 +399,10 @@ class Parser {
     look_at(expr->star_keyword);
     expr->depth = depth + 1;
     if (expr->depth > kMaxTreeDepth) {
-      throw TemplateError(ErrorKind::kLimit, "LimitError",
-                          fmt::format("an expression is nested more than {} levels deep", kMaxTreeDepth),
-                          expr->line);
+      throw TemplateError(
+          ErrorKind::kLimit, "LimitError",
+          fmt::format("an expression is nested more than {} levels deep", kMaxTreeDepth),
+          expr->line);
     }
     return expr;
   }
@@ -408,7 +413,8 @@ class Parser {
     return finish(std::move(expr));
   }
 
-  ExprPtr binary(ExprKind kind, int line, ExprPtr left, ExprPtr right, std::string name = {}) const {
+  ExprPtr binary(ExprKind kind, int line, ExprPtr left, ExprPtr right,
+                 std::string name = {}) const {
     ExprPtr expr = make(kind, line);
     expr->name = std::move(name);
     expr->children.push_back(std::move(left));
@@ -733,7 +739,8 @@ class Parser {
       } else if (skip_op("**")) {
         ensure(!call.star_keyword);
         call.star_keyword = parse_expression();
-      } else if (is(TokenKind::kName) && look().kind == TokenKind::kOperator && look().text == "=") {
+      } else if (is(TokenKind::kName) && look().kind == TokenKind::kOperator &&
+                 look().text == "=") {
         ensure(!call.star_keyword);
         const std::string name = next().text;
         next();

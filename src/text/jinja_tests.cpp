@@ -48,9 +48,7 @@ bool is_callable(Evaluator&, const Value& v, Arguments&) {
   return v.kind() == Kind::kCallable || v.kind() == Kind::kLoop || v.kind() == Kind::kJoiner ||
          v.is_undefined();
 }
-bool is_escaped(Evaluator&, const Value& v, Arguments&) {
-  return v.is_string() && v.text().markup;
-}
+bool is_escaped(Evaluator&, const Value& v, Arguments&) { return v.is_string() && v.text().markup; }
 bool is_lower_text(Evaluator& eval, const Value& v, Arguments&) {
   const std::string text = eval.text_of(v).str();
   bool cased = false;
@@ -77,14 +75,30 @@ bool divides(Evaluator& eval, const Value& v, const Value& by, int64_t wanted) {
 bool is_divisibleby(Evaluator& eval, const Value& v, Arguments& args) {
   return divides(eval, v, argument("divisibleby", args), 0);
 }
-bool is_even(Evaluator& eval, const Value& v, Arguments&) { return divides(eval, v, Value::integer(2), 0); }
-bool is_odd(Evaluator& eval, const Value& v, Arguments&) { return divides(eval, v, Value::integer(2), 1); }
-bool is_eq(Evaluator& e, const Value& v, Arguments& a) { return e.compare("==", v, argument("eq", a)); }
-bool is_ne(Evaluator& e, const Value& v, Arguments& a) { return e.compare("!=", v, argument("ne", a)); }
-bool is_lt(Evaluator& e, const Value& v, Arguments& a) { return e.compare("<", v, argument("lt", a)); }
-bool is_le(Evaluator& e, const Value& v, Arguments& a) { return e.compare("<=", v, argument("le", a)); }
-bool is_gt(Evaluator& e, const Value& v, Arguments& a) { return e.compare(">", v, argument("gt", a)); }
-bool is_ge(Evaluator& e, const Value& v, Arguments& a) { return e.compare(">=", v, argument("ge", a)); }
+bool is_even(Evaluator& eval, const Value& v, Arguments&) {
+  return divides(eval, v, Value::integer(2), 0);
+}
+bool is_odd(Evaluator& eval, const Value& v, Arguments&) {
+  return divides(eval, v, Value::integer(2), 1);
+}
+bool is_eq(Evaluator& e, const Value& v, Arguments& a) {
+  return e.compare("==", v, argument("eq", a));
+}
+bool is_ne(Evaluator& e, const Value& v, Arguments& a) {
+  return e.compare("!=", v, argument("ne", a));
+}
+bool is_lt(Evaluator& e, const Value& v, Arguments& a) {
+  return e.compare("<", v, argument("lt", a));
+}
+bool is_le(Evaluator& e, const Value& v, Arguments& a) {
+  return e.compare("<=", v, argument("le", a));
+}
+bool is_gt(Evaluator& e, const Value& v, Arguments& a) {
+  return e.compare(">", v, argument("gt", a));
+}
+bool is_ge(Evaluator& e, const Value& v, Arguments& a) {
+  return e.compare(">=", v, argument("ge", a));
+}
 bool is_in(Evaluator& e, const Value& v, Arguments& a) { return e.contains(argument("in", a), v); }
 bool is_sameas(Evaluator&, const Value& v, Arguments& a) {
   const Value& other = argument("sameas", a);
@@ -102,15 +116,44 @@ bool is_test_name(Evaluator&, const Value& v, Arguments&) {
 }
 
 constexpr auto kTests = std::to_array<Test>({
-    {"boolean", is_boolean}, {"callable", is_callable}, {"defined", is_defined},
-    {"divisibleby", is_divisibleby}, {"eq", is_eq}, {"equalto", is_eq}, {"==", is_eq},
-    {"escaped", is_escaped}, {"even", is_even}, {"false", is_false}, {"filter", is_filter_name},
-    {"float", is_float}, {"ge", is_ge}, {">=", is_ge}, {"gt", is_gt}, {"greaterthan", is_gt},
-    {">", is_gt}, {"in", is_in}, {"integer", is_integer}, {"iterable", is_iterable}, {"le", is_le},
-    {"<=", is_le}, {"lower", is_lower_text}, {"lt", is_lt}, {"lessthan", is_lt}, {"<", is_lt},
-    {"mapping", is_mapping}, {"ne", is_ne}, {"!=", is_ne}, {"none", is_none},
-    {"number", is_number}, {"odd", is_odd}, {"sameas", is_sameas}, {"sequence", is_sequence},
-    {"string", is_string}, {"test", is_test_name}, {"true", is_true}, {"undefined", is_undefined},
+    {"boolean", is_boolean},
+    {"callable", is_callable},
+    {"defined", is_defined},
+    {"divisibleby", is_divisibleby},
+    {"eq", is_eq},
+    {"equalto", is_eq},
+    {"==", is_eq},
+    {"escaped", is_escaped},
+    {"even", is_even},
+    {"false", is_false},
+    {"filter", is_filter_name},
+    {"float", is_float},
+    {"ge", is_ge},
+    {">=", is_ge},
+    {"gt", is_gt},
+    {"greaterthan", is_gt},
+    {">", is_gt},
+    {"in", is_in},
+    {"integer", is_integer},
+    {"iterable", is_iterable},
+    {"le", is_le},
+    {"<=", is_le},
+    {"lower", is_lower_text},
+    {"lt", is_lt},
+    {"lessthan", is_lt},
+    {"<", is_lt},
+    {"mapping", is_mapping},
+    {"ne", is_ne},
+    {"!=", is_ne},
+    {"none", is_none},
+    {"number", is_number},
+    {"odd", is_odd},
+    {"sameas", is_sameas},
+    {"sequence", is_sequence},
+    {"string", is_string},
+    {"test", is_test_name},
+    {"true", is_true},
+    {"undefined", is_undefined},
     {"upper", is_upper_text},
 });
 
@@ -127,9 +170,9 @@ Value function(std::string_view name, std::function<Value(Evaluator&, Arguments&
 
 Value make_range(Evaluator& eval, Arguments& args) {
   if (args.positional.empty() || args.positional.size() > 3 || !args.keyword.empty()) {
-    raise("TypeError",
-          fmt::format("range expected {} argument{}, got {}", args.positional.empty() ? "at least 1" : "at most 3",
-                      args.positional.empty() ? "" : "s", args.positional.size()));
+    raise("TypeError", fmt::format("range expected {} argument{}, got {}",
+                                   args.positional.empty() ? "at least 1" : "at most 3",
+                                   args.positional.empty() ? "" : "s", args.positional.size()));
   }
   for (const Value& v : args.positional) {
     if (!v.is_int_like()) {
@@ -145,9 +188,13 @@ Value make_range(Evaluator& eval, Arguments& args) {
   constexpr uint64_t kMaxRange = 100'000;
   uint64_t length = 0;
   if (step > 0 && start < stop) {
-    length = (static_cast<uint64_t>(stop) - static_cast<uint64_t>(start) - 1) / static_cast<uint64_t>(step) + 1;
+    length = (static_cast<uint64_t>(stop) - static_cast<uint64_t>(start) - 1) /
+                 static_cast<uint64_t>(step) +
+             1;
   } else if (step < 0 && start > stop) {
-    length = (static_cast<uint64_t>(start) - static_cast<uint64_t>(stop) - 1) / (0 - static_cast<uint64_t>(step)) + 1;
+    length = (static_cast<uint64_t>(start) - static_cast<uint64_t>(stop) - 1) /
+                 (0 - static_cast<uint64_t>(step)) +
+             1;
   }
   if (length > kMaxRange) {
     raise("OverflowError", fmt::format("Range too big. The sandbox blocks ranges larger than "
@@ -157,8 +204,8 @@ Value make_range(Evaluator& eval, Arguments& args) {
   std::vector<Value> items;
   items.reserve(length);
   for (uint64_t i = 0; i < length; ++i) {
-    items.push_back(Value::integer(static_cast<int64_t>(static_cast<uint64_t>(start) +
-                                                        i * static_cast<uint64_t>(step))));
+    items.push_back(Value::integer(
+        static_cast<int64_t>(static_cast<uint64_t>(start) + i * static_cast<uint64_t>(step))));
   }
   eval.step(length / 8);
   Value range = eval.make_list(std::move(items), Kind::kRange);
@@ -183,9 +230,10 @@ std::shared_ptr<DictObject> dict_from(Evaluator& eval, Arguments& args, std::str
       for (const Value& pair : eval.iterate(source)) {
         const std::vector<Value> parts = eval.iterate(pair);
         if (parts.size() != 2) {
-          raise("ValueError", fmt::format("dictionary update sequence element #{} has length {}; 2 is "
-                                          "required",
-                                          dict->entries.size(), parts.size()));
+          raise("ValueError",
+                fmt::format("dictionary update sequence element #{} has length {}; 2 is "
+                            "required",
+                            dict->entries.size(), parts.size()));
         }
         dict->set(parts[0], parts[1]);
       }
@@ -270,14 +318,20 @@ Value find_global(Evaluator&, std::string_view name, bool& found) {
   found = true;
   if (name == "range") return function(name, make_range);
   if (name == "namespace") {
-    return function(name, [](Evaluator& eval, Arguments& args) {
-      return eval.make_namespace(dict_from(eval, args, "dict"));
-    }, "type");
+    return function(
+        name,
+        [](Evaluator& eval, Arguments& args) {
+          return eval.make_namespace(dict_from(eval, args, "dict"));
+        },
+        "type");
   }
   if (name == "dict") {
-    return function(name, [](Evaluator& eval, Arguments& args) {
-      return eval.make_dict(dict_from(eval, args, "dict"));
-    }, "type");
+    return function(
+        name,
+        [](Evaluator& eval, Arguments& args) {
+          return eval.make_dict(dict_from(eval, args, "dict"));
+        },
+        "type");
   }
   if (name == "raise_exception") {
     return function(name, [](Evaluator& eval, Arguments& args) -> Value {

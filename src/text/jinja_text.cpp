@@ -44,8 +44,7 @@ Text Text::sub(size_t begin, size_t end) const {
 }
 
 bool Text::is_template_at(size_t offset) const {
-  const auto flips =
-      std::upper_bound(flips_.begin(), flips_.end(), offset) - flips_.begin();
+  const auto flips = std::upper_bound(flips_.begin(), flips_.end(), offset) - flips_.begin();
   return first_is_template_ != (flips % 2 == 1);
 }
 

@@ -1,8 +1,7 @@
 // Text that remembers where its bytes came from. A chat template's own literals may become control
 // tokens; what a user typed never may. Every string of the Jinja engine is a Text: bytes plus the
-// offsets at which provenance flips. Comparison ignores provenance. Where exact tracking is hard the
-// result is data (false), never the reverse.
-// SPDX-License-Identifier: Apache-2.0
+// offsets at which provenance flips. Comparison ignores provenance. Where exact tracking is hard
+// the result is data (false), never the reverse. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstddef>

@@ -23,7 +23,8 @@ Text trim_text(const Text& text, bool left, bool right, const std::string* chars
   return out;
 }
 
-Text replace_text(Evaluator& eval, const Text& text, const Text& old, const Text& fresh, int64_t count) {
+Text replace_text(Evaluator& eval, const Text& text, const Text& old, const Text& fresh,
+                  int64_t count) {
   Text out;
   const std::string& s = text.str();
   eval.step(s.size() / 64);
@@ -65,8 +66,8 @@ std::vector<Text> split_lines(Evaluator& eval, const Text& text, bool keep_ends)
   for (size_t i = 0; i < s.size();) {
     const size_t at = i;
     const char32_t c = next_code_point(s, i);
-    const bool is_break = (c >= 10 && c <= 13) || (c >= 0x1c && c <= 0x1e) || c == 0x85 ||
-                          c == 0x2028 || c == 0x2029;
+    const bool is_break =
+        (c >= 10 && c <= 13) || (c >= 0x1c && c <= 0x1e) || c == 0x85 || c == 0x2028 || c == 0x2029;
     if (!is_break) continue;
     if (c == '\r' && i < s.size() && s[i] == '\n') ++i;
     eval.charge(128 + (at - begin));

@@ -82,8 +82,8 @@ void append_lower(std::string& out, std::string_view text, size_t begin, size_t 
 char32_t next_code_point(std::string_view text, size_t& i) {
   const auto byte = static_cast<unsigned char>(text[i]);
   int length = byte < 0x80 ? 1 : byte >= 0xf0 && byte < 0xf5 ? 4 : byte >= 0xe0 ? 3 : 2;
-  if (byte >= 0x80 && (byte < 0xc2 || byte >= 0xf5 ||
-                       i + static_cast<size_t>(length) > text.size())) {
+  if (byte >= 0x80 &&
+      (byte < 0xc2 || byte >= 0xf5 || i + static_cast<size_t>(length) > text.size())) {
     ++i;
     return 0xfffd;
   }

@@ -28,9 +28,9 @@ bool is_word(char32_t c);  // \w of Python's re
 
 std::string to_upper(std::string_view text);
 std::string to_lower(std::string_view text);
-std::string to_title(std::string_view text);       // str.title()
-std::string to_capitalized(std::string_view text); // str.capitalize()
-std::string to_swapped(std::string_view text);     // str.swapcase()
+std::string to_title(std::string_view text);        // str.title()
+std::string to_capitalized(std::string_view text);  // str.capitalize()
+std::string to_swapped(std::string_view text);      // str.swapcase()
 
 /// Byte ranges left after trimming Python whitespace, or the code points of `chars`.
 void trim_range(std::string_view text, bool left, bool right, const std::string_view* chars,

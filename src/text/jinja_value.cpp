@@ -42,8 +42,7 @@ std::string object_type_repr(const Value& value) {
     case Kind::kCycler: return "jinja2.utils.Cycler object";
     case Kind::kJoiner: return "jinja2.utils.Joiner object";
     case Kind::kLoop: return "jinja2.runtime.LoopContext object";
-    case Kind::kString:
-      return value.text().markup ? "markupsafe.Markup object" : "str object";
+    case Kind::kString: return value.text().markup ? "markupsafe.Markup object" : "str object";
     case Kind::kCallable:
       if (value.callable().type_name == "Macro") return "jinja2.runtime.Macro object";
       return value.callable().type_name + " object";
@@ -407,8 +406,9 @@ void append_repr(std::string& out, const Value& value, int depth) {
       break;
     case Kind::kRange: {
       const ListObject& range = value.list();
-      out += range.step == 1 ? fmt::format("range({}, {})", range.start, range.stop)
-                             : fmt::format("range({}, {}, {})", range.start, range.stop, range.step);
+      out += range.step == 1
+                 ? fmt::format("range({}, {})", range.start, range.stop)
+                 : fmt::format("range({}, {}, {})", range.start, range.stop, range.step);
       break;
     }
     case Kind::kDictView:
@@ -507,8 +507,8 @@ struct JsonWriter {
       case Kind::kBigInt: return key.str();
       case Kind::kFloat: return python_float_repr(key.as_float());
       default:
-        raise("TypeError", fmt::format("keys must be str, int, float, bool or None, not {}",
-                                       type_name(key)));
+        raise("TypeError",
+              fmt::format("keys must be str, int, float, bool or None, not {}", type_name(key)));
     }
   }
 

@@ -1,7 +1,7 @@
 // Values of the Jinja engine: Python's types as far as templates can see them. Values are immutable
-// and shared, except namespaces (the one thing a sandboxed template may change). Every container knows
-// its depth, so that nesting stays bounded and recursion over values and their destruction stay safe.
-// SPDX-License-Identifier: Apache-2.0
+// and shared, except namespaces (the one thing a sandboxed template may change). Every container
+// knows its depth, so that nesting stays bounded and recursion over values and their destruction
+// stay safe. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
@@ -54,8 +54,8 @@ enum class Kind : uint8_t {
   kList,
   kTuple,
   kRange,
-  kGenerator,   // computed eagerly, but used up by its first iteration, as in Python
-  kDictView,    // items(), keys(), values()
+  kGenerator,  // computed eagerly, but used up by its first iteration, as in Python
+  kDictView,   // items(), keys(), values()
   kDict,
   kNamespace,
   kCallable,
@@ -148,10 +148,10 @@ struct StringObject : Object {
 
 struct ListObject : Object {
   std::vector<Value> items;
-  bool used_up = false;                       // generators
-  bool is_group = false;                      // groupby's (grouper, list)
-  std::string_view view;                      // "dict_items", ... for views
-  int64_t start = 0, stop = 0, step = 1;      // ranges
+  bool used_up = false;                   // generators
+  bool is_group = false;                  // groupby's (grouper, list)
+  std::string_view view;                  // "dict_items", ... for views
+  int64_t start = 0, stop = 0, step = 1;  // ranges
 };
 
 size_t hash_value(const Value& value);  // raises TypeError for unhashable kinds

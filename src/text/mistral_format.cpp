@@ -41,7 +41,9 @@ struct Message {
   std::string call_id;
   bool has_call_id = false;
 
-  bool has_content() const { return is_list ? !chunks.empty() : !chunks.empty() && !chunks[0].text.empty(); }
+  bool has_content() const {
+    return is_list ? !chunks.empty() : !chunks.empty() && !chunks[0].text.empty();
+  }
   bool has_thinking() const {
     return std::any_of(chunks.begin(), chunks.end(), [](const Chunk& c) { return c.is_thinking; });
   }
@@ -56,16 +58,19 @@ std::string string_of(const json::value* value) {
 }
 
 bool is_call_id(std::string_view id) {
-  return id.size() == 9 && std::all_of(id.begin(), id.end(), [](unsigned char c) { return c < 0x80 && isalnum(c); });
+  return id.size() == 9 &&
+         std::all_of(id.begin(), id.end(), [](unsigned char c) { return c < 0x80 && isalnum(c); });
 }
 
 bool is_function_name(std::string_view name) {
-  return !name.empty() && name.size() <= 64 && std::all_of(name.begin(), name.end(), [](unsigned char c) {
-    return c < 0x80 && (isalnum(c) || c == '_' || c == '-');
-  });
+  return !name.empty() && name.size() <= 64 &&
+         std::all_of(name.begin(), name.end(), [](unsigned char c) {
+           return c < 0x80 && (isalnum(c) || c == '_' || c == '-');
+         });
 }
 
-/// The last nine letters and digits, as vLLM and llama.cpp's templates take; zeros in front when short.
+/// The last nine letters and digits, as vLLM and llama.cpp's templates take; zeros in front when
+/// short.
 std::string repair_call_id(std::string_view id) {
   std::string out;
   for (const char c : id) {
@@ -116,11 +121,13 @@ void read_chunk(const json::value& part, Message& message) {
         chunk.text = string_of(inner);
       }
     }
-    if (const auto* closed = object.if_contains("closed")) chunk.is_closed = !closed->is_bool() || closed->get_bool();
+    if (const auto* closed = object.if_contains("closed"))
+      chunk.is_closed = !closed->is_bool() || closed->get_bool();
     message.chunks.push_back(std::move(chunk));
   } else {
     fail(ErrorKind::kUnsupported,
-         "content part of type \"{}\": this model reads text only; send parts of type \"text\"", type);
+         "content part of type \"{}\": this model reads text only; send parts of type \"text\"",
+         type);
   }
 }
 
@@ -163,7 +170,8 @@ Message read_message(const json::value& value, RolePolicy policy) {
     for (const auto& item : calls->get_array()) {
       if (!item.is_object()) refuse("a tool call must be an object");
       const auto* function = item.get_object().if_contains("function");
-      if (function == nullptr || !function->is_object()) refuse("a tool call needs a \"function\" object");
+      if (function == nullptr || !function->is_object())
+        refuse("a tool call needs a \"function\" object");
       Call call;
       call.id = string_of(item.get_object().if_contains("id"));
       call.name = string_of(function->get_object().if_contains("name"));
@@ -183,13 +191,16 @@ Message read_message(const json::value& value, RolePolicy policy) {
 void check_last(const std::vector<Message>& messages, bool continue_final) {
   const Role last = messages.back().role;
   if (last == Role::kAssistant && !continue_final) {
-    refuse("Expected last role User or Tool (or Assistant with prefix or continue_final_message set to "
-           "True) for serving but got assistant");
+    refuse(
+        "Expected last role User or Tool (or Assistant with prefix or continue_final_message set "
+        "to "
+        "True) for serving but got assistant");
   }
   if (continue_final && last != Role::kAssistant) {
-    refuse(fmt::format("Expected last role Assistant with prefix False for serving with "
-                       "continue_final_message set to True but got {}",
-                       role_name(last)));
+    refuse(
+        fmt::format("Expected last role Assistant with prefix False for serving with "
+                    "continue_final_message set to True but got {}",
+                    role_name(last)));
   }
 }
 
@@ -200,7 +211,9 @@ void check_order(const std::vector<Message>& messages) {
     const bool ok = before == Role::kAssistant ? now != Role::kSystem
                     : before == Role::kTool    ? now == Role::kAssistant || now == Role::kTool
                                                : now != Role::kTool;
-    if (!ok) refuse(fmt::format("Unexpected role '{}' after role '{}'", role_name(now), role_name(before)));
+    if (!ok)
+      refuse(
+          fmt::format("Unexpected role '{}' after role '{}'", role_name(now), role_name(before)));
   }
 }
 
@@ -245,19 +258,22 @@ void check_content(const Message& message, MistralVersion version) {
     }
     for (const Call& call : message.calls) {
       if (!is_call_id(call.id)) {
-        refuse(fmt::format("Tool call id was {} but must be a-z, A-Z, 0-9, with a length of 9.", call.id));
+        refuse(fmt::format("Tool call id was {} but must be a-z, A-Z, 0-9, with a length of 9.",
+                           call.id));
       }
       if (!is_function_name(call.name)) {
-        refuse(fmt::format("Function name was {} but must be a-z, A-Z, 0-9, or contain underscores and "
-                           "dashes, with a maximum length of 64.",
-                           call.name));
+        refuse(fmt::format(
+            "Function name was {} but must be a-z, A-Z, 0-9, or contain underscores and "
+            "dashes, with a maximum length of 64.",
+            call.name));
       }
     }
   }
   if (message.role == Role::kTool) {
     if (!message.has_call_id) refuse("Tool call id has to be defined.");
     if (!is_call_id(message.call_id)) {
-      refuse(fmt::format("Tool call id was {} but must be a-z, A-Z, 0-9, with a length of 9.", message.call_id));
+      refuse(fmt::format("Tool call id was {} but must be a-z, A-Z, 0-9, with a length of 9.",
+                         message.call_id));
     }
   }
   if (message.has_thinking()) {
@@ -274,7 +290,8 @@ void check_content(const Message& message, MistralVersion version) {
 }
 
 void validate(const std::vector<Message>& messages, MistralVersion version, bool continue_final) {
-  if (messages.size() == 1 && messages[0].role != Role::kUser && messages[0].role != Role::kSystem) {
+  if (messages.size() == 1 && messages[0].role != Role::kUser &&
+      messages[0].role != Role::kSystem) {
     refuse("Conversation must start with a user message or system message");
   }
   if (messages.size() > 1) check_last(messages, continue_final);
@@ -285,7 +302,8 @@ void validate(const std::vector<Message>& messages, MistralVersion version, bool
 
 // ---- normalisation
 
-/// Appends a message's chunks: texts of one message and of merged messages are joined with a blank line.
+/// Appends a message's chunks: texts of one message and of merged messages are joined with a blank
+/// line.
 void merge_chunks(std::vector<Chunk>& into, const std::vector<Chunk>& chunks) {
   for (const Chunk& chunk : chunks) {
     if (!chunk.is_thinking && chunk.text.empty()) continue;
@@ -329,7 +347,8 @@ void sort_results(std::vector<Message>& messages) {
     }
     size_t end = i;
     while (end < messages.size() && messages[end].role == Role::kTool) ++end;
-    std::stable_sort(messages.begin() + static_cast<ptrdiff_t>(i), messages.begin() + static_cast<ptrdiff_t>(end),
+    std::stable_sort(messages.begin() + static_cast<ptrdiff_t>(i),
+                     messages.begin() + static_cast<ptrdiff_t>(end),
                      [&](const Message& a, const Message& b) {
                        return std::find(call_ids.begin(), call_ids.end(), a.call_id) <
                               std::find(call_ids.begin(), call_ids.end(), b.call_id);
@@ -343,7 +362,8 @@ void repair(std::vector<Message>& messages, MistralVersion version) {
   for (Message& message : messages) {
     for (Call& call : message.calls) call.id = repair_call_id(call.id);
     if (message.role == Role::kTool) message.call_id = repair_call_id(message.call_id);
-    if (version < MistralVersion::kV13 || message.role == Role::kUser || message.role == Role::kTool) {
+    if (version < MistralVersion::kV13 || message.role == Role::kUser ||
+        message.role == Role::kTool) {
       std::erase_if(message.chunks, [](const Chunk& chunk) { return chunk.is_thinking; });
     }
   }
@@ -371,15 +391,17 @@ json::array normalize_tools(const json::value& tools, RolePolicy policy) {
     const json::object& f = function->get_object();
     const std::string name = string_of(f.if_contains("name"));
     if (policy == RolePolicy::kStrict && !is_function_name(name)) {
-      refuse(fmt::format("Function name was {} but must be a-z, A-Z, 0-9, or contain underscores and "
-                         "dashes, with a maximum length of 64.",
-                         name));
+      refuse(
+          fmt::format("Function name was {} but must be a-z, A-Z, 0-9, or contain underscores and "
+                      "dashes, with a maximum length of 64.",
+                      name));
     }
     const auto* parameters = f.if_contains("parameters");
     json::object kept;
     kept["name"] = name;
     kept["description"] = string_of(f.if_contains("description"));
-    kept["parameters"] = parameters != nullptr && !parameters->is_null() ? *parameters : json::value(json::object());
+    kept["parameters"] =
+        parameters != nullptr && !parameters->is_null() ? *parameters : json::value(json::object());
     out.push_back(json::object{{"type", "function"}, {"function", std::move(kept)}});
   }
   return out;
@@ -507,8 +529,8 @@ RenderedSegments MistralChatFormat::render(const json::array& raw, const json::v
     validate(messages, version_, continue_final_message);
   } else {
     repair(messages, version_);
-    continue_final_message = continue_final_message && !messages.empty() &&
-                             messages.back().role == Role::kAssistant;
+    continue_final_message =
+        continue_final_message && !messages.empty() && messages.back().role == Role::kAssistant;
   }
   const json::array tools = normalize_tools(raw_tools, policy);
 
@@ -522,10 +544,12 @@ RenderedSegments MistralChatFormat::render(const json::array& raw, const json::v
       if (!text.empty()) system += (system.empty() ? "" : "\n\n") + text;
     }
     std::erase_if(messages, [](const Message& message) { return message.role == Role::kSystem; });
-    if (messages.empty() || messages[0].role != Role::kUser) messages.insert(messages.begin(), Message());
+    if (messages.empty() || messages[0].role != Role::kUser)
+      messages.insert(messages.begin(), Message());
   }
   const auto is_user = [](const Message& message) { return message.role == Role::kUser; };
-  const auto first_user = std::find_if(messages.begin(), messages.end(), is_user) - messages.begin();
+  const auto first_user =
+      std::find_if(messages.begin(), messages.end(), is_user) - messages.begin();
   const auto last_user =
       messages.rend() - std::find_if(messages.rbegin(), messages.rend(), is_user) - 1;
   const auto tools_at = version_ >= MistralVersion::kV13 ? first_user : last_user;

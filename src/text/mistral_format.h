@@ -1,7 +1,6 @@
-// Mistral's own chat formats (Tekken generations V3, V7, V11, V13), written straight from their rules:
-// validate, normalise, encode. Used when a model ships no chat template. Control tokens come out as
-// template segments, message text as data.
-// SPDX-License-Identifier: Apache-2.0
+// Mistral's own chat formats (Tekken generations V3, V7, V11, V13), written straight from their
+// rules: validate, normalise, encode. Used when a model ships no chat template. Control tokens come
+// out as template segments, message text as data. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <span>
@@ -22,14 +21,15 @@ enum class RolePolicy {
 
 class MistralChatFormat {
  public:
-  explicit MistralChatFormat(MistralVersion version, std::string bos = "<s>", std::string eos = "</s>")
+  explicit MistralChatFormat(MistralVersion version, std::string bos = "<s>",
+                             std::string eos = "</s>")
       : version_(version), bos_(std::move(bos)), eos_(std::move(eos)) {}
 
   MistralVersion version() const { return version_; }
 
-  /// Strict: mistral-common's rules, Error{kInput} with its sentence where it raises. Tolerant: empty
-  /// replies are dropped, reasoning a version cannot write is dropped, call ids are cut or padded to
-  /// nine characters, any role order is written down as it comes.
+  /// Strict: mistral-common's rules, Error{kInput} with its sentence where it raises. Tolerant:
+  /// empty replies are dropped, reasoning a version cannot write is dropped, call ids are cut or
+  /// padded to nine characters, any role order is written down as it comes.
   RenderedSegments render(const json::array& messages, const json::value& tools,
                           bool continue_final_message, RolePolicy policy) const;
 

@@ -38,7 +38,8 @@ inline Char char_at(Byte p) {
   return {class_bits(value), static_cast<uint8_t>(length)};
 }
 
-// Class tests. Optional word prefix [^\r\n\p{L}\p{N}]; punctuation [^\s\p{L}\p{N}] (marks included).
+// Class tests. Optional word prefix [^\r\n\p{L}\p{N}]; punctuation [^\s\p{L}\p{N}] (marks
+// included).
 inline bool is_prefix(uint8_t bits) { return !(bits & (kNewline | kLetter | kNumber)); }
 inline bool is_punctuation(uint8_t bits) { return !(bits & (kSpace | kLetter | kNumber)); }
 
@@ -61,7 +62,8 @@ inline Byte run_of_punctuation(Byte p, Byte end) {
 }
 
 // Both Tekken word alternatives at `p`, without the optional prefix.
-//   word1 = UPPER* LOWER+: the longest upper run, given back to its last character that is also LOWER
+//   word1 = UPPER* LOWER+: the longest upper run, given back to its last character that is also
+//   LOWER
 //           (Lm, Lo, M) when no lower character follows. word2 = UPPER+ LOWER*.
 struct Words {
   Byte word1 = nullptr;  // end, or null: no match
@@ -131,8 +133,12 @@ inline Byte match_contraction(Byte p, Byte end) {
   const auto lower = [&](Byte q) { return q < end ? *q | 0x20 : 0; };
   const int a = lower(p + 1);
   switch (a) {
-    case 's': case 't': case 'm': case 'd': return p + 2;
-    case 'r': case 'v': return lower(p + 2) == 'e' ? p + 3 : nullptr;
+    case 's':
+    case 't':
+    case 'm':
+    case 'd': return p + 2;
+    case 'r':
+    case 'v': return lower(p + 2) == 'e' ? p + 3 : nullptr;
     case 'l': return lower(p + 2) == 'l' ? p + 3 : nullptr;
     default: break;
   }
@@ -213,9 +219,9 @@ SplitPattern SplitPattern::compile(std::string_view pattern, std::string_view wh
   std::unique_ptr<pcre2_compile_context, decltype(&pcre2_compile_context_free)> context(
       pcre2_compile_context_create(nullptr), pcre2_compile_context_free);
   pcre2_set_newline(context.get(), PCRE2_NEWLINE_LF);
-  compiled->code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
-                                 PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE, &code, &offset,
-                                 context.get());
+  compiled->code =
+      pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
+                    PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE, &code, &offset, context.get());
   if (!compiled->code) {
     PCRE2_UCHAR message[256] = {};
     pcre2_get_error_message(code, message, sizeof message);
@@ -272,8 +278,8 @@ void SplitPattern::split(std::string_view text, std::vector<size_t>& ends) const
     if (at > done) ends.push_back(done = at);
   };
   for (size_t at = 0; at <= text.size();) {
-    const int rc = pcre2_match(compiled_->code, reinterpret_cast<PCRE2_SPTR>(begin), text.size(), at,
-                               PCRE2_NO_UTF_CHECK, state.data, state.context);
+    const int rc = pcre2_match(compiled_->code, reinterpret_cast<PCRE2_SPTR>(begin), text.size(),
+                               at, PCRE2_NO_UTF_CHECK, state.data, state.context);
     if (rc == PCRE2_ERROR_NOMATCH) break;
     if (rc < 0) {
       PCRE2_UCHAR message[256] = {};

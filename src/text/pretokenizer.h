@@ -1,7 +1,6 @@
-// Cuts text into the pieces BPE works on. Mistral's Tekken pattern and Llama-3's run as hand-written
-// scanners over Unicode 16 tables; any other pattern runs on PCRE2, whose Unicode is older (14).
-// Knows nothing of vocabularies or special tokens.
-// SPDX-License-Identifier: Apache-2.0
+// Cuts text into the pieces BPE works on. Mistral's Tekken pattern and Llama-3's run as
+// hand-written scanners over Unicode 16 tables; any other pattern runs on PCRE2, whose Unicode is
+// older (14). Knows nothing of vocabularies or special tokens. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <memory>
@@ -17,12 +16,13 @@ extern const std::string_view kGpt2Pattern;  // what ByteLevel{use_regex: true} 
 
 enum class SplitKind { kTekken, kLlama3, kPcre2 };
 
-/// End of the piece that starts at `p` (p < end). Text must be valid UTF-8. Linear in the piece, or in
-/// the run of one class around it.
+/// End of the piece that starts at `p` (p < end). Text must be valid UTF-8. Linear in the piece, or
+/// in the run of one class around it.
 const char* next_tekken_piece(const char* p, const char* end);
 const char* next_llama3_piece(const char* p, const char* end);
 
-/// One split pattern, "Isolated": matches and the gaps between them are pieces. Immutable, thread-safe.
+/// One split pattern, "Isolated": matches and the gaps between them are pieces. Immutable,
+/// thread-safe.
 class SplitPattern {
  public:
   /// Recognises the two own patterns by exact string; `force_pcre2` (tests) skips that. Throws

@@ -38,7 +38,8 @@ namespace {
 BytePairEncoder make_bpe(const TokenizerFile& file) {
   std::vector<BytePairEncoder::Token> tokens;
   tokens.reserve(file.vocab_ids.size());
-  for (const int32_t id : file.vocab_ids) tokens.push_back({id, file.token_bytes[static_cast<size_t>(id)]});
+  for (const int32_t id : file.vocab_ids)
+    tokens.push_back({id, file.token_bytes[static_cast<size_t>(id)]});
   return BytePairEncoder(tokens, file.merges, file.token_bytes.size(), file.ignore_merges);
 }
 
@@ -54,7 +55,8 @@ std::vector<SplitPattern> make_patterns(TokenizerFile& file, std::string_view wh
   if (options.regex == TokenizerOptions::Regex::kTekken && !is_tekken) {
     if (!is_llama3) {
       fail(ErrorKind::kUsage,
-           "{}: --tokenizer-regex tekken replaces Llama-3's split regex, and this file ships neither that "
+           "{}: --tokenizer-regex tekken replaces Llama-3's split regex, and this file ships "
+           "neither that "
            "nor Tekken's; use --tokenizer-regex shipped",
            what);
     }
@@ -62,19 +64,22 @@ std::vector<SplitPattern> make_patterns(TokenizerFile& file, std::string_view wh
     file.notices.push_back(fmt::format(
         "{}: Llama-3's split regex is replaced by Tekken's (--tokenizer-regex tekken)", what));
   } else if (is_llama3 && has("[INST]") && has("[/INST]")) {
-    file.notices.push_back(fmt::format(
-        "{}: ships Llama-3's split regex by mistake and it is what runs, as in Hugging Face; Mistral's own "
-        "is Tekken's (--tokenizer-regex tekken). English is hardly affected, Indic, Thai and Arabic text is",
-        what));
+    file.notices.push_back(
+        fmt::format("{}: ships Llama-3's split regex by mistake and it is what runs, as in Hugging "
+                    "Face; Mistral's own "
+                    "is Tekken's (--tokenizer-regex tekken). English is hardly affected, Indic, "
+                    "Thai and Arabic text is",
+                    what));
   }
   std::vector<SplitPattern> out;
   for (size_t i = 0; i < patterns.size(); ++i) {
-    out.push_back(
-        SplitPattern::compile(patterns[i], fmt::format("{}: {}", what, file.split_pattern_fields[i])));
+    out.push_back(SplitPattern::compile(patterns[i],
+                                        fmt::format("{}: {}", what, file.split_pattern_fields[i])));
     if (out.back().kind() == SplitKind::kPcre2) {
-      file.notices.push_back(fmt::format(
-          "{}: {} is neither Tekken's nor Llama-3's; PCRE2 runs it, on Unicode 14 where Hugging Face has 16",
-          what, file.split_pattern_fields[i]));
+      file.notices.push_back(
+          fmt::format("{}: {} is neither Tekken's nor Llama-3's; PCRE2 runs it, on Unicode 14 "
+                      "where Hugging Face has 16",
+                      what, file.split_pattern_fields[i]));
     }
   }
   return out;
@@ -82,8 +87,11 @@ std::vector<SplitPattern> make_patterns(TokenizerFile& file, std::string_view wh
 
 }  // namespace
 
-Tokenizer::State::State(TokenizerFile&& file, std::string_view what, const TokenizerOptions& options)
-    : matcher(file.added_tokens), patterns(make_patterns(file, what, options)), bpe(make_bpe(file)) {
+Tokenizer::State::State(TokenizerFile&& file, std::string_view what,
+                        const TokenizerOptions& options)
+    : matcher(file.added_tokens),
+      patterns(make_patterns(file, what, options)),
+      bpe(make_bpe(file)) {
   token_bytes = std::move(file.token_bytes);
   has_token = std::move(file.has_token);
   special.resize(has_token.size());
@@ -168,7 +176,8 @@ Tokenizer Tokenizer::load(const fs::path& model_dir, const TokenizerOptions& opt
 namespace {
 
 // "bos_token": "<s>" or {"content": "<s>", ...} or null.
-std::string named_token(const json::value& document, std::string_view what, std::string_view field) {
+std::string named_token(const json::value& document, std::string_view what,
+                        std::string_view field) {
   if (!document.is_object()) fail(ErrorKind::kInput, "{}: the document is not an object", what);
   const auto it = document.get_object().find(field);
   if (it == document.get_object().end() || it->value().is_null()) return {};
@@ -178,8 +187,9 @@ std::string named_token(const json::value& document, std::string_view what, std:
     if (content != value->get_object().end()) value = &content->value();
   }
   if (!value->is_string()) {
-    fail(ErrorKind::kInput, "{}: {} is {}; nibble wants a string, or an object with a string \"content\"",
-         what, field, dump_json(it->value()));
+    fail(ErrorKind::kInput,
+         "{}: {} is {}; nibble wants a string, or an object with a string \"content\"", what, field,
+         dump_json(it->value()));
   }
   return std::string(value->get_string());
 }
@@ -200,8 +210,8 @@ Tokenizer Tokenizer::from_json(std::string_view tokenizer_json, const TokenizerO
       if (token.empty()) return;
       const auto it = state->added_ids.find(token);
       if (it == state->added_ids.end()) {
-        fail(ErrorKind::kInput, "{}: {} is \"{}\", which {} does not list in added_tokens", name, field, token,
-             what);
+        fail(ErrorKind::kInput, "{}: {} is \"{}\", which {} does not list in added_tokens", name,
+             field, token, what);
       }
       id = it->second;
     };
@@ -213,7 +223,8 @@ Tokenizer Tokenizer::from_json(std::string_view tokenizer_json, const TokenizerO
   return Tokenizer(std::move(state));
 }
 
-std::vector<int32_t> Tokenizer::encode(std::string_view text, bool parse_special, bool add_bos) const {
+std::vector<int32_t> Tokenizer::encode(std::string_view text, bool parse_special,
+                                       bool add_bos) const {
   const TextRegion region{text.size(), parse_special};
   std::vector<int32_t> ids = state_->encode(text, {&region, 1});
   if (!add_bos) return ids;
@@ -232,8 +243,8 @@ std::vector<int32_t> Tokenizer::encode_segments(std::span<const Segment> segment
     if (segment.text.empty()) continue;
     // Each segment must be UTF-8 by itself: halves of a character do not join across a border.
     if (const size_t good = utf8::valid_prefix(segment.text); good != segment.text.size()) {
-      fail(ErrorKind::kInput, "the text is not UTF-8: byte {} is 0x{:02x}; nibble wants UTF-8", good,
-           static_cast<unsigned char>(segment.text[good]));
+      fail(ErrorKind::kInput, "the text is not UTF-8: byte {} is 0x{:02x}; nibble wants UTF-8",
+           good, static_cast<unsigned char>(segment.text[good]));
     }
     text += segment.text;
     if (!regions.empty() && regions.back().parse_special == segment.parse_special) {
@@ -289,21 +300,24 @@ std::string tokenize_json_line(const Tokenizer& tokenizer, std::string_view line
            dump_json(value, {.ensure_ascii = true}).substr(0, 80));
     }
     json::array ids;
-    for (const int32_t id : tokenizer.encode(value.get_string(), options.parse_special, options.bos)) {
+    for (const int32_t id :
+         tokenizer.encode(value.get_string(), options.parse_special, options.bos)) {
       ids.emplace_back(id);
     }
     append_json(out, ids);
     return out;
   }
   if (!value.is_array()) {
-    fail(ErrorKind::kInput, "the input line is {}; nibble tokenize --decode wants a JSON array of token ids",
+    fail(ErrorKind::kInput,
+         "the input line is {}; nibble tokenize --decode wants a JSON array of token ids",
          dump_json(value, {.ensure_ascii = true}).substr(0, 80));
   }
   std::vector<int32_t> ids;
   for (const json::value& item : value.get_array()) {
     if (!item.is_int64() || item.get_int64() < 0 || item.get_int64() >= tokenizer.vocab_size() ||
         !tokenizer.has_token(static_cast<int32_t>(item.get_int64()))) {
-      fail(ErrorKind::kInput, "the input line holds {}; nibble wants the id of a token, from 0 to {}",
+      fail(ErrorKind::kInput,
+           "the input line holds {}; nibble wants the id of a token, from 0 to {}",
            dump_json(item, {.ensure_ascii = true}).substr(0, 80), tokenizer.vocab_size() - 1);
     }
     ids.push_back(static_cast<int32_t>(item.get_int64()));

@@ -1,6 +1,6 @@
 // Text to token ids and back, with exact parity to Hugging Face tokenizers on byte-level BPE files.
-// Reads tokenizer.json, and tokenizer_config.json / special_tokens_map.json for the names of BOS and EOS.
-// Knows nothing of chat templates (they hand in segments) or of the model.
+// Reads tokenizer.json, and tokenizer_config.json / special_tokens_map.json for the names of BOS
+// and EOS. Knows nothing of chat templates (they hand in segments) or of the model.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -17,8 +17,9 @@
 namespace nibble {
 
 struct TokenizerOptions {
-  /// kShipped: the split regex of tokenizer.json, what Hugging Face and vLLM run. kTekken: Mistral's own,
-  /// for the many Mistral checkpoints that ship Llama-3's by mistake (--tokenizer-regex).
+  /// kShipped: the split regex of tokenizer.json, what Hugging Face and vLLM run. kTekken:
+  /// Mistral's own, for the many Mistral checkpoints that ship Llama-3's by mistake
+  /// (--tokenizer-regex).
   enum class Regex { kShipped, kTekken };
   Regex regex = Regex::kShipped;
 };
@@ -29,7 +30,8 @@ TokenizerOptions::Regex parse_tokenizer_regex(std::string_view name);
 /// Immutable after load, thread-safe. Copies share their tables.
 class Tokenizer {
  public:
-  /// Throws Error naming file and field: kIo, kInput (malformed), kUnsupported (other tokenizer kinds).
+  /// Throws Error naming file and field: kIo, kInput (malformed), kUnsupported (other tokenizer
+  /// kinds).
   static Tokenizer load(const fs::path& model_dir, const TokenizerOptions& options = {});
 
   /// The documents themselves; the last two may be empty. `what` names tokenizer.json in messages.
@@ -39,9 +41,9 @@ class Tokenizer {
                              std::string_view what = "tokenizer.json");
 
   /// parse_special: control strings in the text become control tokens (completions, HF's default);
-  /// otherwise they are plain text. Added tokens that are not `special` are found either way, as in HF.
-  /// add_bos: put around the ids what the post_processor template says, unless the text already begins
-  /// with that prefix. Throws Error{kInput} if the text is not UTF-8.
+  /// otherwise they are plain text. Added tokens that are not `special` are found either way, as in
+  /// HF. add_bos: put around the ids what the post_processor template says, unless the text already
+  /// begins with that prefix. Throws Error{kInput} if the text is not UTF-8.
   std::vector<int32_t> encode(std::string_view text, bool parse_special = false,
                               bool add_bos = false) const;
 
@@ -54,11 +56,12 @@ class Tokenizer {
   /// tokens, and a control string counts only if it lies wholly in parsed text. No BOS is added.
   std::vector<int32_t> encode_segments(std::span<const Segment> segments) const;
 
-  /// HF's decode: skipped control tokens are dropped before bytes are joined; ill-formed UTF-8 becomes
-  /// U+FFFD per maximal subpart. Ids without a token are dropped.
+  /// HF's decode: skipped control tokens are dropped before bytes are joined; ill-formed UTF-8
+  /// becomes U+FFFD per maximal subpart. Ids without a token are dropped.
   std::string decode(std::span<const int32_t> ids, bool skip_special) const;
 
-  /// Raw bytes of a token ("<s>" of BOS); empty for ids without one. Lives as long as any copy of this.
+  /// Raw bytes of a token ("<s>" of BOS); empty for ids without one. Lives as long as any copy of
+  /// this.
   std::string_view token_bytes(int32_t id) const;
   bool has_token(int32_t id) const;
   bool is_special(int32_t id) const;
@@ -88,8 +91,9 @@ struct TokenizeOptions {
   bool decode = false;
 };
 
-/// `nibble tokenize`: one JSON line in, one out. A string becomes an array of ids; with `decode` an array
-/// of ids becomes a string, control tokens shown only with parse_special. Throws Error{kInput}.
+/// `nibble tokenize`: one JSON line in, one out. A string becomes an array of ids; with `decode` an
+/// array of ids becomes a string, control tokens shown only with parse_special. Throws
+/// Error{kInput}.
 std::string tokenize_json_line(const Tokenizer& tokenizer, std::string_view line,
                                const TokenizeOptions& options);
 

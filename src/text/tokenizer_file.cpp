@@ -15,7 +15,8 @@
 namespace nibble {
 namespace {
 
-constexpr int64_t kMaxId = BytePairEncoder::kMaxIds - 1;  // largest vocabularies in use: about 262,144
+constexpr int64_t kMaxId =
+    BytePairEncoder::kMaxIds - 1;  // largest vocabularies in use: about 262,144
 
 // GPT-2's byte alphabet: byte <-> code point. Points reach 0x143.
 struct ByteAlphabet {
@@ -31,8 +32,9 @@ struct ByteAlphabet {
 };
 constexpr ByteAlphabet kAlphabet;
 
-// Bytes a token string stands for. A string with a character outside the alphabet stands for itself,
-// as in HF's ByteLevel decoder; such a token never comes out of BPE. Returns false for those.
+// Bytes a token string stands for. A string with a character outside the alphabet stands for
+// itself, as in HF's ByteLevel decoder; such a token never comes out of BPE. Returns false for
+// those.
 bool decode_token_string(std::string_view text, std::string& out) {
   out.clear();
   const auto* p = reinterpret_cast<const unsigned char*>(text.data());
@@ -97,8 +99,8 @@ class Field {
   std::string_view type() const { return at("type").string(); }
 
   [[noreturn]] void refuse(std::string_view wanted, ErrorKind kind = ErrorKind::kInput) const {
-    fail(kind, "{}: {} is {}; nibble wants {}", what_, path_.empty() ? "the document" : path_, seen(),
-         wanted);
+    fail(kind, "{}: {} is {}; nibble wants {}", what_, path_.empty() ? "the document" : path_,
+         seen(), wanted);
   }
   [[noreturn]] void unsupported(std::string_view wanted) const {
     refuse(wanted, ErrorKind::kUnsupported);
@@ -132,7 +134,8 @@ class Field {
 
 class Reader {
  public:
-  Reader(std::string_view text, std::string_view what) : what_(what), document_(parse_json(text, what)) {}
+  Reader(std::string_view text, std::string_view what)
+      : what_(what), document_(parse_json(text, what)) {}
 
   TokenizerFile read() {
     const Field root(&document_, what_, "");
@@ -161,13 +164,14 @@ class Reader {
     if (list.absent()) return;
     for (size_t i = 0; i < list.array().size(); ++i) {
       const Field item = list.at(i);
-      AddedToken token{.id = item.at("id").id(),
-                       .content = std::string(item.at("content").string()),
-                       .special = item.at("special").boolean(false),
-                       .normalized = item.at("normalized").boolean(!item.at("special").boolean(false)),
-                       .lstrip = item.at("lstrip").boolean(false),
-                       .rstrip = item.at("rstrip").boolean(false),
-                       .single_word = item.at("single_word").boolean(false)};
+      AddedToken token{
+          .id = item.at("id").id(),
+          .content = std::string(item.at("content").string()),
+          .special = item.at("special").boolean(false),
+          .normalized = item.at("normalized").boolean(!item.at("special").boolean(false)),
+          .lstrip = item.at("lstrip").boolean(false),
+          .rstrip = item.at("rstrip").boolean(false),
+          .single_word = item.at("single_word").boolean(false)};
       if (token.content.empty()) item.at("content").refuse("a string that is not empty");
       out_.added_tokens.push_back(std::move(token));
     }
@@ -177,13 +181,14 @@ class Reader {
               [](const auto* a, const auto* b) { return a->content < b->content; });
     for (size_t i = 1; i < by_content.size(); ++i) {
       if (by_content[i - 1]->content != by_content[i]->content) continue;
-      fail(ErrorKind::kInput, "{}: added_tokens lists \"{}\" twice; nibble wants each token once", what_,
-           by_content[i]->content);
+      fail(ErrorKind::kInput, "{}: added_tokens lists \"{}\" twice; nibble wants each token once",
+           what_, by_content[i]->content);
     }
   }
 
-  // Special tokens are found on raw text, never by BPE, whether or not model.vocab lists them: that is
-  // what keeps typed text from becoming a control token. (Not so a special token that is one byte, like
+  // Special tokens are found on raw text, never by BPE, whether or not model.vocab lists them: that
+  // is what keeps typed text from becoming a control token. (Not so a special token that is one
+  // byte, like
   // "!" as padding: BPE needs every byte.)
   void read_model(const Field& model) {
     model.object();
@@ -212,24 +217,27 @@ class Reader {
     for (const auto& entry : entries) {
       if (!entry.value().is_int64() || entry.value().get_int64() < 0 ||
           entry.value().get_int64() > kMaxId) {
-        Field(&entry.value(), what_, fmt::format("model.vocab[\"{}\"]", std::string_view(entry.key())))
+        Field(&entry.value(), what_,
+              fmt::format("model.vocab[\"{}\"]", std::string_view(entry.key())))
             .id();
       }
       const auto id = static_cast<int32_t>(entry.value().get_int64());
       const bool in_alphabet = decode_token_string(entry.key(), bytes);
       if (!place(id, bytes)) {
-        fail(ErrorKind::kInput, "{}: model.vocab gives id {} to two tokens, one of them \"{}\"", what_, id,
-             std::string_view(entry.key()));
+        fail(ErrorKind::kInput, "{}: model.vocab gives id {} to two tokens, one of them \"{}\"",
+             what_, id, std::string_view(entry.key()));
       }
       if (!in_alphabet) continue;
-      if (bytes.size() > 1 && std::binary_search(special.begin(), special.end(), entry.key())) continue;
+      if (bytes.size() > 1 && std::binary_search(special.begin(), special.end(), entry.key()))
+        continue;
       out_.vocab_ids.push_back(id);
       if (bytes.size() == 1) byte_seen[static_cast<uint8_t>(bytes[0])] = true;
     }
     for (size_t b = 0; b < 256; ++b) {
       if (byte_seen[b]) continue;
       fail(ErrorKind::kUnsupported,
-           "{}: model.vocab has no token for the byte 0x{:02x}; nibble wants a byte-level vocabulary, "
+           "{}: model.vocab has no token for the byte 0x{:02x}; nibble wants a byte-level "
+           "vocabulary, "
            "which holds all 256 (SentencePiece vocabularies do not)",
            what_, b);
     }
@@ -275,8 +283,9 @@ class Reader {
   int32_t vocab_id(const json::object& vocab, std::string_view token, size_t merge_idx) const {
     const auto it = vocab.find(token);
     if (it == vocab.end()) {
-      fail(ErrorKind::kInput, "{}: model.merges[{}] needs the token \"{}\", which model.vocab does not have",
-           what_, merge_idx, token);
+      fail(ErrorKind::kInput,
+           "{}: model.merges[{}] needs the token \"{}\", which model.vocab does not have", what_,
+           merge_idx, token);
     }
     return static_cast<int32_t>(it->value().get_int64());
   }
@@ -289,8 +298,8 @@ class Reader {
       const auto it = vocab.find(token.content);
       if (it != vocab.end()) {
         if (it->value().get_int64() == token.id) continue;
-        list.at(i).at("id").refuse(
-            fmt::format("{}, the id model.vocab gives to \"{}\"", it->value().get_int64(), token.content));
+        list.at(i).at("id").refuse(fmt::format("{}, the id model.vocab gives to \"{}\"",
+                                               it->value().get_int64(), token.content));
       }
       decode_token_string(token.content, bytes);
       if (!place(token.id, bytes)) {
@@ -321,14 +330,16 @@ class Reader {
       if (type == "Split") {
         const Field regex = step.at("pattern").at("Regex");
         if (regex.absent()) step.at("pattern").unsupported("{\"Regex\": ...}");
-        if (const Field f = step.at("behavior"); f.string() != "Isolated") f.unsupported("\"Isolated\"");
+        if (const Field f = step.at("behavior"); f.string() != "Isolated")
+          f.unsupported("\"Isolated\"");
         if (const Field f = step.at("invert"); f.boolean(false)) f.unsupported("false");
         add_pattern(regex.string(), regex.path());
       } else if (type == "ByteLevel") {
         if (const Field f = step.at("add_prefix_space"); f.boolean(true)) {
           f.absent() ? f.unsupported("false (absent means true)") : f.unsupported("false");
         }
-        if (step.at("use_regex").boolean(true)) add_pattern(kGpt2Pattern, step.path() + ".use_regex");
+        if (step.at("use_regex").boolean(true))
+          add_pattern(kGpt2Pattern, step.path() + ".use_regex");
         byte_level = true;
       } else {
         step.unsupported("a Split or ByteLevel step");
@@ -339,7 +350,8 @@ class Reader {
 
   void add_pattern(std::string_view pattern, const std::string& path) {
     if (out_.split_patterns.size() == 8) {
-      fail(ErrorKind::kUnsupported, "{}: {} is the ninth split pattern; nibble runs up to 8", what_, path);
+      fail(ErrorKind::kUnsupported, "{}: {} is the ninth split pattern; nibble runs up to 8", what_,
+           path);
     }
     out_.split_patterns.emplace_back(pattern);
     out_.split_pattern_fields.push_back(path);
@@ -394,7 +406,8 @@ class Reader {
       const Field ids = special.at("ids");
       for (size_t k = 0; k < ids.array().size(); ++k) {
         const int32_t id = ids.at(k).id();
-        if (static_cast<size_t>(id) >= out_.has_token.size() || !out_.has_token[static_cast<size_t>(id)]) {
+        if (static_cast<size_t>(id) >= out_.has_token.size() ||
+            !out_.has_token[static_cast<size_t>(id)]) {
           ids.at(k).refuse("the id of a token");
         }
         (seen_text ? after : before).push_back(id);
@@ -407,7 +420,8 @@ class Reader {
   }
 
   static bool is_zero(const json::value& value) {
-    return (value.is_double() && value.get_double() == 0) || (value.is_int64() && value.get_int64() == 0);
+    return (value.is_double() && value.get_double() == 0) ||
+           (value.is_int64() && value.get_int64() == 0);
   }
 
   bool place(int32_t id, const std::string& bytes) {

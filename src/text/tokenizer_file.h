@@ -1,7 +1,7 @@
-// Reads Hugging Face's tokenizer.json into plain data: byte-level BPE files only. Whatever would change
-// ids and is not understood is refused with a sentence that names the file, the field, the value seen
-// and the value wanted. Knows the format, not how to encode.
-// SPDX-License-Identifier: Apache-2.0
+// Reads Hugging Face's tokenizer.json into plain data: byte-level BPE files only. Whatever would
+// change ids and is not understood is refused with a sentence that names the file, the field, the
+// value seen and the value wanted. Knows the format, not how to encode. SPDX-License-Identifier:
+// Apache-2.0
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,9 @@ struct TokenizerFile {
   std::vector<AddedToken> added_tokens;
   std::vector<std::string> split_patterns;        // applied in order
   std::vector<std::string> split_pattern_fields;  // their JSON paths, for messages
-  std::vector<int32_t> template_prefix, template_suffix;  // what the post_processor puts around text
-  std::vector<std::string> notices;                       // read, and of no effect here
+  std::vector<int32_t> template_prefix,
+      template_suffix;               // what the post_processor puts around text
+  std::vector<std::string> notices;  // read, and of no effect here
 };
 
 /// `what` names the document in messages. Throws Error{kInput} (malformed) or Error{kUnsupported}.

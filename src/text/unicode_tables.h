@@ -1,6 +1,6 @@
-// Unicode 16 character classes, as the regex engines behind Hugging Face tokenizers and tiktoken know
-// them. Own tables because every packaged regex library is on another Unicode (PCRE2 10.42: 14).
-// SPDX-License-Identifier: Apache-2.0
+// Unicode 16 character classes, as the regex engines behind Hugging Face tokenizers and tiktoken
+// know them. Own tables because every packaged regex library is on another Unicode (PCRE2 10.42:
+// 14). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,8 @@ extern const uint8_t kBlockIndex[0x110000 >> kBlockShift];
 extern const uint8_t kBlocks[];
 }  // namespace internal
 
-/// Class bits of an ASCII character: the first block is block 0, because blocks are numbered as they come.
+/// Class bits of an ASCII character: the first block is block 0, because blocks are numbered as
+/// they come.
 inline uint8_t ascii_class_bits(unsigned char c) { return internal::kBlocks[c]; }
 
 /// Class bits of a code point below 0x110000.

@@ -7,7 +7,7 @@ namespace nibble::utf8 {
 namespace {
 
 struct Lead {
-  int length;       // of the whole sequence; 0: cannot start one
+  int length;                       // of the whole sequence; 0: cannot start one
   uint8_t low = 0x80, high = 0xbf;  // range of the second byte
 };
 
@@ -24,8 +24,8 @@ Lead lead_of(uint8_t a) {
   return {0};
 }
 
-// Bytes at `p` that agree with one well-formed sequence (at least 1 even for a bad lead), and whether
-// they complete it.
+// Bytes at `p` that agree with one well-formed sequence (at least 1 even for a bad lead), and
+// whether they complete it.
 struct Scan {
   size_t num_bytes;
   bool complete;

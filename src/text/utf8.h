@@ -16,8 +16,8 @@ inline constexpr std::string_view kReplacement = "\xef\xbf\xbd";
 size_t valid_prefix(std::string_view text);
 inline bool is_valid(std::string_view text) { return valid_prefix(text) == text.size(); }
 
-/// Length of the longest tail that is the beginning of a well-formed sequence and not yet a whole one
-/// (0 to 3). Appending bytes can still turn exactly this tail into a character.
+/// Length of the longest tail that is the beginning of a well-formed sequence and not yet a whole
+/// one (0 to 3). Appending bytes can still turn exactly this tail into a character.
 size_t incomplete_tail(std::string_view bytes);
 
 /// Appends `bytes` to `out`, each maximal ill-formed subpart replaced by U+FFFD.

@@ -29,11 +29,11 @@ TEST(Half, EveryF16RoundTrips) {
 }
 
 TEST(Half, NarrowingRoundsToNearestEven) {
-  EXPECT_EQ(float_to_f16(1.0f + 0x1p-11f), 0x3c00);          // tie to even
-  EXPECT_EQ(float_to_f16(1.0f + 3 * 0x1p-11f), 0x3c02);      // tie to even, up
-  EXPECT_EQ(float_to_f16(65520.0f), 0x7c00);                 // half-way to infinity
+  EXPECT_EQ(float_to_f16(1.0f + 0x1p-11f), 0x3c00);      // tie to even
+  EXPECT_EQ(float_to_f16(1.0f + 3 * 0x1p-11f), 0x3c02);  // tie to even, up
+  EXPECT_EQ(float_to_f16(65520.0f), 0x7c00);             // half-way to infinity
   EXPECT_EQ(float_to_f16(65519.9f), 0x7bff);
-  EXPECT_EQ(float_to_f16(0x1p-25f), 0x0000);                 // tie to even at the subnormal edge
+  EXPECT_EQ(float_to_f16(0x1p-25f), 0x0000);  // tie to even at the subnormal edge
   EXPECT_EQ(float_to_bf16(1.0f + 0x1p-8f), 0x3f80);
   EXPECT_EQ(float_to_bf16(1.0f + 3 * 0x1p-8f), 0x3f82);
 }
@@ -56,7 +56,8 @@ TEST(Json, KeepsOrderAndNumberKinds) {
 
 TEST(Json, LoneSurrogatesBecomeReplacementCharacters) {
   EXPECT_EQ(parse_json(R"("a\ud800b\\ud800\ud83d\ude00\udc00")", "t").as_string(),
-            "a\xef\xbf\xbd" "b\\ud800\xf0\x9f\x98\x80\xef\xbf\xbd");
+            "a\xef\xbf\xbd"
+            "b\\ud800\xf0\x9f\x98\x80\xef\xbf\xbd");
 }
 
 TEST(Json, ErrorsNameDocumentAndPlace) {
@@ -93,7 +94,8 @@ TEST(AtomicFile, UncommittedLeavesNothing) {
 
 TEST(AtomicFile, FullDiskIsAnErrorThatLeavesNothing) {
   if (!fs::exists("/dev/full")) GTEST_SKIP() << "no /dev/full here";
-  // A write to a full device fails at write(2); reached through a symlink so that .tmp is /dev/full.
+  // A write to a full device fails at write(2); reached through a symlink so that .tmp is
+  // /dev/full.
   const fs::path directory = fresh_directory();
   fs::create_symlink("/dev/full", directory / "x.tmp");
   {
@@ -127,9 +129,11 @@ TEST(ThreadPool, EveryChunkOnceAndExceptionsArrive) {
     pool.parallel_for(97, [&](int64_t chunk, int) { ++seen[static_cast<size_t>(chunk)]; });
     for (const auto& count : seen) EXPECT_EQ(count.load(), 1);
   }
-  EXPECT_THROW(pool.parallel_for(8, [](int64_t chunk, int) {
-    if (chunk == 3) fail(ErrorKind::kInput, "chunk {}", chunk);
-  }), Error);
+  EXPECT_THROW(pool.parallel_for(8,
+                                 [](int64_t chunk, int) {
+                                   if (chunk == 3) fail(ErrorKind::kInput, "chunk {}", chunk);
+                                 }),
+               Error);
   pool.parallel_for(3, [](int64_t, int) {});
 }
 

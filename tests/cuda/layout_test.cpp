@@ -18,7 +18,8 @@ void round_trip(int64_t rows, int64_t k, bool interleave) {
   std::vector<uint8_t> nibbles(static_cast<size_t>(rows * k / 2));
   for (auto& byte : nibbles) byte = static_cast<uint8_t>(rng());
   std::vector<float> scales(static_cast<size_t>(rows * shape.num_groups()));
-  for (auto& scale : scales) scale = std::ldexp(1.0f + (rng() % 128) / 128.0f, -8);  // on the bf16 grid
+  for (auto& scale : scales)
+    scale = std::ldexp(1.0f + (rng() % 128) / 128.0f, -8);  // on the bf16 grid
   std::vector<uint8_t> packed(static_cast<size_t>(shape.packed_bytes()), 0xee);
   pack(shape, interleave, nibbles.data(), scales.data(), packed.data());
 
@@ -63,8 +64,9 @@ TEST(CudaLayout, WordIsTheOperandAFragment) {
   // Lane 13 (g 3, t 1), tile m16 2, second k64, k16 step 1: registers a0..a3 of PTX's m16n8k16.
   const int row = 32 + 3, k = 64 + 16 + 2;
   const int word = ((2 * 2 + 1) * 32 + 13) * 4 + 1;
-  const int expect[8][3] = {{row, k, 0},     {row, k + 1, 16},     {row + 8, k, 4},     {row + 8, k + 1, 20},
-                            {row, k + 8, 8}, {row, k + 9, 24},     {row + 8, k + 8, 12}, {row + 8, k + 9, 28}};
+  const int expect[8][3] = {{row, k, 0},          {row, k + 1, 16},    {row + 8, k, 4},
+                            {row + 8, k + 1, 20}, {row, k + 8, 8},     {row, k + 9, 24},
+                            {row + 8, k + 8, 12}, {row + 8, k + 9, 28}};
   for (const auto& e : expect) {
     EXPECT_EQ(nibble_place(e[0], e[1]).word, word);
     EXPECT_EQ(nibble_place(e[0], e[1]).shift, e[2]);

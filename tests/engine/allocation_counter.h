@@ -1,5 +1,5 @@
-// Counts heap allocations of the calling thread: the test program replaces operator new (allocation_counter.cpp).
-// SPDX-License-Identifier: Apache-2.0
+// Counts heap allocations of the calling thread: the test program replaces operator new
+// (allocation_counter.cpp). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>

@@ -145,10 +145,12 @@ TEST(BlockPool, SeveralBranchesStay) {
     writer.drop();
   }
   for (int branch = 0; branch < 4; ++branch) {
-    const Tokens prefix = {1, 2, 3, 4, 10 * branch, 10 * branch + 1, 10 * branch + 2, 10 * branch + 3};
+    const Tokens prefix = {
+        1, 2, 3, 4, 10 * branch, 10 * branch + 1, 10 * branch + 2, 10 * branch + 3};
     const auto found = acquire(pool, prefix);
     ASSERT_EQ(found.size(), 2u);
-    EXPECT_EQ(pool.find_partial(found[1], Tokens{10 * branch + 4, 10 * branch + 5, 99}).num_tokens, 2);
+    EXPECT_EQ(pool.find_partial(found[1], Tokens{10 * branch + 4, 10 * branch + 5, 99}).num_tokens,
+              2);
     release(pool, found);
   }
   pool.check_invariants();
@@ -165,8 +167,8 @@ TEST(BlockPool, PartialMatchTakesTheLongestAndAdoptsOnlyWhatIsWhole) {
   EXPECT_FALSE(pool.adopt(b.blocks[0], 3));  // held
   const int32_t block = b.blocks[0];
   b.drop();
-  EXPECT_FALSE(pool.adopt(block, 2));          // more content than matched
-  EXPECT_FALSE(pool.adopt(a.blocks[0], 4));    // full
+  EXPECT_FALSE(pool.adopt(block, 2));        // more content than matched
+  EXPECT_FALSE(pool.adopt(a.blocks[0], 4));  // full
   ASSERT_TRUE(pool.adopt(block, 3));
   EXPECT_EQ(pool.publish(block, -1, Tokens{1, 2, 9, 8}), block);
   EXPECT_EQ(acquire(pool, {1, 2, 9, 8}).size(), 1u);
@@ -203,7 +205,8 @@ TEST(BlockPool, MisuseIsCaught) {
   EXPECT_THROW(pool.release(0), Error);
 }
 
-/// Writers come, match, copy, write, leave; a model of "which prefixes have been written" says what a hit may be.
+/// Writers come, match, copy, write, leave; a model of "which prefixes have been written" says what
+/// a hit may be.
 struct NumFound {
   int full = 0, partial = 0;
 };
@@ -218,7 +221,8 @@ void random_operations(uint32_t seed, BlockPool::HashFn hash, NumFound* found) {
     std::string salt;
   };
   std::list<Live> live;
-  std::vector<Tokens> content(num_blocks);  // what each block really holds: prefix through its last token
+  std::vector<Tokens> content(
+      num_blocks);  // what each block really holds: prefix through its last token
   const auto check_content = [&](const Writer& w, size_t i, size_t num_tokens) {
     const Tokens expected(w.tokens.begin(), w.tokens.begin() + i * kBlock + num_tokens);
     ASSERT_GE(content[w.blocks[i]].size(), expected.size());
@@ -257,7 +261,8 @@ void random_operations(uint32_t seed, BlockPool::HashFn hash, NumFound* found) {
       Writer& w = std::next(live.begin(), pick(static_cast<int>(live.size())))->writer;
       const int32_t token = pick(3) == 0;
       if (w.tokens.size() < 24 && (w.tokens.size() % kBlock != 0 || pool.num_available() > 0)) {
-        // What the device would do: the row is written where the table points before it is published.
+        // What the device would do: the row is written where the table points before it is
+        // published.
         if (w.tokens.size() % kBlock == 0) {
           const auto block = pool.allocate();
           ASSERT_TRUE(block);
@@ -284,7 +289,8 @@ void random_operations(uint32_t seed, BlockPool::HashFn hash, NumFound* found) {
     for (const Live& item : live) {
       for (const int32_t block : item.writer.blocks) ++holders[block];
     }
-    for (int block = 0; block < num_blocks; ++block) ASSERT_EQ(pool.ref_count(block), holders[block]);
+    for (int block = 0; block < num_blocks; ++block)
+      ASSERT_EQ(pool.ref_count(block), holders[block]);
     ASSERT_EQ(pool.num_used(), std::ranges::count_if(holders, [](int n) { return n > 0; }));
   }
 }

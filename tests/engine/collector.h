@@ -31,7 +31,8 @@ class Collector {
     return [shared = shared_](const TokenEvent& event) {
       const std::lock_guard lock(shared->mutex);
       EXPECT_FALSE(shared->is_done) << "an event after the last";
-      if (static_cast<int>(shared->choices.size()) <= event.index) shared->choices.resize(event.index + 1);
+      if (static_cast<int>(shared->choices.size()) <= event.index)
+        shared->choices.resize(event.index + 1);
       Choice& choice = shared->choices[event.index];
       EXPECT_FALSE(choice.reason) << "an event after the choice's last";
       choice.tokens.insert(choice.tokens.end(), event.tokens.begin(), event.tokens.end());

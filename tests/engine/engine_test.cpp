@@ -1,5 +1,5 @@
-// The engine thread over the fake model: requests' life, limits, failures, cancellation, allocations.
-// SPDX-License-Identifier: Apache-2.0
+// The engine thread over the fake model: requests' life, limits, failures, cancellation,
+// allocations. SPDX-License-Identifier: Apache-2.0
 #include "nibble/engine.h"
 
 #include <gmock/gmock.h>
@@ -26,7 +26,8 @@ constexpr int kVocab = 1000;
 constexpr int kEosId = 2;
 
 struct Options {
-  EngineLimits limits{.max_batch_size = 8, .max_input_len = 200, .max_output_len = 100, .max_num_tokens = 64};
+  EngineLimits limits{
+      .max_batch_size = 8, .max_input_len = 200, .max_output_len = 100, .max_num_tokens = 64};
   int num_kv_blocks = 100;
   int max_queue = 16;
   std::function<void()> before_step;
@@ -241,7 +242,8 @@ std::string message_of(Engine& engine, Request request, ErrorKind kind) {
 TEST(Engine, OverlongRequestsHearTheLimits) {
   auto engine = make_engine();
   Collector c;
-  const std::string prompt = message_of(*engine, make_request(tokens_from(0, 201), 1, c), ErrorKind::kLimit);
+  const std::string prompt =
+      message_of(*engine, make_request(tokens_from(0, 201), 1, c), ErrorKind::kLimit);
   EXPECT_THAT(prompt, HasSubstr("maximum context length is 300 tokens"));
   EXPECT_THAT(prompt, HasSubstr("200 may be prompt"));
   EXPECT_THAT(prompt, HasSubstr("201 tokens"));
@@ -250,7 +252,8 @@ TEST(Engine, OverlongRequestsHearTheLimits) {
   EXPECT_THAT(output, HasSubstr("at most 100 tokens"));
   auto small = make_engine({.num_kv_blocks = 10});  // 80 tokens
   EXPECT_EQ(small->max_seq_len(), 80);
-  const std::string both = message_of(*small, make_request(tokens_from(0, 60), 21, c), ErrorKind::kLimit);
+  const std::string both =
+      message_of(*small, make_request(tokens_from(0, 60), 21, c), ErrorKind::kLimit);
   EXPECT_THAT(both, HasSubstr("maximum context length is 80 tokens"));
   EXPECT_THAT(both, HasSubstr("needs 81: 60 in the prompt and 21 to generate"));
   Collector whole;
@@ -275,19 +278,25 @@ TEST(Engine, ParametersOutOfRangeAreNamed) {
     change(request);
     return message_of(*engine, request, ErrorKind::kInput);
   };
-  EXPECT_THAT(message([](Request& r) { r.params.temperature = -1; }), HasSubstr("temperature is -1"));
-  EXPECT_THAT(message([](Request& r) { r.params.temperature = NAN; }), HasSubstr("temperature is nan"));
+  EXPECT_THAT(message([](Request& r) { r.params.temperature = -1; }),
+              HasSubstr("temperature is -1"));
+  EXPECT_THAT(message([](Request& r) { r.params.temperature = NAN; }),
+              HasSubstr("temperature is nan"));
   EXPECT_THAT(message([](Request& r) { r.params.top_p = 0; }), HasSubstr("top_p is 0"));
   EXPECT_THAT(message([](Request& r) { r.params.min_p = 2; }), HasSubstr("min_p is 2"));
-  EXPECT_THAT(message([](Request& r) { r.params.repetition_penalty = 0; }), HasSubstr("repetition_penalty is 0"));
+  EXPECT_THAT(message([](Request& r) { r.params.repetition_penalty = 0; }),
+              HasSubstr("repetition_penalty is 0"));
   EXPECT_THAT(message([](Request& r) { r.params.logprobs = 21; }), HasSubstr("logprobs is 21"));
   EXPECT_THAT(message([](Request& r) { r.params.n = 0; }), HasSubstr("n is 0"));
   EXPECT_THAT(message([](Request& r) { r.params.min_tokens = 6; }), HasSubstr("min_tokens is 6"));
   EXPECT_THAT(message([](Request& r) { r.max_tokens = -1; }), HasSubstr("max_tokens is -1"));
   EXPECT_THAT(message([](Request& r) { r.prompt_tokens = {}; }), HasSubstr("no tokens"));
-  EXPECT_THAT(message([](Request& r) { r.prompt_tokens = {1, kVocab}; }), HasSubstr("prompt_tokens[1] is 1000"));
-  EXPECT_THAT(message([](Request& r) { r.params.stop_token_ids = {-1}; }), HasSubstr("stop_token_ids[0] is -1"));
-  EXPECT_THAT(message([](Request& r) { r.params.logit_bias = {{5, NAN}}; }), HasSubstr("logit_bias of token 5"));
+  EXPECT_THAT(message([](Request& r) { r.prompt_tokens = {1, kVocab}; }),
+              HasSubstr("prompt_tokens[1] is 1000"));
+  EXPECT_THAT(message([](Request& r) { r.params.stop_token_ids = {-1}; }),
+              HasSubstr("stop_token_ids[0] is -1"));
+  EXPECT_THAT(message([](Request& r) { r.params.logit_bias = {{5, NAN}}; }),
+              HasSubstr("logit_bias of token 5"));
   EXPECT_THAT(message([](Request& r) { r.sink = nullptr; }), HasSubstr("no sink"));
   EXPECT_EQ(engine->stats().num_queued, 0);
 }
@@ -362,10 +371,14 @@ TEST(Engine, TheQueueIsBoundedAndSlotsCount) {
     ASSERT_TRUE(engine->submit(make_request({4}, 2, c[3]), std::move(slot)));
   }
   EXPECT_EQ(engine->stats().num_queued, 3);
-  { EXPECT_FALSE(engine->reserve_slot()); }
+  {
+    EXPECT_FALSE(engine->reserve_slot());
+  }
   gate.open();
   for (int i = 0; i < 4; ++i) ASSERT_TRUE(c[i].wait());
-  { EXPECT_TRUE(engine->reserve_slot()); }
+  {
+    EXPECT_TRUE(engine->reserve_slot());
+  }
   EXPECT_EQ(engine->stats().num_queued, 0);
   ASSERT_TRUE(engine->submit(make_request({5}, 2, c[4])));
   ASSERT_TRUE(c[4].wait());
@@ -386,7 +399,7 @@ TEST(Engine, CancellationTakesEffectWithinTwoSteps) {
   engine->cancel(submitted.id);
   const Request next = make_request(tokens_from(1, 5), 3, b);
   ASSERT_TRUE(engine->submit(next));  // keeps steps coming
-  gate.let_one_step_pass();            // the step that was running ends, and the cancellation is seen
+  gate.let_one_step_pass();  // the step that was running ends, and the cancellation is seen
   ASSERT_LE(gate.num_steps(), step + 1);
   ASSERT_TRUE(a.wait(std::chrono::seconds(0)));
   EXPECT_EQ(a.choice().reason, FinishReason::kCancelled);
@@ -407,7 +420,8 @@ TEST(Engine, OneChoiceCanBeCancelled) {
   auto inner = request.sink;
   request.sink = [&engine, inner, count = 0](const TokenEvent& event) mutable {
     inner(event);
-    if (event.index == 1 && ++count == 4) engine->cancel(event.request_id, 1);  // as a stop string would
+    if (event.index == 1 && ++count == 4)
+      engine->cancel(event.request_id, 1);  // as a stop string would
   };
   ASSERT_TRUE(engine->submit(request));
   ASSERT_TRUE(collector.wait());
@@ -463,7 +477,8 @@ TEST(Engine, ASteadyStepAllocatesNothing) {
   while (num_done < kRequests) std::this_thread::sleep_for(milliseconds(1));
   engine->stop();
   ASSERT_GT(counts.size(), 99u);
-  // All have arrived after a few steps; until the first ends no step may allocate. 90 steps cross 11 blocks.
+  // All have arrived after a few steps; until the first ends no step may allocate. 90 steps cross
+  // 11 blocks.
   const size_t begin = counts.size() - 95, end = counts.size() - 4;
   EXPECT_EQ(counts[end] - counts[begin], 0u);
   EXPECT_GT(checksum, 0u);
@@ -482,7 +497,8 @@ TEST(Engine, ManyThreadsSubmitAndCancel) {
       std::mt19937 random(t);
       for (int i = 0; i < kPerThread; ++i) {
         Collector collector;
-        Request request = make_request(tokens_from(random() % 3, 1 + random() % 120), 1 + random() % 60, collector);
+        Request request = make_request(tokens_from(random() % 3, 1 + random() % 120),
+                                       1 + random() % 60, collector);
         request.params.temperature = random() % 2;
         request.params.seed = random();
         request.params.n = 1 + random() % 3;
@@ -507,7 +523,8 @@ TEST(Engine, ManyThreadsSubmitAndCancel) {
           if (choice.reason == FinishReason::kCancelled) {
             ++num_cancelled;
             ASSERT_LE(choice.tokens.size(), expected.tokens.size());
-            ASSERT_TRUE(std::equal(choice.tokens.begin(), choice.tokens.end(), expected.tokens.begin()));
+            ASSERT_TRUE(
+                std::equal(choice.tokens.begin(), choice.tokens.end(), expected.tokens.begin()));
           } else {
             ++num_checked;
             ASSERT_EQ(choice.tokens, expected.tokens);
@@ -528,8 +545,8 @@ TEST(Engine, ManyThreadsSubmitAndCancel) {
   uint64_t num_finished = 0;
   for (const uint64_t count : stats.finished) num_finished += count;
   EXPECT_EQ(num_finished, uint64_t(num_checked + num_cancelled));
-  std::printf("queue full %d times, %d choices cancelled, %d checked, %lu preemptions\n", num_full.load(),
-              num_cancelled.load(), num_checked.load(), stats.preemptions);
+  std::printf("queue full %d times, %d choices cancelled, %d checked, %lu preemptions\n",
+              num_full.load(), num_cancelled.load(), num_checked.load(), stats.preemptions);
 }
 
 }  // namespace

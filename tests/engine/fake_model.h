@@ -1,8 +1,8 @@
-// A model that needs no weights: the next token is a hash of everything it may depend on (the whole prefix,
-// seed, position, history, bias). Its "KV cache" holds token ids, read back through the block tables of a real
-// StepBuffer, so that any wrong sharing, copying or reuse of a block shows in the output.
-// fake_generate() is the same model without engine, blocks or batches: what every request must get.
-// SPDX-License-Identifier: Apache-2.0
+// A model that needs no weights: the next token is a hash of everything it may depend on (the whole
+// prefix, seed, position, history, bias). Its "KV cache" holds token ids, read back through the
+// block tables of a real StepBuffer, so that any wrong sharing, copying or reuse of a block shows
+// in the output. fake_generate() is the same model without engine, blocks or batches: what every
+// request must get. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <atomic>
@@ -26,7 +26,9 @@ inline uint64_t mix(uint64_t a, uint64_t b) {
   return x ^ (x >> 32);
 }
 
-inline uint64_t hash_prefix(uint64_t state, int32_t token) { return mix(state, uint32_t(token) + 1u); }
+inline uint64_t hash_prefix(uint64_t state, int32_t token) {
+  return mix(state, uint32_t(token) + 1u);
+}
 constexpr uint64_t kPrefixSeed = 12345;
 
 /// The drawn token and a stand-in for its log-prob.
@@ -75,7 +77,8 @@ inline FakeAnswer fake_generate(const Request& request, int index, int max_token
   for (int i = 0; i < max_tokens; ++i) {
     row.position = request.prompt_tokens.size() + i;
     std::vector<TokenCount> history;
-    if (params.repetition_penalty != 1 || params.presence_penalty != 0 || params.frequency_penalty != 0) {
+    if (params.repetition_penalty != 1 || params.presence_penalty != 0 ||
+        params.frequency_penalty != 0) {
       for (const auto& [token, count] : counts) history.push_back({token, count});
     }
     std::map<int32_t, float> bias;
@@ -129,7 +132,8 @@ class FakeExecutor final : public Executor {
     const int size = shape_.block_tokens;
     for (const BlockCopy& copy : plan.copies) {
       NIBBLE_CHECK(copy.from != copy.to);
-      std::copy_n(kv_.begin() + size_t(copy.from) * size, size, kv_.begin() + size_t(copy.to) * size);
+      std::copy_n(kv_.begin() + size_t(copy.from) * size, size,
+                  kv_.begin() + size_t(copy.to) * size);
     }
     // All writes come before all reads, as in a layer of a real model.
     std::fill(writer_.begin(), writer_.end(), -1);
@@ -139,7 +143,8 @@ class FakeExecutor final : public Executor {
         const int position = batch.positions[t];
         NIBBLE_CHECK(position == batch.kv_lens[s] - (batch.seq_starts[s + 1] - t));
         const int32_t block = batch.block_tables[s * batch.max_blocks_per_seq + position / size];
-        NIBBLE_CHECK(writer_[block] == -1 || writer_[block] == s, "block {} has two writers", block);
+        NIBBLE_CHECK(writer_[block] == -1 || writer_[block] == s, "block {} has two writers",
+                     block);
         writer_[block] = s;
         kv_[size_t(block) * size + position % size] = batch.token_ids[t];
       }
@@ -175,7 +180,8 @@ class FakeExecutor final : public Executor {
     logprobs_[r] = row.num_logprobs >= 0 ? fake_logprob(prefix, tokens_[r]) : NAN;
     for (int i = 0; i < samples.max_logprobs; ++i) {
       const size_t at = size_t(r) * samples.max_logprobs + i;
-      top_tokens_[at] = i < row.num_logprobs ? static_cast<int32_t>((tokens_[r] + i) % shape_.vocab_size) : -1;
+      top_tokens_[at] =
+          i < row.num_logprobs ? static_cast<int32_t>((tokens_[r] + i) % shape_.vocab_size) : -1;
       top_logprobs_[at] = fake_logprob(prefix, top_tokens_[at]);
     }
   }

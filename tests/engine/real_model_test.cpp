@@ -1,7 +1,7 @@
-// The whole engine over a small random model on real backends, against one sequence at a time through the decoder
-// (model/single_sequence.h): tokens and log-probs must be equal bit for bit whatever shares the steps, the cache
-// and the blocks with them.
-// SPDX-License-Identifier: Apache-2.0
+// The whole engine over a small random model on real backends, against one sequence at a time
+// through the decoder (model/single_sequence.h): tokens and log-probs must be equal bit for bit
+// whatever shares the steps, the cache and the blocks with them. SPDX-License-Identifier:
+// Apache-2.0
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -67,7 +67,10 @@ std::vector<uint64_t> allowed_tokens() {
 class Alone {
  public:
   explicit Alone(const Target& target)
-      : model_(load(target, {.max_batch_size = 1, .max_input_len = 300, .max_output_len = 100, .max_num_tokens = 512})),
+      : model_(load(target, {.max_batch_size = 1,
+                             .max_input_len = 300,
+                             .max_output_len = 100,
+                             .max_num_tokens = 512})),
         sequence_(*model_.backend, model_.plan, model_.weights, 400, 400) {}
 
   Collector::Choice generate(const Request& request, int index) {
@@ -83,7 +86,8 @@ class Alone {
       for (size_t i = 1; i < prompt.size(); ++i) {
         std::vector<float> row(all.begin() + (i - 1) * kVocab, all.begin() + i * kVocab);
         answer.prompt_logprobs.push_back(
-            draw({.temperature = 0, .num_logprobs = 0, .forced_token = prompt[i]}, row, {}, {}).second);
+            draw({.temperature = 0, .num_logprobs = 0, .forced_token = prompt[i]}, row, {}, {})
+                .second);
       }
       logits.assign(all.end() - kVocab, all.end());
     } else {
@@ -137,7 +141,8 @@ class RealModel : public ::testing::TestWithParam<Target> {
  protected:
   void SetUp() override {
     try {
-      if (!make_backend(GetParam().target, GetParam().precision, 1)) GTEST_SKIP() << "no such backend yet";
+      if (!make_backend(GetParam().target, GetParam().precision, 1))
+        GTEST_SKIP() << "no such backend yet";
     } catch (const Error& error) {
       GTEST_SKIP() << error.what();
     }
@@ -168,7 +173,8 @@ TEST_P(RealModel, SharingChangesNoBit) {
   EngineStats totals;
   int num_requests = 0, num_cancelled = 0;
   for (int round = 0; round < GetParam().num_rounds; ++round) {
-    // In even rounds the first sink holds the engine until all have arrived: a full house, and the same one each time.
+    // In even rounds the first sink holds the engine until all have arrived: a full house, and the
+    // same one each time.
     const bool is_full_house = round % 2 == 0;
     std::promise<void> all_arrived;
     const auto arrived = all_arrived.get_future().share();
@@ -183,7 +189,8 @@ TEST_P(RealModel, SharingChangesNoBit) {
     for (int32_t& token : stem) token = pick(kVocab);
     for (int i = 0; i < 16; ++i) {
       auto& [request, collector] = items.emplace_back();
-      // Chats over the same beginning, each going its own way after a while; some continue an earlier answer.
+      // Chats over the same beginning, each going its own way after a while; some continue an
+      // earlier answer.
       request.prompt_tokens.assign(stem.begin(), stem.begin() + 1 + pick(80));
       if (pick(3) == 0 && items.size() > 1 && !is_full_house) {
         auto& [earlier, told] = items.front();
@@ -254,12 +261,13 @@ TEST_P(RealModel, SharingChangesNoBit) {
   }
   EXPECT_GT(totals.preemptions, 0u);
   EXPECT_GT(totals.prefix_hit_tokens, 200u * GetParam().num_rounds);
-  std::printf("%s: %d requests, %d choices cancelled, %lu steps of %.1f rows, %lu preemptions, %lu hit tokens, "
-              "%.1f us a step outside the model\n",
-              GetParam().name, num_requests, num_cancelled, totals.steps,
-              double(totals.step_tokens) / double(totals.steps), totals.preemptions,
-              totals.prefix_hit_tokens,
-              double(totals.step_us - totals.forward_us) / double(totals.steps));
+  std::printf(
+      "%s: %d requests, %d choices cancelled, %lu steps of %.1f rows, %lu preemptions, %lu hit "
+      "tokens, "
+      "%.1f us a step outside the model\n",
+      GetParam().name, num_requests, num_cancelled, totals.steps,
+      double(totals.step_tokens) / double(totals.steps), totals.preemptions,
+      totals.prefix_hit_tokens, double(totals.step_us - totals.forward_us) / double(totals.steps));
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -268,7 +276,8 @@ INSTANTIATE_TEST_SUITE_P(
         Target{"reference", "ref", ActivationPrecision::kF32, KvFormat::kInt8Dynamic, 3},
         Target{"reference_static_kv", "ref", ActivationPrecision::kF32, KvFormat::kInt8Static, 2},
         Target{"cpu_f32", "cpu:native", ActivationPrecision::kF32, KvFormat::kInt8Dynamic, 8},
-        Target{"cpu_int8", "cpu:native", ActivationPrecision::kInt8Group, KvFormat::kInt8Dynamic, 8},
+        Target{"cpu_int8", "cpu:native", ActivationPrecision::kInt8Group, KvFormat::kInt8Dynamic,
+               8},
         Target{"cpu_avx2", "cpu:avx2", ActivationPrecision::kInt8Group, KvFormat::kInt8Dynamic, 8},
         Target{"cpu_generic", "cpu:generic", ActivationPrecision::kF32, KvFormat::kInt8Static, 3}),
     [](const auto& info) { return info.param.name; });

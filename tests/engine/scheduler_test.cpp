@@ -1,6 +1,6 @@
-// The scheduler against a fake model (fake_model.h): random arrivals, cancellations, priorities and pools that are
-// far too small; after each step the rules of scheduler.h, at the end the answer of one-at-a-time generation.
-// SPDX-License-Identifier: Apache-2.0
+// The scheduler against a fake model (fake_model.h): random arrivals, cancellations, priorities and
+// pools that are far too small; after each step the rules of scheduler.h, at the end the answer of
+// one-at-a-time generation. SPDX-License-Identifier: Apache-2.0
 #include "engine/scheduler.h"
 
 #include <gtest/gtest.h>
@@ -32,7 +32,10 @@ struct Totals {
 class Simulation {
  public:
   Simulation(uint32_t seed, Totals* totals, BlockPool::HashFn hash)
-      : random_(seed), totals_(totals), config_(make_config(hash)), scheduler_(config_),
+      : random_(seed),
+        totals_(totals),
+        config_(make_config(hash)),
+        scheduler_(config_),
         executor_({.max_batch_size = config_.max_batch_size,
                    .max_num_tokens = config_.max_num_tokens,
                    .max_logit_rows = config_.max_logit_rows,
@@ -82,12 +85,14 @@ class Simulation {
     Request& request = item.request;
     const int capacity = config_.num_blocks * config_.block_tokens;
     const int num_prompt = 1 + pick(std::min(capacity - 1, 60));
-    // Prompts are often continuations of earlier ones, as in a chat; else they share short beginnings.
+    // Prompts are often continuations of earlier ones, as in a chat; else they share short
+    // beginnings.
     if (cases_.size() > 1 && pick(2)) {
       const Case& earlier = *std::next(cases_.begin(), pick(static_cast<int>(cases_.size()) - 1));
       const auto& tokens = earlier.sequences.front().tokens;
-      request.prompt_tokens.assign(tokens.begin(),
-                                   tokens.begin() + std::min<int>(num_prompt, static_cast<int>(tokens.size())));
+      request.prompt_tokens.assign(
+          tokens.begin(),
+          tokens.begin() + std::min<int>(num_prompt, static_cast<int>(tokens.size())));
     }
     while (static_cast<int>(request.prompt_tokens.size()) < num_prompt) {
       request.prompt_tokens.push_back(pick(4) ? 7 : pick(kVocab));
@@ -168,7 +173,8 @@ class Simulation {
         ASSERT_EQ(scheduled.num_tokens, 1);
       } else {
         prefill_seen = true;
-        // One that was preempted may need a single row when it comes back: an admission all the same.
+        // One that was preempted may need a single row when it comes back: an admission all the
+        // same.
         const auto before = decoding_.find(&seq);
         ASSERT_TRUE(before == decoding_.end() || before->second < seq.num_preemptions);
       }
@@ -216,7 +222,8 @@ class Simulation {
       ASSERT_TRUE(seq.finish_reason);
       const FakeAnswer expected =
           fake_generate(item.request, seq.index, item.max_tokens, kEos, kVocab);
-      const std::vector<int32_t> output(seq.tokens.begin() + seq.num_prompt_tokens, seq.tokens.end());
+      const std::vector<int32_t> output(seq.tokens.begin() + seq.num_prompt_tokens,
+                                        seq.tokens.end());
       ASSERT_LE(output.size(), expected.tokens.size());
       ASSERT_TRUE(std::equal(output.begin(), output.end(), expected.tokens.begin()));
       const auto& scores = scores_[&seq];
@@ -263,9 +270,11 @@ void simulate(uint32_t first_seed, int num_seeds, BlockPool::HashFn hash) {
   EXPECT_GT(totals.cancelled, 1u * num_seeds);
   EXPECT_GT(totals.stopped, 5u * num_seeds);
   EXPECT_GT(totals.scored, 5u * num_seeds);
-  std::printf("steps %lu, preemptions %lu, hit tokens %lu, copies %lu, cancelled %lu, stopped %lu, scored %lu\n",
-              totals.steps, totals.preemptions, totals.hits, totals.copies, totals.cancelled,
-              totals.stopped, totals.scored);
+  std::printf(
+      "steps %lu, preemptions %lu, hit tokens %lu, copies %lu, cancelled %lu, stopped %lu, scored "
+      "%lu\n",
+      totals.steps, totals.preemptions, totals.hits, totals.copies, totals.cancelled,
+      totals.stopped, totals.scored);
 }
 
 uint64_t weak_hash(uint64_t parent, std::span<const int32_t> tokens) {

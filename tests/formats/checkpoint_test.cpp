@@ -16,9 +16,9 @@
 namespace nibble {
 namespace {
 
+using ::testing::HasSubstr;
 using testing_::catch_error;
 using testing_::TemporaryDirectory;
-using ::testing::HasSubstr;
 
 // 4 heads and 2 kv heads of 16, groups of 32 so that tp 4 divides everything; an odd vocabulary.
 ModelSpec tiny_spec() {
@@ -50,7 +50,8 @@ CheckpointLinear linear_of(const WeightRow& row) {
   linear.scales.resize(out * in / kGroup);
   for (float& scale : linear.scales) scale = 0.001f + static_cast<float>(next() >> 16) * 1e-6f;
   linear.pre_scale.resize(in);
-  for (float& scale : linear.pre_scale) scale = 0.5f + static_cast<float>(next() >> 25) / 128.0f;  // exact in bf16
+  for (float& scale : linear.pre_scale)
+    scale = 0.5f + static_cast<float>(next() >> 25) / 128.0f;  // exact in bf16
   return linear;
 }
 
@@ -76,7 +77,8 @@ std::vector<int8_t> unpack(const Int4Weight& weight) {
     for (int64_t c = 0; c < weight.in_features; ++c) {
       const auto byte = static_cast<uint8_t>(weight.nibbles[r / 2 * weight.in_features + c]);
       const int nibble = r % 2 == 0 ? byte & 15 : byte >> 4;
-      q[static_cast<size_t>(r * weight.in_features + c)] = static_cast<int8_t>(nibble >= 8 ? nibble - 16 : nibble);
+      q[static_cast<size_t>(r * weight.in_features + c)] =
+          static_cast<int8_t>(nibble >= 8 ? nibble - 16 : nibble);
     }
   }
   return q;
@@ -139,7 +141,8 @@ TEST(Checkpoint, ReshardingFromFourToOneIsByteEqual) {
                           return CheckpointLinear{unpack(weight), weight.scales, weight.pre_scale};
                         },
                     .kv_scales = [&] { return *four->kv_scales(); }});
-  EXPECT_TRUE(read_file(directory / "one/rank0.safetensors") == read_file(directory / "again/rank0.safetensors"));
+  EXPECT_TRUE(read_file(directory / "one/rank0.safetensors") ==
+              read_file(directory / "again/rank0.safetensors"));
   EXPECT_EQ(read_file(directory / "one/config.json"), read_file(directory / "again/config.json"));
 }
 
@@ -148,7 +151,8 @@ TEST(Checkpoint, RankFilesHoldWhatTheTableOfFactsSays) {
   const ModelSpec spec = tiny_spec();
   write(directory / "c", spec, 4);
   for (int rank = 0; rank < 4; ++rank) {
-    const SafetensorsFile file = SafetensorsFile::open(directory / fmt::format("c/rank{}.safetensors", rank));
+    const SafetensorsFile file =
+        SafetensorsFile::open(directory / fmt::format("c/rank{}.safetensors", rank));
     const auto expect = [&](const std::string& name, DType dtype, std::vector<int64_t> shape) {
       const TensorView view = file.tensor(name);
       EXPECT_EQ(view.dtype, dtype) << name;
@@ -170,7 +174,8 @@ TEST(Checkpoint, RankFilesHoldWhatTheTableOfFactsSays) {
     expect("transformer.layers.3.attention.k_cache_scaling_factor", DType::kF32, {1});
     expect("transformer.layers.3.attention.v_cache_scaling_factor", DType::kF32, {1});
     expect("transformer.layers.3.attention.kv_cache_scaling_factor", DType::kF32, {1});
-    expect("transformer.vocab_embedding.weight", DType::kBF16, {64, 64});  // 203 padded to 256, a quarter
+    expect("transformer.vocab_embedding.weight", DType::kBF16,
+           {64, 64});  // 203 padded to 256, a quarter
     expect("lm_head.weight", DType::kBF16, {64, 64});
     expect("transformer.ln_f.weight", DType::kBF16, {64});
     EXPECT_EQ(file.entries().size(), 4 * (2 + 5 * 3 + 3) + 3u);
@@ -188,7 +193,8 @@ TEST(Checkpoint, RankFilesHoldWhatTheTableOfFactsSays) {
     if (row.name != "layers.0.gate") continue;
     EXPECT_EQ(row.hf_names[0], "model.layers.0.mlp.gate_proj.weight");
     const CheckpointLinear gate = linear_of(row);
-    const auto byte = static_cast<uint8_t>(fc.bytes[5]);  // column 5 of rows 0 (low nibble) and 1 (high)
+    const auto byte =
+        static_cast<uint8_t>(fc.bytes[5]);  // column 5 of rows 0 (low nibble) and 1 (high)
     EXPECT_EQ(byte & 15, gate.q[5] & 15);
     EXPECT_EQ(byte >> 4, gate.q[64 + 5] & 15);
   }
@@ -200,19 +206,22 @@ TEST(Checkpoint, ConfigHasExactlyTheKnownKeys) {
   const json::object config = read_json_object(directory / "c/config.json");
   std::vector<std::string> keys;
   for (const auto& member : config) keys.emplace_back(member.key());
-  EXPECT_THAT(keys, ::testing::UnorderedElementsAre(
-                        "producer", "architecture", "model_type", "dtype", "logits_dtype", "num_hidden_layers",
-                        "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size", "head_size",
-                        "norm_epsilon", "vocab_size", "max_position_embeddings", "hidden_act",
-                        "position_embedding_type", "rotary_base", "rotary_pct", "rotary_embedding_dim",
-                        "rotary_scaling", "use_parallel_embedding", "embedding_sharding_dim",
-                        "share_embedding_table", "decoder", "rmsnorm", "bias", "lm_head_bias", "residual_mlp", "rank",
-                        "mapping", "quantization", "nibble"));
+  EXPECT_THAT(keys,
+              ::testing::UnorderedElementsAre(
+                  "producer", "architecture", "model_type", "dtype", "logits_dtype",
+                  "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size",
+                  "intermediate_size", "head_size", "norm_epsilon", "vocab_size",
+                  "max_position_embeddings", "hidden_act", "position_embedding_type", "rotary_base",
+                  "rotary_pct", "rotary_embedding_dim", "rotary_scaling", "use_parallel_embedding",
+                  "embedding_sharding_dim", "share_embedding_table", "decoder", "rmsnorm", "bias",
+                  "lm_head_bias", "residual_mlp", "rank", "mapping", "quantization", "nibble"));
   EXPECT_EQ(dump_json(config.at("mapping")), R"({"world_size": 2, "tp_size": 2, "pp_size": 1})");
-  EXPECT_EQ(dump_json(config.at("quantization")),
-            R"({"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": "INT8", "group_size": 32, "has_zero_point": false, )"
-            R"("pre_quant_scale": true, "exclude_modules": ["lm_head"]})");
-  EXPECT_EQ(dump_json(config.at("nibble")), R"({"vocab_size": 203, "bos_token_id": 3, "eos_token_ids": [7, 9]})");
+  EXPECT_EQ(
+      dump_json(config.at("quantization")),
+      R"({"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": "INT8", "group_size": 32, "has_zero_point": false, )"
+      R"("pre_quant_scale": true, "exclude_modules": ["lm_head"]})");
+  EXPECT_EQ(dump_json(config.at("nibble")),
+            R"({"vocab_size": 203, "bos_token_id": 3, "eos_token_ids": [7, 9]})");
   EXPECT_EQ(config.at("vocab_size"), 256);
   EXPECT_EQ(config.at("head_size"), 16);
   EXPECT_EQ(config.at("dtype"), "bfloat16");
@@ -224,7 +233,10 @@ TEST(Checkpoint, WithoutInt8KvNoScalesAreWritten) {
   TemporaryDirectory directory;
   write(directory / "c", tiny_spec(), 1, false);
   expect_equals_source(*open_checkpoint(directory / "c"), tiny_spec(), false);
-  EXPECT_TRUE(read_json_object(directory / "c/config.json").at("quantization").at("kv_cache_quant_algo").is_null());
+  EXPECT_TRUE(read_json_object(directory / "c/config.json")
+                  .at("quantization")
+                  .at("kv_cache_quant_algo")
+                  .is_null());
 }
 
 TEST(Checkpoint, Llama3RopeAndTiedEmbeddingsSurvive) {
@@ -246,7 +258,8 @@ TEST(Checkpoint, F16OptionConvertsDenseTensors) {
   const ModelSpec spec = tiny_spec();
   const auto source = open_synthetic(spec, 11, false);
   fs::create_directories(directory / "c");
-  write_checkpoint(directory / "c", *source, {.group_size = kGroup, .dtype = DType::kF16, .int8_kv = false},
+  write_checkpoint(directory / "c", *source,
+                   {.group_size = kGroup, .dtype = DType::kF16, .int8_kv = false},
                    {.linear = linear_of});
   const auto read = open_checkpoint(directory / "c");
   EXPECT_EQ(read->spec().dtype, DType::kF16);
@@ -262,13 +275,15 @@ TEST(Checkpoint, WhatCannotBeCutIsRefused) {
   const auto source = open_synthetic(tiny_spec(), 11, false);
   for (const int tp : {3, 16}) {
     const auto caught = catch_error([&] {
-      write_checkpoint(directory / "c", *source, {.tp_size = tp, .group_size = kGroup}, {.linear = linear_of});
+      write_checkpoint(directory / "c", *source, {.tp_size = tp, .group_size = kGroup},
+                       {.linear = linear_of});
     });
     EXPECT_EQ(caught.kind, ErrorKind::kUnsupported);
     EXPECT_THAT(caught.message, HasSubstr("attention heads"));
   }
   const auto caught = catch_error([&] {
-    write_checkpoint(directory / "c", *source, {.tp_size = 1, .group_size = 128}, {.linear = linear_of});
+    write_checkpoint(directory / "c", *source, {.tp_size = 1, .group_size = 128},
+                     {.linear = linear_of});
   });
   EXPECT_THAT(caught.message, HasSubstr("hidden_size is 64"));
   EXPECT_TRUE(fs::is_empty(directory / "c"));
@@ -282,9 +297,9 @@ TEST(Checkpoint, AFailureLeavesNothingBehind) {
   catch_error([&] {
     write_checkpoint(directory / "c", *source, {.tp_size = 2, .group_size = kGroup},
                      {.linear = [&](const WeightRow& row) {
-                        if (++calls == 7) fail(ErrorKind::kInterrupted, "stop");
-                        return linear_of(row);
-                      }});
+                       if (++calls == 7) fail(ErrorKind::kInterrupted, "stop");
+                       return linear_of(row);
+                     }});
   });
   EXPECT_EQ(calls, 7);
   EXPECT_TRUE(fs::is_empty(directory / "c"));
@@ -298,7 +313,8 @@ struct Stored {
   std::vector<std::byte> bytes;
 };
 using Edit = std::function<bool(Stored&)>;  // false drops
-void rewrite(const fs::path& path, const Edit& edit, std::vector<Stored> extra = {}, const fs::path& to = {}) {
+void rewrite(const fs::path& path, const Edit& edit, std::vector<Stored> extra = {},
+             const fs::path& to = {}) {
   std::vector<Stored> all;
   {
     const SafetensorsFile file = SafetensorsFile::open(path);
@@ -356,17 +372,21 @@ TEST_F(CheckpointVariant, HalfPrecisionScales) {
 }
 
 TEST_F(CheckpointVariant, NoPrequantVectors) {
-  rewrite(rank0(), [](Stored& tensor) { return !tensor.name.ends_with("prequant_scaling_factor"); });
+  rewrite(rank0(),
+          [](Stored& tensor) { return !tensor.name.ends_with("prequant_scaling_factor"); });
   const auto read = open_checkpoint(path());
   EXPECT_TRUE(read->load_int4(weight_table(spec_)[2]).pre_scale.empty());
 }
 
 TEST_F(CheckpointVariant, KvScalesUnderOneNameOrTwo) {
-  rewrite(rank0(), [](Stored& tensor) { return tensor.name.find(".kv_cache_scaling") == std::string::npos; });
+  rewrite(rank0(), [](Stored& tensor) {
+    return tensor.name.find(".kv_cache_scaling") == std::string::npos;
+  });
   expect_equals_source(*open_checkpoint(path()), spec_);
   write(path(), spec_, 1);
   rewrite(rank0(), [](Stored& tensor) {
-    return tensor.name.find(".k_cache") == std::string::npos && tensor.name.find(".v_cache") == std::string::npos;
+    return tensor.name.find(".k_cache") == std::string::npos &&
+           tensor.name.find(".v_cache") == std::string::npos;
   });
   const auto read = open_checkpoint(path());
   ASSERT_TRUE(read->kv_scales().has_value());
@@ -379,12 +399,16 @@ TEST_F(CheckpointVariant, KvScalesUnderOneNameOrTwo) {
 
 TEST_F(CheckpointVariant, KvScalesForKAloneOrForSomeLayersAreRefused) {
   rewrite(rank0(), [](Stored& tensor) {
-    return tensor.name.find(".kv_cache") == std::string::npos && tensor.name.find(".v_cache") == std::string::npos;
+    return tensor.name.find(".kv_cache") == std::string::npos &&
+           tensor.name.find(".v_cache") == std::string::npos;
   });
-  EXPECT_THAT(catch_error([&] { open_checkpoint(path()); }).message, HasSubstr("layer 0 has a KV scale for K only"));
+  EXPECT_THAT(catch_error([&] { open_checkpoint(path()); }).message,
+              HasSubstr("layer 0 has a KV scale for K only"));
   write(path(), spec_, 1);
-  rewrite(rank0(), [](Stored& tensor) { return tensor.name.find("layers.2.attention.k") == std::string::npos &&
-                                               tensor.name.find("layers.2.attention.v") == std::string::npos; });
+  rewrite(rank0(), [](Stored& tensor) {
+    return tensor.name.find("layers.2.attention.k") == std::string::npos &&
+           tensor.name.find("layers.2.attention.v") == std::string::npos;
+  });
   EXPECT_THAT(catch_error([&] { open_checkpoint(path()); }).message, HasSubstr("3 of 4 layers"));
 }
 
@@ -396,21 +420,26 @@ TEST_F(CheckpointVariant, AbsentNullOrFp8KvIsSaid) {
     EXPECT_THAT(read->notices(), ::testing::ElementsAre(HasSubstr("no scales")));
   }
   write(path(), spec_, 1);
-  edit_config(path(), [](json::object& config) { config["quantization"].as_object()["kv_cache_quant_algo"] = "FP8"; });
+  edit_config(path(), [](json::object& config) {
+    config["quantization"].as_object()["kv_cache_quant_algo"] = "FP8";
+  });
   {
     const auto read = open_checkpoint(path());
     EXPECT_FALSE(read->kv_scales().has_value());
     EXPECT_THAT(read->notices(), ::testing::ElementsAre(HasSubstr("FP8")));
   }
-  edit_config(path(), [](json::object& config) { config["quantization"].as_object()["kv_cache_quant_algo"] = nullptr; });
+  edit_config(path(), [](json::object& config) {
+    config["quantization"].as_object()["kv_cache_quant_algo"] = nullptr;
+  });
   EXPECT_FALSE(open_checkpoint(path())->kv_scales().has_value());
 }
 
 TEST_F(CheckpointVariant, MissingOptionalKeys) {
   edit_config(path(), [](json::object& config) {
-    for (const char* key : {"mapping", "logits_dtype", "producer", "rank", "decoder", "model_type", "rmsnorm", "bias",
-                            "lm_head_bias", "residual_mlp", "rotary_pct", "rotary_embedding_dim", "rotary_scaling",
-                            "hidden_act", "position_embedding_type", "share_embedding_table"}) {
+    for (const char* key :
+         {"mapping", "logits_dtype", "producer", "rank", "decoder", "model_type", "rmsnorm", "bias",
+          "lm_head_bias", "residual_mlp", "rotary_pct", "rotary_embedding_dim", "rotary_scaling",
+          "hidden_act", "position_embedding_type", "share_embedding_table"}) {
       config.erase(key);
     }
     config["some_new_key"] = 5;
@@ -423,7 +452,9 @@ TEST_F(CheckpointVariant, MissingOptionalKeys) {
 TEST_F(CheckpointVariant, PretrainedConfigNesting) {
   edit_config(path(), [](json::object& config) {
     json::object inner = std::move(config);
-    config = {{"version", "1.2.0"}, {"pretrained_config", inner}, {"build_config", {{"max_batch_size", 64}}}};
+    config = {{"version", "1.2.0"},
+              {"pretrained_config", inner},
+              {"build_config", {{"max_batch_size", 64}}}};
   });
   EXPECT_EQ(model_kind(path()), ModelKind::kCheckpoint);
   expect_equals_source(*open_checkpoint(path()), spec_);
@@ -432,7 +463,8 @@ TEST_F(CheckpointVariant, PretrainedConfigNesting) {
 TEST_F(CheckpointVariant, PublishedLayoutIsResolved) {
   fs::create_directories(directory_ / "out/trt-llm");
   fs::rename(path(), directory_ / "out/trt-llm/checkpoints");
-  write_file_atomically(directory_ / "out/generation_config.json", R"({"eos_token_id": [2, 5], "bos_token_id": 1})");
+  write_file_atomically(directory_ / "out/generation_config.json",
+                        R"({"eos_token_id": [2, 5], "bos_token_id": 1})");
   EXPECT_EQ(model_kind(directory_ / "out"), ModelKind::kCheckpoint);
   const auto read = open_checkpoint(directory_ / "out");
   EXPECT_EQ(read->spec().eos_token_ids, (std::vector<int>{2, 5}));
@@ -450,7 +482,8 @@ TEST_F(CheckpointVariant, TwoPipelineStages) {
       if (layer < 0) return (tensor.name.find("embedding") != std::string::npos) == (which == 0);
       if (layer / 2 != which) return false;
       const std::string prefix = "transformer.layers." + std::to_string(layer);
-      tensor.name = "transformer.layers." + std::to_string(layer % 2) + tensor.name.substr(prefix.size());
+      tensor.name =
+          "transformer.layers." + std::to_string(layer % 2) + tensor.name.substr(prefix.size());
       return true;
     };
   };
@@ -466,12 +499,14 @@ TEST_F(CheckpointVariant, TwoPipelineStages) {
 
 TEST_F(CheckpointVariant, EmbeddingSplitByHiddenOrNotAtAll) {
   write(path(), spec_, 2);
-  const std::vector<float> whole = open_synthetic(spec_, 11, false)->load_dense(weight_table(spec_)[0]);
+  const std::vector<float> whole =
+      open_synthetic(spec_, 11, false)->load_dense(weight_table(spec_)[0]);
   for (const bool by_hidden : {true, false}) {
     for (int rank = 0; rank < 2; ++rank) {
       rewrite(path() / fmt::format("rank{}.safetensors", rank), [&](Stored& tensor) {
         if (tensor.name != "transformer.vocab_embedding.weight") return true;
-        const size_t width = by_hidden ? 32 : 64, first = by_hidden ? 32 * static_cast<size_t>(rank) : 0;
+        const size_t width = by_hidden ? 32 : 64,
+                     first = by_hidden ? 32 * static_cast<size_t>(rank) : 0;
         std::vector<float> part;
         for (size_t r = 0; r < 203; ++r) {
           for (size_t c = 0; c < width; ++c) part.push_back(whole[r * 64 + first + c]);
@@ -490,9 +525,11 @@ TEST_F(CheckpointVariant, EmbeddingSplitByHiddenOrNotAtAll) {
 }
 
 TEST_F(CheckpointVariant, LeftoverTensorsAreNoticed) {
-  rewrite(rank0(), [](Stored&) { return true; },
-          {{"transformer.layers.0.mlp.router.weight", DType::kBF16, {4}, std::vector<std::byte>(8)}});
-  EXPECT_THAT(open_checkpoint(path())->notices(), ::testing::ElementsAre(HasSubstr("mlp.router.weight")));
+  rewrite(
+      rank0(), [](Stored&) { return true; },
+      {{"transformer.layers.0.mlp.router.weight", DType::kBF16, {4}, std::vector<std::byte>(8)}});
+  EXPECT_THAT(open_checkpoint(path())->notices(),
+              ::testing::ElementsAre(HasSubstr("mlp.router.weight")));
 }
 
 struct BadTensors {
@@ -504,8 +541,11 @@ struct BadTensors {
 TEST_F(CheckpointVariant, DamagedTensorsAreNamed) {
   const std::string fc = "transformer.layers.1.mlp.fc.";
   const std::vector<BadTensors> table = {
-      {"missing", [&](Stored& t) { return t.name != fc + "weight"; }, {fc + "weight", "rank0.safetensors"}},
-      {"missing scales", [&](Stored& t) { return t.name != fc + "weights_scaling_factor"; },
+      {"missing",
+       [&](Stored& t) { return t.name != fc + "weight"; },
+       {fc + "weight", "rank0.safetensors"}},
+      {"missing scales",
+       [&](Stored& t) { return t.name != fc + "weights_scaling_factor"; },
        {fc + "weights_scaling_factor"}},
       {"unpacked rows",
        [&](Stored& t) {
@@ -577,8 +617,9 @@ TEST_F(CheckpointVariant, NotANumberInScalesIsFoundOnLoad) {
   const auto read = open_checkpoint(path());
   for (const WeightRow& row : weight_table(spec_)) {
     if (row.name == "layers.0.down") {
-      EXPECT_THAT(catch_error([&] { read->load_int4(row); }).message,
-                  ::testing::AllOf(HasSubstr("scale 3"), HasSubstr("transformer.layers.0.mlp.proj")));
+      EXPECT_THAT(
+          catch_error([&] { read->load_int4(row); }).message,
+          ::testing::AllOf(HasSubstr("scale 3"), HasSubstr("transformer.layers.0.mlp.proj")));
     }
   }
 }
@@ -598,29 +639,61 @@ TEST_F(CheckpointVariant, UnreadableConfigsAreNamed) {
     return [=](json::object& config) { config["quantization"].as_object()[key] = value; };
   };
   const std::vector<BadConfig> table = {
-      {"other algorithm", quant("quant_algo", "W4A8_AWQ"), ErrorKind::kUnsupported, {"W4A8_AWQ", "W4A16_AWQ"}},
+      {"other algorithm",
+       quant("quant_algo", "W4A8_AWQ"),
+       ErrorKind::kUnsupported,
+       {"W4A8_AWQ", "W4A16_AWQ"}},
       {"fp8", quant("quant_algo", "FP8"), ErrorKind::kUnsupported, {"FP8"}},
       {"zero points", quant("has_zero_point", true), ErrorKind::kUnsupported, {"has_zero_point"}},
-      {"unquantized says config", quant("quant_algo", nullptr), ErrorKind::kUnsupported, {"quant_algo", "I8"}},
+      {"unquantized says config",
+       quant("quant_algo", nullptr),
+       ErrorKind::kUnsupported,
+       {"quant_algo", "I8"}},
       {"kv algorithm", quant("kv_cache_quant_algo", "NVFP4"), ErrorKind::kUnsupported, {"NVFP4"}},
       {"group", quant("group_size", 64), ErrorKind::kInput, {"64", "32"}},
-      {"architecture", set("architecture", "Qwen2ForCausalLM"), ErrorKind::kUnsupported, {"Qwen2ForCausalLM"}},
-      {"no architecture", [](json::object& c) { c.erase("architecture"); }, ErrorKind::kInput, {"architecture"}},
-      {"no layers", [](json::object& c) { c.erase("num_hidden_layers"); }, ErrorKind::kInput, {"num_hidden_layers"}},
+      {"architecture",
+       set("architecture", "Qwen2ForCausalLM"),
+       ErrorKind::kUnsupported,
+       {"Qwen2ForCausalLM"}},
+      {"no architecture",
+       [](json::object& c) { c.erase("architecture"); },
+       ErrorKind::kInput,
+       {"architecture"}},
+      {"no layers",
+       [](json::object& c) { c.erase("num_hidden_layers"); },
+       ErrorKind::kInput,
+       {"num_hidden_layers"}},
       {"activation", set("hidden_act", "gelu"), ErrorKind::kUnsupported, {"gelu"}},
       {"positions", set("position_embedding_type", "alibi"), ErrorKind::kUnsupported, {"alibi"}},
       {"bias", set("attn_bias", true), ErrorKind::kUnsupported, {"attn_bias"}},
       {"qk norm", set("qk_layernorm", true), ErrorKind::kUnsupported, {"qk_layernorm"}},
       {"experts", set("moe", {{"num_experts", 8}}), ErrorKind::kUnsupported, {"num_experts"}},
       {"rotary", set("rotary_pct", 0.5), ErrorKind::kUnsupported, {"0.5"}},
-      {"yarn", set("rotary_scaling", {{"type", "yarn"}, {"factor", 4.0}}), ErrorKind::kUnsupported, {"yarn"}},
-      {"multiplier", set("embedding_multiplier", 12.0), ErrorKind::kUnsupported, {"embedding_multiplier", "12"}},
-      {"no head size", [](json::object& c) { c.erase("head_size"); }, ErrorKind::kUnsupported, {"rotary_embedding_dim"}},
-      {"two ranks", set("mapping", {{"world_size", 2}, {"tp_size", 2}, {"pp_size", 1}}), ErrorKind::kInput,
+      {"yarn",
+       set("rotary_scaling", {{"type", "yarn"}, {"factor", 4.0}}),
+       ErrorKind::kUnsupported,
+       {"yarn"}},
+      {"multiplier",
+       set("embedding_multiplier", 12.0),
+       ErrorKind::kUnsupported,
+       {"embedding_multiplier", "12"}},
+      {"no head size",
+       [](json::object& c) { c.erase("head_size"); },
+       ErrorKind::kUnsupported,
+       {"rotary_embedding_dim"}},
+      {"two ranks",
+       set("mapping", {{"world_size", 2}, {"tp_size", 2}, {"pp_size", 1}}),
+       ErrorKind::kInput,
        {"rank1.safetensors"}},
-      {"world", set("mapping", {{"world_size", 3}, {"tp_size", 2}, {"pp_size", 1}}), ErrorKind::kInput, {"world_size"}},
+      {"world",
+       set("mapping", {{"world_size", 3}, {"tp_size", 2}, {"pp_size", 1}}),
+       ErrorKind::kInput,
+       {"world_size"}},
       {"context parallel", set("mapping", {{"cp_size", 2}}), ErrorKind::kUnsupported, {"cp_size"}},
-      {"layers over stages", set("mapping", {{"pp_size", 3}}), ErrorKind::kInput, {"4 layers", "3"}},
+      {"layers over stages",
+       set("mapping", {{"pp_size", 3}}),
+       ErrorKind::kInput,
+       {"4 layers", "3"}},
       {"type", set("vocab_size", "many"), ErrorKind::kInput, {"vocab_size", "\"many\""}},
   };
   for (const BadConfig& bad : table) {

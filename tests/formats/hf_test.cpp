@@ -11,9 +11,9 @@
 namespace nibble {
 namespace {
 
+using ::testing::HasSubstr;
 using testing_::catch_error;
 using testing_::TemporaryDirectory;
-using ::testing::HasSubstr;
 
 ModelSpec tiny_spec() {
   ModelSpec spec = synthetic_shape("nano-like").spec;
@@ -91,7 +91,8 @@ class HfDirectory : public ::testing::Test {
       std::vector<std::byte> a, b;
       const TensorView x = read.view_dense(row, a), y = wanted->view_dense(row, b);
       EXPECT_EQ(x.shape, row.shape);
-      EXPECT_TRUE(std::equal(x.bytes.begin(), x.bytes.end(), y.bytes.begin(), y.bytes.end())) << row.name;
+      EXPECT_TRUE(std::equal(x.bytes.begin(), x.bytes.end(), y.bytes.begin(), y.bytes.end()))
+          << row.name;
     }
   }
   Edit rename(const std::function<std::string(const std::string&)>& to) const {
@@ -117,8 +118,9 @@ TEST_F(HfDirectory, OneFileAndShards) {
 }
 
 TEST_F(HfDirectory, Mistral3BeforeAndAfterTransformers452) {
-  rewrite(weights(), rename([](const std::string& name) { return "language_model." + name; }),
-          {tensor("vision_tower.patch_conv.weight"), tensor("multi_modal_projector.linear_1.weight")});
+  rewrite(
+      weights(), rename([](const std::string& name) { return "language_model." + name; }),
+      {tensor("vision_tower.patch_conv.weight"), tensor("multi_modal_projector.linear_1.weight")});
   wrap();
   {
     const auto read = open_hf(path());
@@ -129,11 +131,13 @@ TEST_F(HfDirectory, Mistral3BeforeAndAfterTransformers452) {
   rewrite(weights(), rename([](const std::string& name) {
             return name.starts_with("model.") ? "model.language_model." + name.substr(6) : name;
           }),
-          {tensor("model.vision_tower.ln_pre.weight"), tensor("model.multi_modal_projector.norm.weight"),
+          {tensor("model.vision_tower.ln_pre.weight"),
+           tensor("model.multi_modal_projector.norm.weight"),
            tensor("model.language_model.layers.0.self_attn.rotary_emb.inv_freq")});
   wrap();
   const auto read = open_hf(path());
-  EXPECT_THAT(read->notices(), ::testing::ElementsAre(HasSubstr("(2 tensors)"), HasSubstr("inv_freq")));
+  EXPECT_THAT(read->notices(),
+              ::testing::ElementsAre(HasSubstr("(2 tensors)"), HasSubstr("inv_freq")));
   expect_whole(*read);
 }
 
@@ -141,14 +145,16 @@ TEST_F(HfDirectory, MixedDtypesWiden) {
   rewrite(weights(), [](Stored& stored) {
     const bool k = stored.name == "model.layers.0.self_attn.k_proj.weight";
     if (k || stored.name == "model.norm.weight") {
-      stored.bytes = narrow(widen(TensorView{stored.dtype, stored.shape, stored.bytes}), DType::kF32);
+      stored.bytes =
+          narrow(widen(TensorView{stored.dtype, stored.shape, stored.bytes}), DType::kF32);
       stored.dtype = DType::kF32;
     }
     return true;
   });
   const auto read = open_hf(path());
   const auto wanted = open_synthetic(spec_, 5, false);
-  for (const WeightRow& row : weight_table(spec_)) EXPECT_EQ(read->load_dense(row), wanted->load_dense(row)) << row.name;
+  for (const WeightRow& row : weight_table(spec_))
+    EXPECT_EQ(read->load_dense(row), wanted->load_dense(row)) << row.name;
   std::vector<std::byte> storage;
   EXPECT_EQ(read->view_dense(weight_table(spec_)[2], storage).dtype, DType::kF32);
 }
@@ -163,11 +169,13 @@ TEST_F(HfDirectory, TheHeadTensorDecidesTying) {
   rewrite(weights(), [](Stored& stored) { return stored.name != "lm_head.weight"; });
   EXPECT_TRUE(open_hf(path())->spec().tied_embeddings);
   edit_config([](json::object& config) { config["tie_word_embeddings"] = false; });
-  EXPECT_THAT(catch_error([&] { open_hf(path()); }).message, HasSubstr("\"lm_head.weight\" is missing"));
+  EXPECT_THAT(catch_error([&] { open_hf(path()); }).message,
+              HasSubstr("\"lm_head.weight\" is missing"));
 }
 
 TEST_F(HfDirectory, GenerationConfigOverridesStops) {
-  write_file_atomically(path() / "generation_config.json", R"({"bos_token_id": 9, "eos_token_id": [4, 6], "pad_token_id": 1})");
+  write_file_atomically(path() / "generation_config.json",
+                        R"({"bos_token_id": 9, "eos_token_id": [4, 6], "pad_token_id": 1})");
   const auto read = open_hf(path());
   EXPECT_EQ(read->spec().eos_token_ids, (std::vector<int>{4, 6}));
   EXPECT_EQ(read->spec().bos_token_id, 9);
@@ -186,31 +194,67 @@ TEST_F(HfDirectory, BadTensorsAreNamed) {
   const std::string q = "model.layers.1.self_attn.q_proj.weight";
   const std::vector<BadTensors> table = {
       {"missing", [&](Stored& s) { return s.name != q; }, {}, ErrorKind::kInput, {q, "missing"}},
-      {"no embedding", [&](Stored& s) { return s.name != "model.embed_tokens.weight"; }, {}, ErrorKind::kInput,
+      {"no embedding",
+       [&](Stored& s) { return s.name != "model.embed_tokens.weight"; },
+       {},
+       ErrorKind::kInput,
        {"no embedding", "language_model.model."}},
-      {"leftover", keep, {tensor("model.layers.2.mlp.gate_proj.weight")}, ErrorKind::kInput,
+      {"leftover",
+       keep,
+       {tensor("model.layers.2.mlp.gate_proj.weight")},
+       ErrorKind::kInput,
        {"1 tensor ", "model.layers.2.mlp.gate_proj.weight"}},
-      {"bias", keep, {tensor("model.layers.0.self_attn.q_proj.bias")}, ErrorKind::kInput, {"q_proj.bias"}},
-      {"qk norm", keep, {tensor("model.layers.0.self_attn.q_norm.weight")}, ErrorKind::kInput, {"q_norm"}},
-      {"gptq", keep, {tensor("model.layers.0.self_attn.q_proj.qweight")}, ErrorKind::kUnsupported, {"qweight", "GPTQ"}},
-      {"compressed-tensors", keep, {tensor("model.layers.0.mlp.up_proj.weight_packed")}, ErrorKind::kUnsupported,
+      {"bias",
+       keep,
+       {tensor("model.layers.0.self_attn.q_proj.bias")},
+       ErrorKind::kInput,
+       {"q_proj.bias"}},
+      {"qk norm",
+       keep,
+       {tensor("model.layers.0.self_attn.q_norm.weight")},
+       ErrorKind::kInput,
+       {"q_norm"}},
+      {"gptq",
+       keep,
+       {tensor("model.layers.0.self_attn.q_proj.qweight")},
+       ErrorKind::kUnsupported,
+       {"qweight", "GPTQ"}},
+      {"compressed-tensors",
+       keep,
+       {tensor("model.layers.0.mlp.up_proj.weight_packed")},
+       ErrorKind::kUnsupported,
        {"compressed-tensors"}},
-      {"exl3", keep, {tensor("model.layers.0.mlp.up_proj.trellis")}, ErrorKind::kUnsupported, {"EXL3"}},
-      {"bitsandbytes", keep, {tensor("model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4")},
-       ErrorKind::kUnsupported, {"bitsandbytes"}},
-      {"two prefixes", keep, {tensor("language_model.model.embed_tokens.weight")}, ErrorKind::kInput, {"twice"}},
+      {"exl3",
+       keep,
+       {tensor("model.layers.0.mlp.up_proj.trellis")},
+       ErrorKind::kUnsupported,
+       {"EXL3"}},
+      {"bitsandbytes",
+       keep,
+       {tensor("model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4")},
+       ErrorKind::kUnsupported,
+       {"bitsandbytes"}},
+      {"two prefixes",
+       keep,
+       {tensor("language_model.model.embed_tokens.weight")},
+       ErrorKind::kInput,
+       {"twice"}},
       {"transposed",
        [&](Stored& s) {
          if (s.name == q) s.shape = {64, 128};
          return true;
        },
-       {}, ErrorKind::kInput, {q, "[64, 128]", "[128, 64]", "head_dim is 32"}},
+       {},
+       ErrorKind::kInput,
+       {q, "[64, 128]", "[128, 64]", "head_dim is 32"}},
       {"int8",
        [&](Stored& s) {
          if (s.name == "model.norm.weight") s.dtype = DType::kI16;
          return true;
        },
-       {}, ErrorKind::kUnsupported, {"model.norm.weight", "I16"}},
+       {},
+       ErrorKind::kUnsupported,
+       {"model.norm.weight", "I16"}},
   };
   for (const BadTensors& bad : table) {
     SCOPED_TRACE(bad.title);
@@ -224,9 +268,12 @@ TEST_F(HfDirectory, BadTensorsAreNamed) {
 }
 
 TEST_F(HfDirectory, HeadDimDefaultIsCheckedAgainstTheWeights) {
-  edit_config([](json::object& config) { config.erase("head_dim"); });  // 64 / 4 = 16, wrong like the 24B's 160
-  EXPECT_THAT(catch_error([&] { open_hf(path()); }).message,
-              ::testing::AllOf(HasSubstr("q_proj"), HasSubstr("head_dim is 16"), HasSubstr("[128, 64]")));
+  edit_config([](json::object& config) {
+    config.erase("head_dim");
+  });  // 64 / 4 = 16, wrong like the 24B's 160
+  EXPECT_THAT(
+      catch_error([&] { open_hf(path()); }).message,
+      ::testing::AllOf(HasSubstr("q_proj"), HasSubstr("head_dim is 16"), HasSubstr("[128, 64]")));
 }
 
 TEST_F(HfDirectory, IndexNamesMustBePlainAndTrue) {
@@ -240,19 +287,23 @@ TEST_F(HfDirectory, IndexNamesMustBePlainAndTrue) {
     return catch_error([&] { open_hf(path()); });
   };
   fs::copy_file(path() / "model-00002-of-00002.safetensors", directory_ / "outside.safetensors");
-  for (const char* file : {"../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "",
-                           "..\\outside.safetensors"}) {
+  for (const char* file : {"../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".",
+                           "", "..\\outside.safetensors"}) {
     const auto caught = with(file);
     EXPECT_EQ(caught.kind, ErrorKind::kInput);
-    EXPECT_THAT(caught.message, ::testing::AllOf(HasSubstr("lm_head.weight"), HasSubstr("plain name"))) << file;
+    EXPECT_THAT(caught.message,
+                ::testing::AllOf(HasSubstr("lm_head.weight"), HasSubstr("plain name")))
+        << file;
   }
   EXPECT_THAT(with(3).message, HasSubstr("plain name"));
-  EXPECT_THAT(with("model-00003-of-00003.safetensors").message, HasSubstr("model-00003-of-00003.safetensors"));
+  EXPECT_THAT(with("model-00003-of-00003.safetensors").message,
+              HasSubstr("model-00003-of-00003.safetensors"));
   EXPECT_THAT(with("model-00001-of-00002.safetensors").message, HasSubstr("does not hold it"));
   write_file_atomically(index, good);
   fs::remove(path() / "model-00002-of-00002.safetensors");
-  EXPECT_THAT(catch_error([&] { open_hf(path()); }).message,
-              ::testing::AllOf(HasSubstr("model-00002-of-00002.safetensors"), HasSubstr("download")));
+  EXPECT_THAT(
+      catch_error([&] { open_hf(path()); }).message,
+      ::testing::AllOf(HasSubstr("model-00002-of-00002.safetensors"), HasSubstr("download")));
   write_file_atomically(index, R"({"metadata": {}})");
   EXPECT_THAT(catch_error([&] { open_hf(path()); }).message, HasSubstr("weight_map"));
 }
@@ -308,8 +359,10 @@ TEST(Synthetic, DoesNotDependOnThreadsOrShardsAndIsScaled) {
     const std::vector<float> values = dense->load_dense(row);
     EXPECT_NE(values, other->load_dense(row)) << row.name;
     if (row.shape.size() == 1) continue;
-    double wanted = row.role == WeightRole::kEmbedding ? 1.0 : 1 / std::sqrt(static_cast<double>(row.shape[1]));
-    if (row.role == WeightRole::kO || row.role == WeightRole::kDown) wanted /= std::sqrt(2.0 * spec.num_layers);
+    double wanted =
+        row.role == WeightRole::kEmbedding ? 1.0 : 1 / std::sqrt(static_cast<double>(row.shape[1]));
+    if (row.role == WeightRole::kO || row.role == WeightRole::kDown)
+      wanted /= std::sqrt(2.0 * spec.num_layers);
     EXPECT_NEAR(rms(values) / wanted, 1, 0.03) << row.name;
     if (!row.quantizable) continue;
     const Int4Weight weight = int4->load_int4(row);
@@ -318,10 +371,11 @@ TEST(Synthetic, DoesNotDependOnThreadsOrShardsAndIsScaled) {
       for (int64_t c = 0; c < weight.in_features; ++c) {
         const auto byte = static_cast<uint8_t>(weight.nibbles[r / 2 * weight.in_features + c]);
         const int nibble = r % 2 == 0 ? byte & 15 : byte >> 4;
-        dequantized.push_back(static_cast<float>(nibble >= 8 ? nibble - 16 : nibble) *
-                              weight.scales[static_cast<size_t>(r * (weight.in_features / weight.group_size) +
-                                                                c / weight.group_size)] *
-                              weight.pre_scale[static_cast<size_t>(c)]);
+        dequantized.push_back(
+            static_cast<float>(nibble >= 8 ? nibble - 16 : nibble) *
+            weight.scales[static_cast<size_t>(r * (weight.in_features / weight.group_size) +
+                                              c / weight.group_size)] *
+            weight.pre_scale[static_cast<size_t>(c)]);
       }
     }
     EXPECT_NEAR(rms(dequantized) / wanted, 1, 0.06) << row.name;

@@ -10,9 +10,9 @@
 namespace nibble {
 namespace {
 
+using ::testing::HasSubstr;
 using testing_::catch_error;
 using testing_::TemporaryDirectory;
-using ::testing::HasSubstr;
 
 TEST(Inspect, HuggingFaceDirectory) {
   TemporaryDirectory directory;
@@ -24,8 +24,9 @@ TEST(Inspect, HuggingFaceDirectory) {
   EXPECT_EQ(report.at("parameters").to_number<int64_t>(), spec.num_parameters());
   EXPECT_EQ(report.at("bytes").to_number<int64_t>(), 2 * spec.num_parameters());
   EXPECT_EQ(report.at("weights").as_array().size(), 10u);
-  EXPECT_THAT(describe_model(report), ::testing::AllOf(HasSubstr("MistralForCausalLM"), HasSubstr("BF16"),
-                                                       HasSubstr("16 bits each")));
+  EXPECT_THAT(describe_model(report),
+              ::testing::AllOf(HasSubstr("MistralForCausalLM"), HasSubstr("BF16"),
+                               HasSubstr("16 bits each")));
   const json::object norm = inspect_tensor(directory / "m", "layers.1.attn_norm");
   EXPECT_EQ(norm.at("dtype"), "BF16");
   EXPECT_NEAR(norm.at("mean").as_double(), 1.1, 0.3);
@@ -46,7 +47,8 @@ TEST(Inspect, CheckpointAndInt4Row) {
                    {.linear =
                         [](const WeightRow& row) {
                           const size_t n = static_cast<size_t>(row.shape[0] * row.shape[1]);
-                          CheckpointLinear linear{std::vector<int8_t>(n, -3), std::vector<float>(n / 128, 0.5f), {}};
+                          CheckpointLinear linear{
+                              std::vector<int8_t>(n, -3), std::vector<float>(n / 128, 0.5f), {}};
                           linear.q[1] = 7;
                           return linear;
                         },
@@ -72,8 +74,9 @@ TEST(Inspect, CheckpointAndInt4Row) {
 
 TEST(Inspect, EngineMetadataWithoutChecksums) {
   TemporaryDirectory directory;
-  SafetensorsWriter writer = SafetensorsWriter::create(directory / "rank0.engine", {{"a", DType::kU8, {3}}, {"b", DType::kU8, {1}}},
-                                                       {{"plan", "{}"}, {"xxh3:a", "00"}}, 64);
+  SafetensorsWriter writer = SafetensorsWriter::create(
+      directory / "rank0.engine", {{"a", DType::kU8, {3}}, {"b", DType::kU8, {1}}},
+      {{"plan", "{}"}, {"xxh3:a", "00"}}, 64);
   writer.write(std::vector<std::byte>(4, std::byte{2}));
   writer.commit();
   const json::object report = inspect_model(directory.path());

@@ -55,7 +55,9 @@ TEST_P(RealModel, QkvIsQThenKThenV) {
   const uint32_t wide = uint32_t{bits} << 16;
   float first;
   std::memcpy(&first, &wide, 4);
-  EXPECT_EQ(qkv[static_cast<size_t>(spec.q_size() + spec.kv_size()) * static_cast<size_t>(spec.hidden_size)], first);
+  EXPECT_EQ(qkv[static_cast<size_t>(spec.q_size() + spec.kv_size()) *
+                static_cast<size_t>(spec.hidden_size)],
+            first);
 }
 
 INSTANTIATE_TEST_SUITE_P(Both, RealModel, ::testing::Values("nano", "small"));

@@ -7,13 +7,14 @@
 namespace nibble {
 namespace {
 
+using ::testing::HasSubstr;
 using testing_::catch_error;
 using testing_::raw_safetensors;
 using testing_::TemporaryDirectory;
-using ::testing::HasSubstr;
 
 SafetensorsHeader parse(std::string_view file) {
-  return parse_safetensors_header(std::as_bytes(std::span(file.data(), file.size())), "x.safetensors");
+  return parse_safetensors_header(std::as_bytes(std::span(file.data(), file.size())),
+                                  "x.safetensors");
 }
 
 TEST(Safetensors, ValidHeaders) {
@@ -68,48 +69,102 @@ TEST(Safetensors, EveryCorruptionIsRefusedByName) {
       {"broken UTF-8", raw_safetensors("{\"\xff\xfe\":{}}", ""), {"valid JSON"}},
       {"deep nesting", raw_safetensors(R"({"w":{"shape":[[[[[[1]]]]]]}})", ""), {"\"w\"", "shape"}},
       {"duplicate tensor",
-       raw_safetensors(R"({"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})", "1"),
+       raw_safetensors(
+           R"({"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})",
+           "1"),
        {"\"w\"", "twice"}},
-      {"duplicate field", one(R"({"dtype":"F32","shape":[2],"shape":[2],"data_offsets":[0,8]})"), {"\"shape\"", "twice", "\"w\""}},
+      {"duplicate field",
+       one(R"({"dtype":"F32","shape":[2],"shape":[2],"data_offsets":[0,8]})"),
+       {"\"shape\"", "twice", "\"w\""}},
       {"duplicate by escape",
-       raw_safetensors(R"({"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"\u0077":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})", "1"),
+       raw_safetensors(
+           R"({"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"\u0077":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})",
+           "1"),
        {"\"w\"", "twice"}},
-      {"duplicate metadata", raw_safetensors(R"({"__metadata__":{"a":"1","a":"2"}})", ""), {"\"a\"", "twice", "__metadata__"}},
-      {"two metadata", raw_safetensors(R"({"__metadata__":{},"__metadata__":{}})", ""), {"__metadata__", "twice"}},
-      {"metadata number", raw_safetensors(R"({"__metadata__":{"a":1}})", ""), {"__metadata__", "\"a\"", "string"}},
-      {"metadata object", raw_safetensors(R"({"__metadata__":{"a":{}}})", ""), {"__metadata__", "\"a\""}},
+      {"duplicate metadata",
+       raw_safetensors(R"({"__metadata__":{"a":"1","a":"2"}})", ""),
+       {"\"a\"", "twice", "__metadata__"}},
+      {"two metadata",
+       raw_safetensors(R"({"__metadata__":{},"__metadata__":{}})", ""),
+       {"__metadata__", "twice"}},
+      {"metadata number",
+       raw_safetensors(R"({"__metadata__":{"a":1}})", ""),
+       {"__metadata__", "\"a\"", "string"}},
+      {"metadata object",
+       raw_safetensors(R"({"__metadata__":{"a":{}}})", ""),
+       {"__metadata__", "\"a\""}},
       {"metadata list", raw_safetensors(R"({"__metadata__":["a"]})", ""), {"__metadata__"}},
-      {"dtype name", one(R"({"dtype":"bf16","shape":[4],"data_offsets":[0,8]})"), {"\"w\"", "\"bf16\""}},
+      {"dtype name",
+       one(R"({"dtype":"bf16","shape":[4],"data_offsets":[0,8]})"),
+       {"\"w\"", "\"bf16\""}},
       {"dtype number", one(R"({"dtype":5,"shape":[4],"data_offsets":[0,8]})"), {"\"w\"", "dtype"}},
       {"no dtype", one(R"({"shape":[2],"data_offsets":[0,8]})"), {"\"w\"", "dtype"}},
       {"no shape", one(R"({"dtype":"F32","data_offsets":[0,8]})"), {"\"w\"", "shape"}},
       {"no offsets", one(R"({"dtype":"F32","shape":[2]})"), {"\"w\"", "data_offsets"}},
-      {"unknown field", one(R"({"dtype":"F32","shape":[2],"offset":[0,8]})"), {"\"w\"", "\"offset\""}},
+      {"unknown field",
+       one(R"({"dtype":"F32","shape":[2],"offset":[0,8]})"),
+       {"\"w\"", "\"offset\""}},
       {"entry is a number", raw_safetensors(R"({"w":3})", ""), {"\"w\"", "object"}},
       {"entry is null", raw_safetensors(R"({"w":null})", ""), {"\"w\"", "null"}},
-      {"negative dimension", one(R"({"dtype":"F32","shape":[-2],"data_offsets":[0,8]})"), {"\"w\"", "-2", "shape"}},
-      {"fraction", one(R"({"dtype":"F32","shape":[2.0],"data_offsets":[0,8]})"), {"\"w\"", "shape"}},
-      {"text dimension", one(R"({"dtype":"F32","shape":["2"],"data_offsets":[0,8]})"), {"\"w\"", "shape"}},
-      {"dimension past 2^63", one(R"({"dtype":"F32","shape":[9223372036854775808],"data_offsets":[0,8]})"), {"\"w\"", "2^63"}},
-      {"dimension past 2^64", one(R"({"dtype":"F32","shape":[99999999999999999999],"data_offsets":[0,8]})"), {"\"w\"", "shape"}},
-      {"product overflows", one(R"({"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8]})"), {"\"w\"", "overflow"}},
-      {"bits overflow", one(R"({"dtype":"F64","shape":[1152921504606846976],"data_offsets":[0,8]})"), {"\"w\"", "overflow"}},
-      {"half a byte", one(R"({"dtype":"F4","shape":[3],"data_offsets":[0,2]})", "12"), {"\"w\"", "whole bytes"}},
-      {"one offset", one(R"({"dtype":"F32","shape":[2],"data_offsets":[8]})"), {"\"w\"", "data_offsets"}},
-      {"three offsets", one(R"({"dtype":"F32","shape":[2],"data_offsets":[0,8,8]})"), {"\"w\"", "data_offsets"}},
-      {"swapped offsets", one(R"({"dtype":"F32","shape":[2],"data_offsets":[8,0]})"), {"\"w\"", "data_offsets"}},
-      {"too few bytes", one(R"({"dtype":"F32","shape":[3],"data_offsets":[0,8]})"), {"\"w\"", "12", "8"}},
-      {"offsets past the end", one(R"({"dtype":"F32","shape":[4],"data_offsets":[0,16]})"), {"\"w\"", "16", "8"}},
-      {"data after the last", one(R"({"dtype":"F32","shape":[1],"data_offsets":[0,4]})"), {"\"w\"", "4", "8"}},
-      {"hole first", one(R"({"dtype":"F32","shape":[1],"data_offsets":[4,8]})"), {"\"w\"", "holes"}},
+      {"negative dimension",
+       one(R"({"dtype":"F32","shape":[-2],"data_offsets":[0,8]})"),
+       {"\"w\"", "-2", "shape"}},
+      {"fraction",
+       one(R"({"dtype":"F32","shape":[2.0],"data_offsets":[0,8]})"),
+       {"\"w\"", "shape"}},
+      {"text dimension",
+       one(R"({"dtype":"F32","shape":["2"],"data_offsets":[0,8]})"),
+       {"\"w\"", "shape"}},
+      {"dimension past 2^63",
+       one(R"({"dtype":"F32","shape":[9223372036854775808],"data_offsets":[0,8]})"),
+       {"\"w\"", "2^63"}},
+      {"dimension past 2^64",
+       one(R"({"dtype":"F32","shape":[99999999999999999999],"data_offsets":[0,8]})"),
+       {"\"w\"", "shape"}},
+      {"product overflows",
+       one(R"({"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8]})"),
+       {"\"w\"", "overflow"}},
+      {"bits overflow",
+       one(R"({"dtype":"F64","shape":[1152921504606846976],"data_offsets":[0,8]})"),
+       {"\"w\"", "overflow"}},
+      {"half a byte",
+       one(R"({"dtype":"F4","shape":[3],"data_offsets":[0,2]})", "12"),
+       {"\"w\"", "whole bytes"}},
+      {"one offset",
+       one(R"({"dtype":"F32","shape":[2],"data_offsets":[8]})"),
+       {"\"w\"", "data_offsets"}},
+      {"three offsets",
+       one(R"({"dtype":"F32","shape":[2],"data_offsets":[0,8,8]})"),
+       {"\"w\"", "data_offsets"}},
+      {"swapped offsets",
+       one(R"({"dtype":"F32","shape":[2],"data_offsets":[8,0]})"),
+       {"\"w\"", "data_offsets"}},
+      {"too few bytes",
+       one(R"({"dtype":"F32","shape":[3],"data_offsets":[0,8]})"),
+       {"\"w\"", "12", "8"}},
+      {"offsets past the end",
+       one(R"({"dtype":"F32","shape":[4],"data_offsets":[0,16]})"),
+       {"\"w\"", "16", "8"}},
+      {"data after the last",
+       one(R"({"dtype":"F32","shape":[1],"data_offsets":[0,4]})"),
+       {"\"w\"", "4", "8"}},
+      {"hole first",
+       one(R"({"dtype":"F32","shape":[1],"data_offsets":[4,8]})"),
+       {"\"w\"", "holes"}},
       {"hole",
-       raw_safetensors(R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[3,5]}})", "12345"),
+       raw_safetensors(
+           R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[3,5]}})",
+           "12345"),
        {"\"a\"", "\"b\"", "holes"}},
       {"overlap",
-       raw_safetensors(R"({"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},"b":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}})", "1234"),
+       raw_safetensors(
+           R"({"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},"b":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}})",
+           "1234"),
        {"\"a\"", "\"b\"", "overlap"}},
       {"same bytes twice",
-       raw_safetensors(R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}})", "1234"),
+       raw_safetensors(
+           R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}})",
+           "1234"),
        {"\"a\"", "\"b\"", "overlap"}},
       {"no tensors but data", raw_safetensors("{}", "1234"), {"4 bytes of data"}},
   };
@@ -140,11 +195,13 @@ TEST(Safetensors, WriterThenReaderIsByteEqual) {
     std::vector<std::byte> first(10), second(4096 + 3), third(64);
     for (size_t i = 0; i < second.size(); ++i) second[i] = static_cast<std::byte>(i * 7);
     for (size_t i = 0; i < 10; ++i) first[i] = static_cast<std::byte>(200 + i);
-    SafetensorsWriter writer = SafetensorsWriter::create(
-        path,
-        {{"one \"quoted\" \xc3\xa9", DType::kU8, {10}}, {"nothing", DType::kF32, {0, 5}}, {"two", DType::kI8, {4099}},
-         {"three", DType::kBF16, {4, 8}}},
-        {{"plan", "{\"a\": 1}\n"}}, alignment);
+    SafetensorsWriter writer =
+        SafetensorsWriter::create(path,
+                                  {{"one \"quoted\" \xc3\xa9", DType::kU8, {10}},
+                                   {"nothing", DType::kF32, {0, 5}},
+                                   {"two", DType::kI8, {4099}},
+                                   {"three", DType::kBF16, {4, 8}}},
+                                  {{"plan", "{\"a\": 1}\n"}}, alignment);
     writer.write(first);
     writer.write(std::span(second).first(1000));  // in pieces
     std::vector<std::byte> rest(second.begin() + 1000, second.end());
@@ -153,7 +210,8 @@ TEST(Safetensors, WriterThenReaderIsByteEqual) {
     EXPECT_FALSE(fs::exists(path)) << "visible before commit";
     writer.commit();
     const SafetensorsFile file = SafetensorsFile::open(path);
-    EXPECT_EQ(file.metadata(), (std::vector<std::pair<std::string, std::string>>{{"plan", "{\"a\": 1}\n"}}));
+    EXPECT_EQ(file.metadata(),
+              (std::vector<std::pair<std::string, std::string>>{{"plan", "{\"a\": 1}\n"}}));
     const auto bytes = [&](std::string_view name) {
       const auto view = file.tensor(name).bytes;
       return std::vector<std::byte>(view.begin(), view.end());
@@ -170,12 +228,16 @@ TEST(Safetensors, WriterThenReaderIsByteEqual) {
           EXPECT_EQ(entry.dtype, DType::kU8);
           for (const std::byte b : file.tensor(entry.name).bytes) EXPECT_EQ(b, std::byte{0});
         } else if (entry.end > entry.begin) {
-          EXPECT_EQ(static_cast<uint64_t>(file.tensor(entry.name).bytes.data() - base) % alignment, 0u) << entry.name;
+          EXPECT_EQ(static_cast<uint64_t>(file.tensor(entry.name).bytes.data() - base) % alignment,
+                    0u)
+              << entry.name;
         }
       }
     }
     EXPECT_EQ(static_cast<uint64_t>(bytes("one \"quoted\" \xc3\xa9").size()), 10u);
-    EXPECT_EQ(static_cast<uint64_t>(file.tensor("one \"quoted\" \xc3\xa9").bytes.data() - base) % alignment, 0u);
+    EXPECT_EQ(static_cast<uint64_t>(file.tensor("one \"quoted\" \xc3\xa9").bytes.data() - base) %
+                  alignment,
+              0u);
   }
 }
 
@@ -186,7 +248,7 @@ TEST(Safetensors, WriterChecksItsCaller) {
   {
     SafetensorsWriter writer = SafetensorsWriter::create(path, {{"a", DType::kF32, {3}}}, {});
     writer.write(eight);
-    EXPECT_EQ(catch_error([&] { writer.commit(); }).kind, ErrorKind::kInternal);  // incomplete
+    EXPECT_EQ(catch_error([&] { writer.commit(); }).kind, ErrorKind::kInternal);      // incomplete
     EXPECT_EQ(catch_error([&] { writer.write(eight); }).kind, ErrorKind::kInternal);  // too much
   }
   EXPECT_EQ(catch_error([&] {
@@ -200,14 +262,17 @@ TEST(Safetensors, FileErrorsNameFileAndTensor) {
   TemporaryDirectory directory;
   const fs::path path = directory / "a.safetensors";
   EXPECT_EQ(catch_error([&] { SafetensorsFile::open(path); }).kind, ErrorKind::kIo);
-  testing_::write_text(path, raw_safetensors(R"({"weight":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})", "1"));
+  testing_::write_text(
+      path, raw_safetensors(R"({"weight":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})", "1"));
   const SafetensorsFile file = SafetensorsFile::open(path);
   EXPECT_TRUE(file.contains("weight"));
   EXPECT_FALSE(file.contains("wieght"));
   EXPECT_THAT(catch_error([&] { file.tensor("wieght"); }).message,
-              ::testing::AllOf(HasSubstr("a.safetensors"), HasSubstr("\"wieght\""), HasSubstr("\"weight\"")));
+              ::testing::AllOf(HasSubstr("a.safetensors"), HasSubstr("\"wieght\""),
+                               HasSubstr("\"weight\"")));
   testing_::write_text(directory / "empty", "");
-  EXPECT_EQ(catch_error([&] { SafetensorsFile::open(directory / "empty"); }).kind, ErrorKind::kInput);
+  EXPECT_EQ(catch_error([&] { SafetensorsFile::open(directory / "empty"); }).kind,
+            ErrorKind::kInput);
 }
 
 }  // namespace

@@ -46,7 +46,9 @@ inline std::string raw_safetensors(std::string_view header, std::string_view dat
   return out;
 }
 
-inline void write_text(const fs::path& path, std::string_view text) { write_file_atomically(path, text); }
+inline void write_text(const fs::path& path, std::string_view text) {
+  write_file_atomically(path, text);
+}
 
 /// Runs `body` and gives back the Error it threw; a test failure when it threw none.
 struct Caught {

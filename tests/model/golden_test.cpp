@@ -1,6 +1,6 @@
-// The reference backend against Hugging Face's numbers on real models: logits, perplexity of the first windows,
-// greedy continuations. nano ships with nibble; small lies in the shared folder and is skipped without it.
-// SPDX-License-Identifier: Apache-2.0
+// The reference backend against Hugging Face's numbers on real models: logits, perplexity of the
+// first windows, greedy continuations. nano ships with nibble; small lies in the shared folder and
+// is skipped without it. SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -16,7 +16,8 @@
 namespace nibble {
 namespace {
 
-// Where Hugging Face's two best logits are closer than this, another correct engine may choose the other.
+// Where Hugging Face's two best logits are closer than this, another correct engine may choose the
+// other.
 constexpr double kGreedyGap = 2e-3;
 
 struct GoldenCase {
@@ -38,7 +39,8 @@ class Golden : public ::testing::TestWithParam<GoldenCase> {
     const std::string bytes = read_file(GetParam().golden / file);
     std::vector<int32_t> ids;
     for (size_t i = 0; i < count; ++i) {
-      ids.push_back(static_cast<uint8_t>(bytes[2 * i]) | static_cast<uint8_t>(bytes[2 * i + 1]) << 8);
+      ids.push_back(static_cast<uint8_t>(bytes[2 * i]) | static_cast<uint8_t>(bytes[2 * i + 1])
+                                                             << 8);
     }
     return ids;
   }
@@ -66,7 +68,8 @@ TEST_P(Golden, LogitsMatchHuggingFace) {
     const auto top_ids = json::value_to<std::vector<int32_t>>(prompt.at("top50_ids"));
     const auto top_logits = json::value_to<std::vector<double>>(prompt.at("top50_logits"));
     for (size_t i = 0; i < top_ids.size(); ++i) {
-      EXPECT_NEAR(logits[static_cast<size_t>(top_ids[i])], top_logits[i], 1e-3 * std::fabs(top_logits[i]) + 1e-4)
+      EXPECT_NEAR(logits[static_cast<size_t>(top_ids[i])], top_logits[i],
+                  1e-3 * std::fabs(top_logits[i]) + 1e-4)
           << name << " rank " << i;
     }
     if (full.contains(name)) {
@@ -84,14 +87,16 @@ TEST_P(Golden, LogitsMatchHuggingFace) {
 }
 
 TEST_P(Golden, FirstWindowsPerplexityMatches) {
-  for (const auto& [set, file] : {std::pair{"wiki", "eval_wiki.u16"}, std::pair{"dialog", "eval_dialog.u16"}}) {
+  for (const auto& [set, file] :
+       {std::pair{"wiki", "eval_wiki.u16"}, std::pair{"dialog", "eval_dialog.u16"}}) {
     const json::value& nll = golden_.at("nll").at(set).at("fp32");
     const auto expected = json::value_to<std::vector<double>>(nll.at("first_windows"));
     SilentProgress silent;
     const EvalResult result = evaluate(model_, eval_ids(file, 3 * 1024), {.context = 1024}, silent);
     ASSERT_EQ(result.num_windows, 3);
     EXPECT_EQ(result.num_scored, 3 * 1023);
-    for (size_t k = 0; k < 3; ++k) EXPECT_NEAR(result.window_nll[k], expected[k], 5e-6) << set << " window " << k;
+    for (size_t k = 0; k < 3; ++k)
+      EXPECT_NEAR(result.window_nll[k], expected[k], 5e-6) << set << " window " << k;
   }
 }
 
@@ -104,7 +109,8 @@ TEST_P(Golden, GreedyContinuationsMatchUpToTies) {
     sequence.reset();
     for (size_t step = 0; step < expected.size(); ++step) {
       const std::span<const float> logits = sequence.extend(next, SingleSequence::Logits::kLast);
-      const auto token = static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+      const auto token =
+          static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
       if (token != expected[step]) {
         EXPECT_LT(gaps[step], kGreedyGap) << prompt.at("name") << " step " << step;
         break;
@@ -114,11 +120,12 @@ TEST_P(Golden, GreedyContinuationsMatchUpToTies) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Models, Golden,
-    ::testing::Values(GoldenCase{"nano", NIBBLE_SOURCE_DIR "/models/nano", NIBBLE_SOURCE_DIR "/tests/data/nano"},
-                      GoldenCase{"small", NIBBLE_SHARED_DIR "/models/small", NIBBLE_SHARED_DIR "/models/small/golden"}),
-    [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(Models, Golden,
+                         ::testing::Values(GoldenCase{"nano", NIBBLE_SOURCE_DIR "/models/nano",
+                                                      NIBBLE_SOURCE_DIR "/tests/data/nano"},
+                                           GoldenCase{"small", NIBBLE_SHARED_DIR "/models/small",
+                                                      NIBBLE_SHARED_DIR "/models/small/golden"}),
+                         [](const auto& info) { return info.param.name; });
 
 }  // namespace
 }  // namespace nibble

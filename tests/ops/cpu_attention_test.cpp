@@ -1,6 +1,5 @@
-// rope_store_kv and attention of the cpu backend against the reference, and their independence of chunking,
-// batch-mates, block ids and threads, bit for bit.
-// SPDX-License-Identifier: Apache-2.0
+// rope_store_kv and attention of the cpu backend against the reference, and their independence of
+// chunking, batch-mates, block ids and threads, bit for bit. SPDX-License-Identifier: Apache-2.0
 #include "cpu_test_util.h"
 
 namespace nibble::ops {
@@ -22,11 +21,14 @@ TEST_P(CpuAttention, MatchesReference) {
     AttentionRun want(*reference, shape, 4, 620, 3, true), got(*backend, shape, 4, 620, 5, true);
     // Prompts, a chunk, ragged decode, more chunks past one 512-key span, decode past it.
     const std::vector<std::vector<Chunk>> steps = {
-        {{0, 33}, {1, 1}}, {{0, 1}, {1, 40}, {2, 7}}, {{0, 1}, {1, 1}, {2, 1}}, {{3, 575}}, {{3, 1}, {0, 1}}, {{3, 1}}};
+        {{0, 33}, {1, 1}}, {{0, 1}, {1, 40}, {2, 7}}, {{0, 1}, {1, 1}, {2, 1}},
+        {{3, 575}},        {{3, 1}, {0, 1}},          {{3, 1}}};
     for (size_t i = 0; i < steps.size(); ++i) {
       const std::vector<float> expected = want.step(steps[i]);
-      // int8 rounds q exactly alike except where rotation differs in its last bit at a tie: one step of 1/127.
-      EXPECT_LT(relative_error(got.step(steps[i]), expected), shape.format == KvFormat::kF32 ? 3e-5 : 2e-2)
+      // int8 rounds q exactly alike except where rotation differs in its last bit at a tie: one
+      // step of 1/127.
+      EXPECT_LT(relative_error(got.step(steps[i]), expected),
+                shape.format == KvFormat::kF32 ? 3e-5 : 2e-2)
           << shape.name() << " step " << i;
     }
   }
@@ -61,9 +63,9 @@ TEST_P(CpuAttention, BitsDoNotDependOnChunkingBatchBlocksOrThreads) {
     check({{2, 1}, {0, 96}, {1, 5}});
     check({{0, 383}});
     check({{0, 1}, {1, 1}});
-    for (int i = 0; i < 5; ++i) check({{0, 1}});   // crosses the span at 512
+    for (int i = 0; i < 5; ++i) check({{0, 1}});  // crosses the span at 512
     check({{0, 500}, {1, 1}});
-    for (int i = 0; i < 8; ++i) check({{0, 1}});   // split decode over two spans
+    for (int i = 0; i < 8; ++i) check({{0, 1}});  // split decode over two spans
     while (done < length) check({{0, std::min(40, length - done)}});
   }
 }
@@ -71,7 +73,8 @@ TEST_P(CpuAttention, BitsDoNotDependOnChunkingBatchBlocksOrThreads) {
 TEST_P(CpuAttention, StaticScalesSaturate) {
   const auto reference = make_reference_backend();
   const auto backend = cpu(GetParam(), 1);
-  const AttentionShape shape{2, 1, 16, 8, KvFormat::kInt8Static};  // scales 0.02, 0.015 clip normal values
+  const AttentionShape shape{2, 1, 16, 8,
+                             KvFormat::kInt8Static};  // scales 0.02, 0.015 clip normal values
   AttentionRun want(*reference, shape, 1, 64, 0), got(*backend, shape, 1, 64, 0);
   const std::vector<float> expected = want.step({{0, 64}});
   EXPECT_LT(relative_error(got.step({{0, 64}}), expected), 2e-2);

@@ -19,10 +19,13 @@ struct Result {
 
 Result run(Backend& backend, const SampleBatch& batch, std::vector<float> logits) {
   const auto rows = static_cast<size_t>(batch.num_rows);
-  Result r{std::vector<int32_t>(rows, -7), std::vector<int32_t>(rows * kLogprobs, -7), std::vector<float>(rows, -7),
-           std::vector<float>(rows * kLogprobs, -7)};
-  backend.sample(batch, logits.data(), {.tokens = r.tokens.data(), .logprobs = r.logprobs.data(),
-                                        .top_tokens = r.top_tokens.data(), .top_logprobs = r.top_logprobs.data()});
+  Result r{std::vector<int32_t>(rows, -7), std::vector<int32_t>(rows * kLogprobs, -7),
+           std::vector<float>(rows, -7), std::vector<float>(rows * kLogprobs, -7)};
+  backend.sample(batch, logits.data(),
+                 {.tokens = r.tokens.data(),
+                  .logprobs = r.logprobs.data(),
+                  .top_tokens = r.top_tokens.data(),
+                  .top_logprobs = r.top_logprobs.data()});
   return r;
 }
 
@@ -35,7 +38,8 @@ TEST_P(CpuSample, MatchesReference) {
       for (const float top_p : {1.0f, 0.9f, 0.3f, 1e-6f}) {
         for (const int top_k : {0, 1, 3, 40, 100000}) {
           for (const float min_p : {0.0f, 0.05f, 1.0f}) {
-            SampleRow row{.temperature = temperature, .top_p = top_p, .min_p = min_p, .top_k = top_k};
+            SampleRow row{
+                .temperature = temperature, .top_p = top_p, .min_p = min_p, .top_k = top_k};
             row.seed = rows.size() * 77;
             row.position = rows.size();
             if (rows.size() % 3 == 1) row.num_logprobs = static_cast<int32_t>(rows.size() % 7);
@@ -52,24 +56,31 @@ TEST_P(CpuSample, MatchesReference) {
       }
     }
     std::vector<TokenCount> history;
-    for (int i = 0; i < std::min(vocab, 5); ++i) history.push_back({i * (vocab / std::min(vocab, 5)), i % 3});
-    const std::vector<TokenBias> bias = {{0, -std::numeric_limits<float>::infinity()}, {vocab - 1, 2.5f}};
+    for (int i = 0; i < std::min(vocab, 5); ++i)
+      history.push_back({i * (vocab / std::min(vocab, 5)), i % 3});
+    const std::vector<TokenBias> bias = {{0, -std::numeric_limits<float>::infinity()},
+                                         {vocab - 1, 2.5f}};
     std::vector<uint64_t> allowed(static_cast<size_t>(vocab) / 64 + 1, ~uint64_t{0});
     allowed[0] = 0xfffffffffffffff5u;  // two ids banned
     std::vector<float> logits(rows.size() * static_cast<size_t>(vocab));
     fill_normal(logits, static_cast<uint64_t>(vocab), 2.0f);
     for (size_t i = 0; i < logits.size(); ++i) logits[i] = std::round(logits[i] * 8) / 8;  // ties
-    const SampleBatch batch{.num_rows = static_cast<int>(rows.size()), .vocab_size = vocab, .rows = rows.data(),
-                            .history = history.data(), .bias = bias.data(),
-                            .allowed = vocab == 1000 ? allowed.data() : nullptr, .max_logprobs = kLogprobs};
+    const SampleBatch batch{.num_rows = static_cast<int>(rows.size()),
+                            .vocab_size = vocab,
+                            .rows = rows.data(),
+                            .history = history.data(),
+                            .bias = bias.data(),
+                            .allowed = vocab == 1000 ? allowed.data() : nullptr,
+                            .max_logprobs = kLogprobs};
     const Result want = run(*reference, batch, logits), got = run(*cpu, batch, logits);
     for (size_t r = 0; r < rows.size(); ++r) {
       EXPECT_EQ(got.tokens[r], want.tokens[r])
-          << "vocab " << vocab << " row " << r << " temperature " << rows[r].temperature << " top_p " << rows[r].top_p
-          << " top_k " << rows[r].top_k << " min_p " << rows[r].min_p;
+          << "vocab " << vocab << " row " << r << " temperature " << rows[r].temperature
+          << " top_p " << rows[r].top_p << " top_k " << rows[r].top_k << " min_p " << rows[r].min_p;
     }
     EXPECT_EQ(got.top_tokens, want.top_tokens);
-    for (size_t i = 0; i < want.logprobs.size(); ++i) EXPECT_NEAR(got.logprobs[i], want.logprobs[i], 1e-5);
+    for (size_t i = 0; i < want.logprobs.size(); ++i)
+      EXPECT_NEAR(got.logprobs[i], want.logprobs[i], 1e-5);
     for (size_t i = 0; i < want.top_logprobs.size(); ++i) {
       if (std::isinf(want.top_logprobs[i])) {
         EXPECT_EQ(got.top_logprobs[i], want.top_logprobs[i]);
@@ -82,7 +93,8 @@ TEST_P(CpuSample, MatchesReference) {
 
 TEST_P(CpuSample, DrawsFollowTheDistribution) {
   const auto cpu = make_cpu_backend(GetParam(), ActivationPrecision::kF32, 1);
-  const std::vector<float> logits = {0.0f, std::log(2.0f), std::log(5.0f), -std::numeric_limits<float>::infinity()};
+  const std::vector<float> logits = {0.0f, std::log(2.0f), std::log(5.0f),
+                                     -std::numeric_limits<float>::infinity()};
   const int n = 8000;
   std::vector<SampleRow> rows(n);
   std::vector<float> all;
@@ -92,7 +104,8 @@ TEST_P(CpuSample, DrawsFollowTheDistribution) {
     all.insert(all.end(), logits.begin(), logits.end());
   }
   std::vector<int32_t> tokens(n);
-  cpu->sample({.num_rows = n, .vocab_size = 4, .rows = rows.data()}, all.data(), {.tokens = tokens.data()});
+  cpu->sample({.num_rows = n, .vocab_size = 4, .rows = rows.data()}, all.data(),
+              {.tokens = tokens.data()});
   int counts[4] = {};
   for (const int32_t t : tokens) ++counts[t];
   EXPECT_NEAR(counts[0], n / 8, 120);  // four standard deviations

@@ -14,7 +14,8 @@ Int4Matrix random_matrix(int n, int k, int group, uint64_t seed) {
   Int4Matrix m{.out_features = n, .in_features = k, .group_size = group};
   m.q.resize(static_cast<size_t>(n) * static_cast<size_t>(k));
   for (size_t i = 0; i < m.q.size(); ++i) {
-    m.q[i] = static_cast<int8_t>(static_cast<int>(std::abs(ops::normal_value(seed, i)) * 1000) % 16 - 8);
+    m.q[i] =
+        static_cast<int8_t>(static_cast<int>(std::abs(ops::normal_value(seed, i)) * 1000) % 16 - 8);
   }
   m.scales.resize(m.q.size() / static_cast<size_t>(group));
   ops::fill_normal(m.scales, seed + 1);  // any sign, any bits
@@ -22,7 +23,8 @@ Int4Matrix random_matrix(int n, int k, int group, uint64_t seed) {
 }
 
 TEST(Pack, RoundTripsEveryLayoutBitForBit) {
-  const int shapes[][3] = {{2, 64, 64}, {16, 128, 128}, {18, 128, 64}, {34, 256, 32}, {66, 512, 256}};
+  const int shapes[][3] = {
+      {2, 64, 64}, {16, 128, 128}, {18, 128, 64}, {34, 256, 32}, {66, 512, 256}};
   for (const WeightLayout layout : {WeightLayout::kInt4Portable, WeightLayout::kCpuInt4}) {
     for (const auto& [n, k, group] : shapes) {
       const Int4Matrix m = random_matrix(n, k, group, static_cast<uint64_t>(n));
@@ -42,11 +44,13 @@ TEST(Pack, CpuLayoutIsWhatItsHeaderSays) {
   const auto at = [&](int row, int channel) {  // straight from the words of pack/cpu_int4.h
     const size_t begin = static_cast<size_t>(row / 16 * 2 + channel / 128) * (64 + 1024);
     const int c = channel % 128;
-    const int byte = std::to_integer<int>(bytes[begin + 64 + static_cast<size_t>(c / 8 * 64 + 4 * (row % 16) + c % 4)]);
+    const int byte = std::to_integer<int>(
+        bytes[begin + 64 + static_cast<size_t>(c / 8 * 64 + 4 * (row % 16) + c % 4)]);
     return (c % 8 < 4 ? byte & 15 : byte >> 4) - 8;
   };
   for (int row = 0; row < n; ++row) {
-    for (int c = 0; c < k; ++c) ASSERT_EQ(at(row, c), m.q[static_cast<size_t>(row * k + c)]) << row << ' ' << c;
+    for (int c = 0; c < k; ++c)
+      ASSERT_EQ(at(row, c), m.q[static_cast<size_t>(row * k + c)]) << row << ' ' << c;
   }
   for (int row = n; row < 32; ++row) EXPECT_EQ(at(row, 5), 0);  // padding rows
 }

@@ -1,5 +1,5 @@
-// The reference backend against closed forms: what the other backends are compared with must itself be right.
-// SPDX-License-Identifier: Apache-2.0
+// The reference backend against closed forms: what the other backends are compared with must itself
+// be right. SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -14,7 +14,8 @@ namespace {
 
 TEST(Philox, KnownAnswers) {
   // Random123's kat_vectors, philox4x32 with 10 rounds.
-  EXPECT_EQ(philox4x32(0, 0), (std::array<uint32_t, 4>{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}));
+  EXPECT_EQ(philox4x32(0, 0),
+            (std::array<uint32_t, 4>{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}));
 }
 
 class Sample : public ::testing::Test {
@@ -50,7 +51,8 @@ TEST_F(Sample, FrequenciesFollowTheDistribution) {
   std::vector<int> counts(4);
   const int draws = 40000;
   for (int i = 0; i < draws; ++i) {
-    ++counts[static_cast<size_t>(draw(logits, {.temperature = 0.7f, .seed = 7, .position = static_cast<uint64_t>(i)}))];
+    ++counts[static_cast<size_t>(
+        draw(logits, {.temperature = 0.7f, .seed = 7, .position = static_cast<uint64_t>(i)}))];
   }
   for (size_t v = 0; v < 4; ++v) {
     const double p = std::exp(logits[v] / 0.7) / total;
@@ -59,7 +61,8 @@ TEST_F(Sample, FrequenciesFollowTheDistribution) {
 }
 
 TEST_F(Sample, FiltersKeepWhatTheySay) {
-  const std::vector<float> logits = {std::log(0.5f), std::log(0.3f), std::log(0.15f), std::log(0.05f)};
+  const std::vector<float> logits = {std::log(0.5f), std::log(0.3f), std::log(0.15f),
+                                     std::log(0.05f)};
   for (uint64_t i = 0; i < 300; ++i) {
     EXPECT_LE(draw(logits, {.top_k = 2, .seed = 1, .position = i}), 1);
     EXPECT_LE(draw(logits, {.top_p = 0.79f, .seed = 2, .position = i}), 1);
@@ -84,7 +87,8 @@ TEST_F(Sample, PenaltiesAndBias) {
 
 TEST_F(Sample, LogprobsAreTheModels) {
   bias_ = {{1, -INFINITY}};
-  EXPECT_EQ(draw({std::log(0.2f), std::log(0.5f), std::log(0.3f)}, {.temperature = 0, .bias_end = 1, .num_logprobs = 2}),
+  EXPECT_EQ(draw({std::log(0.2f), std::log(0.5f), std::log(0.3f)},
+                 {.temperature = 0, .bias_end = 1, .num_logprobs = 2}),
             2);
   EXPECT_NEAR(logprob_, std::log(0.3f), 1e-6);
   EXPECT_EQ(top_tokens_[0], 1);
@@ -102,13 +106,19 @@ TEST_F(Sample, ForcedTokenIsTakenWhateverTheLogitsSay) {
 }
 
 TEST(ReferenceLinear, Int4MatchesItsDefinition) {
-  // Two output rows share a byte: low nibble = even row. Group of 2 here is not a real size, only easy to read.
+  // Two output rows share a byte: low nibble = even row. Group of 2 here is not a real size, only
+  // easy to read.
   const uint8_t bytes[4] = {0x1f, 0x82, 0x07, 0xe3};  // row 0: -1 2 7 3, row 1: 1 -8 0 -2
   const float scales[4] = {0.5f, 2.0f, 1.0f, 4.0f};
   const float pre_scale[4] = {1, 1, 2, 1};
   const float x[4] = {1, 2, 3, 4};
-  const LinearOperand w{.layout = WeightLayout::kInt4Portable, .out_features = 2, .in_features = 4, .group_size = 2,
-                        .weight = bytes, .scales = scales, .pre_scale = pre_scale};
+  const LinearOperand w{.layout = WeightLayout::kInt4Portable,
+                        .out_features = 2,
+                        .in_features = 4,
+                        .group_size = 2,
+                        .weight = bytes,
+                        .scales = scales,
+                        .pre_scale = pre_scale};
   float y[2] = {NAN, NAN};
   const auto backend = make_reference_backend();
   backend->linear(x, w, 1, false, y);
@@ -128,12 +138,23 @@ TEST(ReferenceKv, Int8RoundTripIsWithinHalfAStep) {
   const std::vector<float> original = qkv;
   std::vector<float> cos(8 * d / 2, 1.0f), sin(8 * d / 2, 0.0f);  // no rotation
   const RopeTable rope{cos.data(), sin.data(), 8};
-  Buffer cache = backend->alloc(4 * backend->kv_block_bytes(KvFormat::kInt8Dynamic, block_tokens, kv_heads, d));
-  const KvLayer kv{.format = KvFormat::kInt8Dynamic, .num_blocks = 4, .block_tokens = block_tokens,
-                   .num_kv_heads = kv_heads, .head_dim = d, .data = cache.data()};
+  Buffer cache = backend->alloc(
+      4 * backend->kv_block_bytes(KvFormat::kInt8Dynamic, block_tokens, kv_heads, d));
+  const KvLayer kv{.format = KvFormat::kInt8Dynamic,
+                   .num_blocks = 4,
+                   .block_tokens = block_tokens,
+                   .num_kv_heads = kv_heads,
+                   .head_dim = d,
+                   .data = cache.data()};
   const int32_t positions[3] = {0, 1, 2}, starts[2] = {0, 3}, lens[1] = {3}, table[2] = {3, 1};
-  const StepBatch batch{.num_tokens = 3, .num_seqs = 1, .max_blocks_per_seq = 2, .positions = positions,
-                        .seq_starts = starts, .kv_lens = lens, .block_tables = table, .host_seq_starts = starts,
+  const StepBatch batch{.num_tokens = 3,
+                        .num_seqs = 1,
+                        .max_blocks_per_seq = 2,
+                        .positions = positions,
+                        .seq_starts = starts,
+                        .kv_lens = lens,
+                        .block_tables = table,
+                        .host_seq_starts = starts,
                         .host_kv_lens = lens};
   backend->rope_store_kv(batch, qkv.data(), heads, rope, kv);
   EXPECT_EQ(qkv, original);

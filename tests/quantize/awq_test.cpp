@@ -1,5 +1,5 @@
-// The search and the roundings against brute force and against each other, on small made-up linears.
-// SPDX-License-Identifier: Apache-2.0
+// The search and the roundings against brute force and against each other, on small made-up
+// linears. SPDX-License-Identifier: Apache-2.0
 #include "quantize/awq.h"
 
 #include <gtest/gtest.h>
@@ -21,7 +21,8 @@ struct Problem {
 };
 
 // Inputs with correlated channels; channels listed in `outliers` are `factor` times as loud.
-Problem make_problem(int64_t out, int64_t in, int64_t tokens, std::vector<int64_t> outliers = {}, float factor = 30) {
+Problem make_problem(int64_t out, int64_t in, int64_t tokens, std::vector<int64_t> outliers = {},
+                     float factor = 30) {
   Problem p{out, in, tokens, {}, {}};
   std::mt19937 random(static_cast<unsigned>(out * 7919 + in));
   std::normal_distribution<float> normal;
@@ -36,7 +37,8 @@ Problem make_problem(int64_t out, int64_t in, int64_t tokens, std::vector<int64_
   return p;
 }
 
-InputStatistics statistics_of(ThreadPool& pool, const Problem& p, uint64_t max_bytes = 1u << 30, int64_t group = 64) {
+InputStatistics statistics_of(ThreadPool& pool, const Problem& p, uint64_t max_bytes = 1u << 30,
+                              int64_t group = 64) {
   InputStatistics statistics(p.in, group, max_bytes);
   const int64_t half = p.tokens / 2;  // two steps: adding must not depend on how tokens arrive
   statistics.add(pool, p.x.data(), half);
@@ -53,7 +55,8 @@ double token_loss(const Problem& p, const std::vector<float>& dequantized) {
       double y = 0;
       for (int64_t j = 0; j < p.in; ++j) {
         const size_t at = static_cast<size_t>(n * p.in + j);
-        y += double{p.x[static_cast<size_t>(t * p.in + j)]} * (double{p.w[at]} - double{dequantized[at]});
+        y += double{p.x[static_cast<size_t>(t * p.in + j)]} *
+             (double{p.w[at]} - double{dequantized[at]});
       }
       loss += y * y;
     }
@@ -65,15 +68,18 @@ double relative_token_loss(const Problem& p, const std::vector<float>& dequantiz
   return token_loss(p, dequantized) / token_loss(p, std::vector<float>(p.w.size(), 0.0f));
 }
 
-QuantizedGroup run(ThreadPool& pool, const Problem& p, const RoundingOptions& options, uint64_t max_bytes = 1u << 30) {
+QuantizedGroup run(ThreadPool& pool, const Problem& p, const RoundingOptions& options,
+                   uint64_t max_bytes = 1u << 30) {
   const DenseLinear linear = p.linear();
-  return quantize_group(pool, {&linear, 1}, p.in, statistics_of(pool, p, max_bytes, options.group_size), options);
+  return quantize_group(pool, {&linear, 1}, p.in,
+                        statistics_of(pool, p, max_bytes, options.group_size), options);
 }
 
 TEST(Gemm, MatchesPlainSumsForOddSizesAndStrides) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
-  for (const auto& [m, n, k] : {std::array<int64_t, 3>{1, 1, 1}, {7, 33, 5}, {200, 300, 270}, {193, 257, 256}}) {
+  for (const auto& [m, n, k] :
+       {std::array<int64_t, 3>{1, 1, 1}, {7, 33, 5}, {200, 300, 270}, {193, 257, 256}}) {
     std::vector<float> a(static_cast<size_t>(m * k)), b(static_cast<size_t>(n * k));
     for (float& v : a) v = normal(random);
     for (float& v : b) v = normal(random);
@@ -85,11 +91,13 @@ TEST(Gemm, MatchesPlainSumsForOddSizesAndStrides) {
       for (int64_t j = 0; j < n; ++j) {
         double sum = 0.5;
         for (int64_t p = 0; p < k; ++p) {
-          sum += double{a[static_cast<size_t>(p * m + i)]} * double{b[static_cast<size_t>(j * k + p)]};
+          sum +=
+              double{a[static_cast<size_t>(p * m + i)]} * double{b[static_cast<size_t>(j * k + p)]};
         }
         ASSERT_NEAR(c[static_cast<size_t>(i * ldc + j)], sum, 2e-4) << m << " " << n << " " << k;
       }
-      for (int64_t j = n; j < ldc; ++j) ASSERT_EQ(c[static_cast<size_t>(i * ldc + j)], 0.5f) << "wrote past the row";
+      for (int64_t j = n; j < ldc; ++j)
+        ASSERT_EQ(c[static_cast<size_t>(i * ldc + j)], 0.5f) << "wrote past the row";
     }
   }
 }
@@ -97,7 +105,8 @@ TEST(Gemm, MatchesPlainSumsForOddSizesAndStrides) {
 TEST(RoundToNearest, IsAmaxOverSevenHalfToEvenAndClamped) {
   ThreadPool pool(2);
   std::vector<float> w(256, 0.0f);
-  w[0] = 7.0f, w[1] = 0.5f, w[2] = 1.5f, w[3] = 2.5f, w[4] = -0.5f, w[5] = -1.5f, w[6] = -7.0f, w[7] = 3.49f;
+  w[0] = 7.0f, w[1] = 0.5f, w[2] = 1.5f, w[3] = 2.5f, w[4] = -0.5f, w[5] = -1.5f, w[6] = -7.0f,
+  w[7] = 3.49f;
   const CheckpointLinear out = round_to_nearest(pool, {w.data(), 1}, 256, 128);
   ASSERT_EQ(out.scales.size(), 2u);
   EXPECT_EQ(out.scales[0], 1.0f);
@@ -135,7 +144,8 @@ TEST(InputStatistics, GramIsTheMeanOuterProductWhateverTheStepsAndBlocks) {
     for (int64_t j = 0; j < p.in; ++j) {
       double sum = 0;
       for (int64_t t = 0; t < p.tokens; ++t) {
-        sum += double{p.x[static_cast<size_t>(t * p.in + i)]} * double{p.x[static_cast<size_t>(t * p.in + j)]};
+        sum += double{p.x[static_cast<size_t>(t * p.in + i)]} *
+               double{p.x[static_cast<size_t>(t * p.in + j)]};
       }
       ASSERT_NEAR(whole.gram().at(0)[i * 320 + j], sum / 37, 1e-4) << i << " " << j;
       if (i / 64 == j / 64) {
@@ -152,13 +162,15 @@ TEST(Factor, TimesItselfIsTheDampedGram) {
   const InputStatistics input = statistics_of(pool, p);
   std::vector<float> factor;
   EXPECT_EQ(factor_gram(pool, input.gram(), 0.02f, factor), 0.02f);
-  // Rows are divided by their diagonal, so R^T R needs the diagonal back: d_i^2 is what the row leaves of H_ii.
+  // Rows are divided by their diagonal, so R^T R needs the diagonal back: d_i^2 is what the row
+  // leaves of H_ii.
   std::vector<double> d2(320);
   const float* g = input.gram().at(0);
   for (int64_t i = 0; i < 320; ++i) {
     d2[static_cast<size_t>(i)] = double{g[i * 321]} * 1.02;
     for (int64_t k = 0; k < i; ++k) {
-      d2[static_cast<size_t>(i)] -= d2[static_cast<size_t>(k)] * std::pow(double{factor[static_cast<size_t>(k * 320 + i)]}, 2);
+      d2[static_cast<size_t>(i)] -= d2[static_cast<size_t>(k)] *
+                                    std::pow(double{factor[static_cast<size_t>(k * 320 + i)]}, 2);
     }
     ASSERT_GT(d2[static_cast<size_t>(i)], 0);
   }
@@ -166,7 +178,8 @@ TEST(Factor, TimesItselfIsTheDampedGram) {
     for (int64_t j = i + 1; j < 320; j += 5) {
       double sum = 0;
       for (int64_t k = 0; k <= i; ++k) {
-        sum += d2[static_cast<size_t>(k)] * double{factor[static_cast<size_t>(k * 320 + i)]} * double{factor[static_cast<size_t>(k * 320 + j)]};
+        sum += d2[static_cast<size_t>(k)] * double{factor[static_cast<size_t>(k * 320 + i)]} *
+               double{factor[static_cast<size_t>(k * 320 + j)]};
       }
       ASSERT_NEAR(sum, g[i * 320 + j], 1e-3) << i << " " << j;
     }
@@ -191,8 +204,10 @@ TEST(Objective, EqualsTheTokenLoss) {
     const double by_tokens = relative_token_loss(p, dequantize(pool, result.linears[0], p.in));
     EXPECT_NEAR(result.report.error / by_tokens, 1, 2e-3);
   }
-  const double rtn = relative_token_loss(p, dequantize(pool, round_to_nearest(pool, p.linear(), p.in, 64), p.in));
-  EXPECT_NEAR(run(pool, p, {.group_size = 64}).report.error_rtn / rtn, 1, 0.02) << "scales are rounded to bf16 here";
+  const double rtn =
+      relative_token_loss(p, dequantize(pool, round_to_nearest(pool, p.linear(), p.in, 64), p.in));
+  EXPECT_NEAR(run(pool, p, {.group_size = 64}).report.error_rtn / rtn, 1, 0.02)
+      << "scales are rounded to bf16 here";
 }
 
 TEST(Search, EachStepLosesLess) {
@@ -215,14 +230,15 @@ TEST(Search, RecoversOutlierChannels) {
   ThreadPool pool(2);
   const Problem p = make_problem(128, 256, 800, {9, 77, 140, 201}, 50);
   const Problem plain = make_problem(128, 256, 800);
-  const double rtn = relative_token_loss(p, dequantize(pool, round_to_nearest(pool, p.linear(), p.in, 128), p.in));
+  const double rtn =
+      relative_token_loss(p, dequantize(pool, round_to_nearest(pool, p.linear(), p.in, 128), p.in));
   const double awq = relative_token_loss(
       p, dequantize(pool, run(pool, p, {.rounding = Rounding::kNearest}).linears[0], p.in));
   EXPECT_LT(awq, rtn / 5);
 }
 
-// An equivalent model: channels made loud by a power of two and the weights that read them as much smaller. Nothing
-// that a quantizer sees as error should change much.
+// An equivalent model: channels made loud by a power of two and the weights that read them as much
+// smaller. Nothing that a quantizer sees as error should change much.
 TEST(Search, UndoesAnEquivalentRescalingOfChannels) {
   ThreadPool pool(2);
   const Problem plain = make_problem(128, 256, 800);
@@ -232,7 +248,8 @@ TEST(Search, UndoesAnEquivalentRescalingOfChannels) {
     for (int64_t n = 0; n < loud.out; ++n) loud.w[static_cast<size_t>(n * loud.in + j)] /= 32;
   }
   const GroupReport a = run(pool, plain, {}).report, b = run(pool, loud, {}).report;
-  EXPECT_GT(b.error_rtn, a.error_rtn * 1.05) << "rounding to nearest must suffer, or this tests nothing";
+  EXPECT_GT(b.error_rtn, a.error_rtn * 1.05)
+      << "rounding to nearest must suffer, or this tests nothing";
   EXPECT_LT(b.error, a.error * 1.1);
 }
 
@@ -242,7 +259,8 @@ TEST(Descend, NeverRaisesTheLossAndEndsInALocalMinimum) {
   const InputStatistics input = statistics_of(pool, p);
   const std::vector<float> pre(128, 1.0f);
   Panel panel;
-  panel.rows = p.out, panel.features = p.in, panel.group = 64, panel.weight = p.w.data(), panel.pre = pre.data();
+  panel.rows = p.out, panel.features = p.in, panel.group = 64, panel.weight = p.w.data(),
+  panel.pre = pre.data();
   const float ratio[] = {1.0f};
   choose_scales(panel, input.gram(), ratio, DType::kF32);
   round_nearest(panel);
@@ -270,7 +288,8 @@ TEST(Result, IsWithinHalfAStepAndExactInTheCheckpointsType) {
   ThreadPool pool(2);
   const Problem p = make_problem(96, 256, 300, {11});
   for (const DType dtype : {DType::kBF16, DType::kF16}) {
-    const QuantizedGroup result = run(pool, p, {.dtype = dtype, .rounding = Rounding::kNearest, .clip = false});
+    const QuantizedGroup result =
+        run(pool, p, {.dtype = dtype, .rounding = Rounding::kNearest, .clip = false});
     const CheckpointLinear& linear = result.linears[0];
     const std::vector<float> weight = dequantize(pool, linear, p.in);
     for (const float pre : linear.pre_scale) ASSERT_EQ(pre, round_to(dtype, pre));
@@ -278,7 +297,8 @@ TEST(Result, IsWithinHalfAStepAndExactInTheCheckpointsType) {
     for (int64_t n = 0; n < p.out; ++n) {
       for (int64_t j = 0; j < p.in; ++j) {
         const size_t at = static_cast<size_t>(n * p.in + j);
-        const float step = linear.scales[static_cast<size_t>(n * 2 + j / 128)] * linear.pre_scale[static_cast<size_t>(j)];
+        const float step = linear.scales[static_cast<size_t>(n * 2 + j / 128)] *
+                           linear.pre_scale[static_cast<size_t>(j)];
         ASSERT_EQ(weight[at], static_cast<float>(linear.q[at]) * step);
         ASSERT_LE(std::fabs(weight[at] - p.w[at]), 0.5001f * step) << n << " " << j;
       }
@@ -310,7 +330,8 @@ TEST(Result, DoesNotDependOnTheNumberOfThreads) {
   const Problem p = make_problem(300, 384, 500, {40});
   for (const Rounding rounding : {Rounding::kNearest, Rounding::kCompensated}) {
     ThreadPool one(1), three(3);
-    const QuantizedGroup a = run(one, p, {.rounding = rounding}), b = run(three, p, {.rounding = rounding});
+    const QuantizedGroup a = run(one, p, {.rounding = rounding}),
+                         b = run(three, p, {.rounding = rounding});
     EXPECT_EQ(a.linears[0].q, b.linears[0].q);
     EXPECT_EQ(a.linears[0].scales, b.linears[0].scales);
     EXPECT_EQ(a.linears[0].pre_scale, b.linears[0].pre_scale);
@@ -322,8 +343,10 @@ TEST(Result, OfAGramCutToBlocksStillBeatsRoundingToNearest) {
   ThreadPool pool(2);
   const Problem p = make_problem(64, 512, 900, {100});
   const double whole = relative_token_loss(p, dequantize(pool, run(pool, p, {}).linears[0], p.in));
-  const double cut = relative_token_loss(p, dequantize(pool, run(pool, p, {}, 512 * 128 * sizeof(float)).linears[0], p.in));
-  const double rtn = relative_token_loss(p, dequantize(pool, round_to_nearest(pool, p.linear(), p.in, 128), p.in));
+  const double cut = relative_token_loss(
+      p, dequantize(pool, run(pool, p, {}, 512 * 128 * sizeof(float)).linears[0], p.in));
+  const double rtn =
+      relative_token_loss(p, dequantize(pool, round_to_nearest(pool, p.linear(), p.in, 128), p.in));
   EXPECT_LT(whole, cut);
   EXPECT_LT(cut, rtn * 0.7);
 }

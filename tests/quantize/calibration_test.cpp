@@ -27,7 +27,8 @@ CalibrationEncoder byte_encoder() {
     std::vector<int32_t> ids = {1};
     for (const json::value& message : chat.at("messages").as_array()) {
       if (message.at("role") == "narrator") fail(ErrorKind::kInput, "unknown role narrator");
-      for (const char c : message.at("content").as_string()) ids.push_back(static_cast<unsigned char>(c));
+      for (const char c : message.at("content").as_string())
+        ids.push_back(static_cast<unsigned char>(c));
       ids.push_back(3);
     }
     return ids;
@@ -43,13 +44,14 @@ std::string numbered_lines(int count) {
 
 std::vector<int32_t> flatten(const CalibrationData& data) {
   std::vector<int32_t> all;
-  for (const auto& sequence : data.sequences) all.insert(all.end(), sequence.begin(), sequence.end());
+  for (const auto& sequence : data.sequences)
+    all.insert(all.end(), sequence.begin(), sequence.end());
   return all;
 }
 
 TEST(Calibration, UsesEverySampleOnceWithoutPaddingWhenTheFileIsSmall) {
-  const CalibrationData data =
-      make_calibration("c.jsonl", numbered_lines(50), {.size = 64, .seq_len = 7, .seed = 5}, byte_encoder());
+  const CalibrationData data = make_calibration(
+      "c.jsonl", numbered_lines(50), {.size = 64, .seq_len = 7, .seed = 5}, byte_encoder());
   EXPECT_EQ(data.tokens, 50 * 6);
   EXPECT_EQ(data.samples_used, 50);
   for (size_t i = 0; i + 1 < data.sequences.size(); ++i) EXPECT_EQ(data.sequences[i].size(), 7u);
@@ -60,7 +62,8 @@ TEST(Calibration, UsesEverySampleOnceWithoutPaddingWhenTheFileIsSmall) {
   for (size_t i = 0; i < all.size(); i += 6) {
     ASSERT_EQ(all[i], 1);
     ASSERT_EQ(all[i + 5], 2);
-    seen[std::string(all.begin() + static_cast<long>(i) + 1, all.begin() + static_cast<long>(i) + 5)]++;
+    seen[std::string(all.begin() + static_cast<long>(i) + 1,
+                     all.begin() + static_cast<long>(i) + 5)]++;
   }
   EXPECT_EQ(seen.size(), 50u);
   ASSERT_EQ(data.notices().size(), 1u);
@@ -69,18 +72,21 @@ TEST(Calibration, UsesEverySampleOnceWithoutPaddingWhenTheFileIsSmall) {
 
 TEST(Calibration, StopsAtTheSizeAskedForAndIsShuffledByTheSeed) {
   const CalibrationOptions options = {.size = 3, .seq_len = 20, .seed = 1};
-  const CalibrationData a = make_calibration("c.jsonl", numbered_lines(1000), options, byte_encoder());
+  const CalibrationData a =
+      make_calibration("c.jsonl", numbered_lines(1000), options, byte_encoder());
   EXPECT_EQ(a.sequences.size(), 3u);
   EXPECT_EQ(a.tokens, 60);
   EXPECT_EQ(a.samples_used, 10);
   EXPECT_TRUE(a.notices().empty());
-  const CalibrationData again = make_calibration("c.jsonl", numbered_lines(1000), options, byte_encoder());
+  const CalibrationData again =
+      make_calibration("c.jsonl", numbered_lines(1000), options, byte_encoder());
   EXPECT_EQ(a.sequences, again.sequences);
-  const CalibrationData other =
-      make_calibration("c.jsonl", numbered_lines(1000), {.size = 3, .seq_len = 20, .seed = 2}, byte_encoder());
+  const CalibrationData other = make_calibration(
+      "c.jsonl", numbered_lines(1000), {.size = 3, .seq_len = 20, .seed = 2}, byte_encoder());
   EXPECT_NE(a.sequences, other.sequences);
   const CalibrationData in_order = make_calibration("c.txt", "0000", options, byte_encoder());
-  EXPECT_NE(std::vector<int32_t>(a.sequences[0].begin(), a.sequences[0].begin() + 6), in_order.sequences[0])
+  EXPECT_NE(std::vector<int32_t>(a.sequences[0].begin(), a.sequences[0].begin() + 6),
+            in_order.sequences[0])
       << "the first sample of the file came first: not shuffled";
 }
 
@@ -98,13 +104,15 @@ TEST(Calibration, RendersChatsAndLeavesOutThoseTheTemplateRefuses) {
 
 TEST(Calibration, CutsTextFilesAtBlankLines) {
   std::string content;
-  for (int i = 0; i < 40; ++i) content += std::string(500, static_cast<char>('a' + i % 26)) + "\n\n";
+  for (int i = 0; i < 40; ++i)
+    content += std::string(500, static_cast<char>('a' + i % 26)) + "\n\n";
   const CalibrationData data = make_calibration("c.txt", content, {}, byte_encoder());
   EXPECT_GT(data.samples_in_file, 3);
   EXPECT_EQ(data.tokens, static_cast<int64_t>(content.size()) + 2 * data.samples_in_file);
 }
 
-void expect_error(std::string_view name, std::string_view content, ErrorKind kind, std::string_view part) {
+void expect_error(std::string_view name, std::string_view content, ErrorKind kind,
+                  std::string_view part) {
   try {
     make_calibration(name, content, {}, byte_encoder());
     ADD_FAILURE() << "no error for " << content;
@@ -116,7 +124,8 @@ void expect_error(std::string_view name, std::string_view content, ErrorKind kin
 
 TEST(Calibration, NamesFileAndLineOfWhatItCannotRead) {
   expect_error("c.jsonl", "{\"text\": \"a\"}\n{\"text\"", ErrorKind::kInput, "c.jsonl line 2");
-  expect_error("c.jsonl", "{\"prompt\": \"a\"}", ErrorKind::kInput, "c.jsonl line 1: wanted an object");
+  expect_error("c.jsonl", "{\"prompt\": \"a\"}", ErrorKind::kInput,
+               "c.jsonl line 1: wanted an object");
   expect_error("c.jsonl", "[1]", ErrorKind::kInput, "line 1");
   expect_error("c.jsonl", "\n\n", ErrorKind::kInput, "gave no token");
   expect_error("c.csv", "a", ErrorKind::kUsage, "wanted a .jsonl file");

@@ -1,5 +1,5 @@
-// The whole way from a dense model to a checkpoint and back, on small random models and the reference backend.
-// SPDX-License-Identifier: Apache-2.0
+// The whole way from a dense model to a checkpoint and back, on small random models and the
+// reference backend. SPDX-License-Identifier: Apache-2.0
 #include "quantize/quantizer.h"
 
 #include <gmock/gmock.h>
@@ -39,7 +39,8 @@ CalibrationData random_calibration(std::vector<size_t> lengths, int vocab = 320)
   std::mt19937 random(3);
   for (const size_t length : lengths) {
     auto& sequence = data.sequences.emplace_back();
-    for (size_t i = 0; i < length; ++i) sequence.push_back(static_cast<int32_t>(random() % static_cast<unsigned>(vocab)));
+    for (size_t i = 0; i < length; ++i)
+      sequence.push_back(static_cast<int32_t>(random() % static_cast<unsigned>(vocab)));
     data.tokens += static_cast<int64_t>(length);
   }
   return data;
@@ -89,8 +90,9 @@ TEST_F(Quantize, WritesACheckpointWhoseWeightsAreCloseToTheModels) {
         const int byte = static_cast<int>(weight.nibbles[n / 2 * row.shape[1] + j]);
         const int nibble = n % 2 == 0 ? byte & 15 : byte >> 4;
         const double q = nibble >= 8 ? nibble - 16 : nibble;
-        const double value = q * double{weight.scales[static_cast<size_t>(n * (row.shape[1] / 128) + j / 128)]} *
-                             double{weight.pre_scale[static_cast<size_t>(j)]};
+        const double value =
+            q * double{weight.scales[static_cast<size_t>(n * (row.shape[1] / 128) + j / 128)]} *
+            double{weight.pre_scale[static_cast<size_t>(j)]};
         const double w = double{dense[static_cast<size_t>(n * row.shape[1] + j)]};
         error += (value - w) * (value - w);
         energy += w * w;
@@ -112,7 +114,8 @@ TEST_F(Quantize, GateAndUpShareTheirPreScaleAndQkvHasOne) {
   const std::vector<WeightRow> table = weight_table(source_->spec());
   for (size_t i = 0; i + 1 < table.size(); ++i) {
     if (table[i].role != WeightRole::kGate) continue;
-    EXPECT_EQ(checkpoint->load_int4(table[i]).pre_scale, checkpoint->load_int4(table[i + 1]).pre_scale);
+    EXPECT_EQ(checkpoint->load_int4(table[i]).pre_scale,
+              checkpoint->load_int4(table[i + 1]).pre_scale);
   }
 }
 
@@ -136,7 +139,8 @@ TEST_F(Quantize, StepsOfAnySizeCarryTheSameStates) {
     for (int layer = 0; layer < 2; ++layer) {
       const StreamedLayer weights(*backend_, *source_, layer);
       const auto keep_last = [&](Tap what, const float* x, int rows, int cols) {
-        if (layer == 1 && what == Tap::kDownInput) tap.insert(tap.end(), x, x + int64_t{rows} * cols);
+        if (layer == 1 && what == Tap::kDownInput)
+          tap.insert(tap.end(), x, x + int64_t{rows} * cols);
       };
       stream.run(layer, weights.weights(), keep_last, true, [](int64_t) {});
     }
@@ -172,7 +176,8 @@ TEST_F(Quantize, KvScalesAreTheRangesOfRotatedKAndOfV) {
 }
 
 TEST_F(Quantize, RtnWithoutKvScalesNeedsNoCalibration) {
-  const QuantizeOptions options = {.method = QuantizeMethod::kRtn, .dtype = DType::kF16, .int8_kv = false};
+  const QuantizeOptions options = {
+      .method = QuantizeMethod::kRtn, .dtype = DType::kF16, .int8_kv = false};
   ASSERT_FALSE(needs_calibration(options));
   const fs::path out = fresh();
   SilentProgress progress;
@@ -183,15 +188,18 @@ TEST_F(Quantize, RtnWithoutKvScalesNeedsNoCalibration) {
   ASSERT_EQ(row.name, "layers.0.qkv");
   const std::vector<float> dense = source_->load_dense(row);
   float widest = 0;
-  for (int64_t j = 0; j < 128; ++j) widest = std::max(widest, std::fabs(dense[static_cast<size_t>(j)]));
+  for (int64_t j = 0; j < 128; ++j)
+    widest = std::max(widest, std::fabs(dense[static_cast<size_t>(j)]));
   EXPECT_EQ(checkpoint->load_int4(row).scales[0], widest / 7.0f);
 }
 
 TEST_F(Quantize, SequentialCalibrationSeesTheQuantizedLayersBefore) {
-  const QuantizeReport apart = run(fresh(), {.sequential = false}), after = run(fresh(), {.sequential = true});
+  const QuantizeReport apart = run(fresh(), {.sequential = false}),
+                       after = run(fresh(), {.sequential = true});
   for (size_t i = 0; i < apart.linears.size(); ++i) {
     const bool first_layer = apart.linears[i].name.starts_with("layers.0.");
-    EXPECT_EQ(apart.linears[i].input_max_abs == after.linears[i].input_max_abs, first_layer) << apart.linears[i].name;
+    EXPECT_EQ(apart.linears[i].input_max_abs == after.linears[i].input_max_abs, first_layer)
+        << apart.linears[i].name;
   }
 }
 
@@ -208,7 +216,8 @@ TEST_F(Quantize, ReportsTheSearch) {
 }
 
 TEST_F(Quantize, RefusesWhatItCannotDo) {
-  const auto expect_error = [&](const QuantizeOptions& options, const CalibrationData& data, const char* part) {
+  const auto expect_error = [&](const QuantizeOptions& options, const CalibrationData& data,
+                                const char* part) {
     try {
       run(fresh(), options, data);
       ADD_FAILURE() << "no error, wanted " << part;
@@ -226,7 +235,8 @@ TEST_F(Quantize, RefusesWhatItCannotDo) {
   ModelSpec odd = tiny_spec();
   odd.ffn_size = 192;
   source_ = open_synthetic(odd, 1, false);
-  expect_error({}, data, "192 in-features, not a multiple of the group size 128; use --group-size 64");
+  expect_error({}, data,
+               "192 in-features, not a multiple of the group size 128; use --group-size 64");
   run(fresh(), {.group_size = 64}, data);
 }
 

@@ -61,7 +61,8 @@ ModelSpec spec_24b() {
 // Mistral-Small-3.1's wrapper: no token ids, no tie inside (mistral.md 1.2).
 json::object mistral3() {
   json::object text = mistral_24b();
-  for (const char* key : {"architectures", "bos_token_id", "eos_token_id", "tie_word_embeddings", "torch_dtype"}) {
+  for (const char* key :
+       {"architectures", "bos_token_id", "eos_token_id", "tie_word_embeddings", "torch_dtype"}) {
     text.erase(key);
   }
   return {{"architectures", json::array{"Mistral3ForConditionalGeneration"}},
@@ -107,18 +108,23 @@ TEST(ModelSpec, SpellingVariants) {
        nullptr},
       {"torch.float16", [](json::object& c) { c["torch_dtype"] = "torch.float16"; },
        [](ModelSpec& s) { s.dtype = DType::kF16; }},
-      {"float32", [](json::object& c) { c["torch_dtype"] = "float32"; }, [](ModelSpec& s) { s.dtype = DType::kF32; }},
-      {"rope_theta as a whole number", [](json::object& c) { c["rope_theta"] = 1000000000; }, nullptr},
+      {"float32", [](json::object& c) { c["torch_dtype"] = "float32"; },
+       [](ModelSpec& s) { s.dtype = DType::kF32; }},
+      {"rope_theta as a whole number", [](json::object& c) { c["rope_theta"] = 1000000000; },
+       nullptr},
       {"rope_parameters instead (transformers 5)",
        [](json::object& c) {
          c.erase("rope_theta");
          c["rope_parameters"] = {{"rope_theta", 1e9}, {"rope_type", "default"}};
        },
        nullptr},
-      {"rope_parameters as well", [](json::object& c) { c["rope_parameters"] = {{"rope_theta", 1e9}}; }, nullptr},
-      {"rope_type none", [](json::object& c) { c["rope_parameters"] = {{"rope_type", "none"}}; }, nullptr},
+      {"rope_parameters as well",
+       [](json::object& c) { c["rope_parameters"] = {{"rope_theta", 1e9}}; }, nullptr},
+      {"rope_type none", [](json::object& c) { c["rope_parameters"] = {{"rope_type", "none"}}; },
+       nullptr},
       {"rope_scaling null", [](json::object& c) { c["rope_scaling"] = nullptr; }, nullptr},
-      {"old rope_scaling type", [](json::object& c) { c["rope_scaling"] = {{"type", "default"}}; }, nullptr},
+      {"old rope_scaling type", [](json::object& c) { c["rope_scaling"] = {{"type", "default"}}; },
+       nullptr},
       {"llama3 scaling", [&](json::object& c) { c["rope_scaling"] = llama3; }, expect_llama3},
       {"llama3 in rope_parameters",
        [&](json::object& c) {
@@ -133,9 +139,12 @@ TEST(ModelSpec, SpellingVariants) {
          c["rope_scaling"] = llama3;
        },
        expect_llama3},
-      {"no rope_theta", [](json::object& c) { c.erase("rope_theta"); }, [](ModelSpec& s) { s.rope_theta = 10000; }},
-      {"head_dim null", [](json::object& c) { c["head_dim"] = nullptr; }, [](ModelSpec& s) { s.head_dim = 160; }},
-      {"head_dim absent", [](json::object& c) { c.erase("head_dim"); }, [](ModelSpec& s) { s.head_dim = 160; }},
+      {"no rope_theta", [](json::object& c) { c.erase("rope_theta"); },
+       [](ModelSpec& s) { s.rope_theta = 10000; }},
+      {"head_dim null", [](json::object& c) { c["head_dim"] = nullptr; },
+       [](ModelSpec& s) { s.head_dim = 160; }},
+      {"head_dim absent", [](json::object& c) { c.erase("head_dim"); },
+       [](ModelSpec& s) { s.head_dim = 160; }},
       {"eos list", [](json::object& c) { c["eos_token_id"] = {2, 11}; },
        [](ModelSpec& s) { s.eos_token_ids = {2, 11}; }},
       {"no token ids",
@@ -144,7 +153,8 @@ TEST(ModelSpec, SpellingVariants) {
          c["bos_token_id"] = nullptr;
        },
        nullptr},
-      {"no kv heads (Mistral's default)", [](json::object& c) { c.erase("num_key_value_heads"); }, nullptr},
+      {"no kv heads (Mistral's default)", [](json::object& c) { c.erase("num_key_value_heads"); },
+       nullptr},
       {"no kv heads (Llama: all)",
        [](json::object& c) {
          c["architectures"] = {"LlamaForCausalLM"};
@@ -156,19 +166,24 @@ TEST(ModelSpec, SpellingVariants) {
          s.num_kv_heads = 32;
        }},
       {"architectures absent", [](json::object& c) { c.erase("architectures"); }, nullptr},
-      {"tied", [](json::object& c) { c["tie_word_embeddings"] = true; }, [](ModelSpec& s) { s.tied_embeddings = true; }},
+      {"tied", [](json::object& c) { c["tie_word_embeddings"] = true; },
+       [](ModelSpec& s) { s.tied_embeddings = true; }},
       {"swish", [](json::object& c) { c["hidden_act"] = "swish"; }, nullptr},
-      {"window as long as the positions", [](json::object& c) { c["sliding_window"] = 131072; }, nullptr},
+      {"window as long as the positions", [](json::object& c) { c["sliding_window"] = 131072; },
+       nullptr},
       {"window absent", [](json::object& c) { c.erase("sliding_window"); }, nullptr},
-      {"all layers full", [](json::object& c) { c["layer_types"] = {"full_attention", "full_attention"}; }, nullptr},
+      {"all layers full",
+       [](json::object& c) { c["layer_types"] = {"full_attention", "full_attention"}; }, nullptr},
       {"biases said to be off",
        [](json::object& c) {
          c["attention_bias"] = false;
          c["mlp_bias"] = false;
        },
        nullptr},
-      {"quantization_config null", [](json::object& c) { c["quantization_config"] = nullptr; }, nullptr},
-      {"whole numbers written as fractions", [](json::object& c) { c["hidden_size"] = 5120.0; }, nullptr},
+      {"quantization_config null", [](json::object& c) { c["quantization_config"] = nullptr; },
+       nullptr},
+      {"whole numbers written as fractions", [](json::object& c) { c["hidden_size"] = 5120.0; },
+       nullptr},
       {"keys without effect",
        [](json::object& c) {
          c["pad_token_id"] = 11;
@@ -230,24 +245,49 @@ TEST(ModelSpec, RefusalsNameTheKeyAndTheValue) {
       {"exl2", quantized("exl2"), k, {"EXL2"}},
       {"exl3", quantized("exl3"), k, {"EXL3"}},
       {"bitsandbytes", quantized("bitsandbytes"), k, {"bitsandbytes"}},
-      {"old bitsandbytes", set("quantization_config", {{"load_in_4bit", true}}), k, {"bitsandbytes"}},
+      {"old bitsandbytes",
+       set("quantization_config", {{"load_in_4bit", true}}),
+       k,
+       {"bitsandbytes"}},
       {"compressed-tensors", quantized("compressed-tensors"), k, {"compressed-tensors"}},
-      {"compression_config", set("compression_config", {{"format", "pack-quantized"}}), k, {"compressed-tensors"}},
+      {"compression_config",
+       set("compression_config", {{"format", "pack-quantized"}}),
+       k,
+       {"compressed-tensors"}},
       {"unknown", quantized("quip"), k, {"quip"}},
-      {"class", set("architectures", {"Qwen2ForCausalLM"}), k, {"Qwen2ForCausalLM", "MistralForCausalLM"}},
+      {"class",
+       set("architectures", {"Qwen2ForCausalLM"}),
+       k,
+       {"Qwen2ForCausalLM", "MistralForCausalLM"}},
       {"model_type", set("model_type", "mixtral"), k, {"mixtral"}},
       {"attention bias", set("attention_bias", true), k, {"attention_bias"}},
       {"mlp bias", set("mlp_bias", true), k, {"mlp_bias"}},
-      {"yarn", set("rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}}), k, {"yarn", "llama3"}},
+      {"yarn",
+       set("rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}}),
+       k,
+       {"yarn", "llama3"}},
       {"linear", set("rope_scaling", {{"type", "linear"}, {"factor", 2.0}}), k, {"linear"}},
-      {"dynamic in rope_parameters", set("rope_parameters", {{"rope_type", "dynamic"}}), k, {"dynamic"}},
-      {"unknown rope key", set("rope_parameters", {{"rope_type", "default"}, {"llama_4_scaling_beta", 0.1}}),
-       ErrorKind::kInput, {"llama_4_scaling_beta"}},
-      {"two thetas", set("rope_parameters", {{"rope_theta", 1e6}}), ErrorKind::kInput, {"rope_theta", "1000000"}},
-      {"llama3 half", set("rope_scaling", {{"rope_type", "llama3"}, {"factor", 8.0}}), ErrorKind::kInput,
+      {"dynamic in rope_parameters",
+       set("rope_parameters", {{"rope_type", "dynamic"}}),
+       k,
+       {"dynamic"}},
+      {"unknown rope key",
+       set("rope_parameters", {{"rope_type", "default"}, {"llama_4_scaling_beta", 0.1}}),
+       ErrorKind::kInput,
+       {"llama_4_scaling_beta"}},
+      {"two thetas",
+       set("rope_parameters", {{"rope_theta", 1e6}}),
+       ErrorKind::kInput,
+       {"rope_theta", "1000000"}},
+      {"llama3 half",
+       set("rope_scaling", {{"rope_type", "llama3"}, {"factor", 8.0}}),
+       ErrorKind::kInput,
        {"low_freq_factor"}},
       {"window", set("sliding_window", 4096), k, {"sliding_window", "4096", "131072"}},
-      {"layer types", set("layer_types", {"full_attention", "sliding_attention"}), k, {"layer_types"}},
+      {"layer types",
+       set("layer_types", {"full_attention", "sliding_attention"}),
+       k,
+       {"layer_types"}},
       {"activation", set("hidden_act", "gelu"), k, {"gelu"}},
       {"partial rotation", set("partial_rotary_factor", 0.5), k, {"partial_rotary_factor"}},
       {"softcap", set("final_logit_softcapping", 30.0), k, {"final_logit_softcapping", "30"}},
@@ -256,16 +296,28 @@ TEST(ModelSpec, RefusalsNameTheKeyAndTheValue) {
       {"experts", set("num_local_experts", 8), k, {"num_local_experts"}},
       {"dtype", set("torch_dtype", "float8_e4m3fn"), k, {"float8_e4m3fn"}},
       {"zero layers", set("num_hidden_layers", 0), ErrorKind::kInput, {"num_hidden_layers", "0"}},
-      {"huge", set("num_hidden_layers", 1'000'000'000'000), ErrorKind::kInput, {"num_hidden_layers"}},
-      {"text for a number", set("hidden_size", "5120"), ErrorKind::kInput, {"hidden_size", "\"5120\""}},
+      {"huge",
+       set("num_hidden_layers", 1'000'000'000'000),
+       ErrorKind::kInput,
+       {"num_hidden_layers"}},
+      {"text for a number",
+       set("hidden_size", "5120"),
+       ErrorKind::kInput,
+       {"hidden_size", "\"5120\""}},
       {"fraction", set("hidden_size", 5120.5), ErrorKind::kInput, {"hidden_size", "5120.5"}},
-      {"missing vocabulary", [](json::object& c) { c.erase("vocab_size"); }, ErrorKind::kInput, {"vocab_size"}},
+      {"missing vocabulary",
+       [](json::object& c) { c.erase("vocab_size"); },
+       ErrorKind::kInput,
+       {"vocab_size"}},
       {"heads", set("num_key_value_heads", 5), ErrorKind::kInput, {"32", "5"}},
       {"odd head_dim", set("head_dim", 127), ErrorKind::kInput, {"head_dim", "127"}},
       {"eps", set("rms_norm_eps", -1.0), ErrorKind::kInput, {"epsilon", "-1"}},
       {"theta", set("rope_theta", 0.0), ErrorKind::kInput, {"rope_theta"}},
       {"negative eos", set("eos_token_id", -1), ErrorKind::kInput, {"eos_token_id"}},
-      {"architectures text", set("architectures", "MistralForCausalLM"), ErrorKind::kInput, {"architectures"}},
+      {"architectures text",
+       set("architectures", "MistralForCausalLM"),
+       ErrorKind::kInput,
+       {"architectures"}},
   };
   for (const Refusal& refusal : table) {
     SCOPED_TRACE(refusal.title);
@@ -338,7 +390,8 @@ TEST(WeightTable, ShapesNamesAndOrder) {
   EXPECT_EQ(rows.at("layers.0.gate")->hf_names[0], "model.layers.0.mlp.gate_proj.weight");
   EXPECT_EQ(rows.at("layers.0.gate")->trtllm_name, "transformer.layers.0.mlp.fc");
   EXPECT_EQ(rows.at("layers.0.up")->trtllm_name, "transformer.layers.0.mlp.gate");
-  EXPECT_EQ(rows.at("layers.7.mlp_norm")->hf_names[0], "model.layers.7.post_attention_layernorm.weight");
+  EXPECT_EQ(rows.at("layers.7.mlp_norm")->hf_names[0],
+            "model.layers.7.post_attention_layernorm.weight");
   ModelSpec tied = spec;
   tied.tied_embeddings = true;
   EXPECT_EQ(weight_table(tied).back().role, WeightRole::kFinalNorm);
@@ -367,7 +420,8 @@ EnginePlan some_plan() {
   plan.spec = spec_24b();
   plan.tp_rank = 1;
   plan.tp_size = 2;
-  plan.limits = {.max_batch_size = 3, .max_input_len = 100, .max_output_len = 20, .max_num_tokens = 64};
+  plan.limits = {
+      .max_batch_size = 3, .max_input_len = 100, .max_output_len = 20, .max_num_tokens = 64};
   plan.linear_layout = WeightLayout::kCudaInt4;
   plan.dense_layout = WeightLayout::kF16Rows;
   plan.activation_precision = ActivationPrecision::kInt8Group;
@@ -380,11 +434,13 @@ EnginePlan some_plan() {
 TEST(EnginePlan, JsonIsTheIdentity) {
   const EnginePlan plan = some_plan();
   EXPECT_TRUE(EnginePlan::from_json(parse(dump_json(plan.to_json())), "rank0.engine") == plan);
-  for (const WeightLayout layout : {WeightLayout::kF32Rows, WeightLayout::kBf16Rows, WeightLayout::kF16Rows,
-                                    WeightLayout::kInt4Portable, WeightLayout::kCpuInt4, WeightLayout::kCudaInt4}) {
+  for (const WeightLayout layout :
+       {WeightLayout::kF32Rows, WeightLayout::kBf16Rows, WeightLayout::kF16Rows,
+        WeightLayout::kInt4Portable, WeightLayout::kCpuInt4, WeightLayout::kCudaInt4}) {
     EXPECT_EQ(weight_layout_from_name(weight_layout_name(layout)), layout);
   }
-  for (const KvFormat format : {KvFormat::kInt8Dynamic, KvFormat::kInt8Static, KvFormat::kF16, KvFormat::kF32}) {
+  for (const KvFormat format :
+       {KvFormat::kInt8Dynamic, KvFormat::kInt8Static, KvFormat::kF16, KvFormat::kF32}) {
     EXPECT_EQ(kv_format_from_name(kv_format_name(format)), format);
   }
   EXPECT_STREQ(kv_format_name(KvFormat::kInt8Dynamic), "int8");
@@ -400,9 +456,12 @@ TEST(EnginePlan, RefusalsNameTheNearest) {
               ::testing::AllOf(HasSubstr("\"kv-formt\""), HasSubstr("\"kv_format\"")));
   EXPECT_THAT(read([](json::object& o) { o["limits"].as_object()["max_batch"] = 1; }).message,
               HasSubstr("\"max_batch_size\""));
-  EXPECT_THAT(read([](json::object& o) { o["kv_format"] = "int8-dynamic"; }).message, HasSubstr("int8-static"));
-  EXPECT_THAT(read([](json::object& o) { o["linear_layout"] = "cuda_int4x"; }).message, HasSubstr("\"cuda-int4\""));
-  EXPECT_THAT(read([](json::object& o) { o.erase("kv_format"); }).message, HasSubstr("kv_format is missing"));
+  EXPECT_THAT(read([](json::object& o) { o["kv_format"] = "int8-dynamic"; }).message,
+              HasSubstr("int8-static"));
+  EXPECT_THAT(read([](json::object& o) { o["linear_layout"] = "cuda_int4x"; }).message,
+              HasSubstr("\"cuda-int4\""));
+  EXPECT_THAT(read([](json::object& o) { o.erase("kv_format"); }).message,
+              HasSubstr("kv_format is missing"));
   EXPECT_THAT(read([](json::object& o) { o["tp_rank"] = 2; }).message, HasSubstr("tp_rank is 2"));
   const Caught version = read([](json::object& o) { o["format_version"] = 2; });
   EXPECT_EQ(version.kind, ErrorKind::kUnsupported);

@@ -14,7 +14,8 @@ namespace {
 
 BytePairEncoder encoder_of(const TokenizerFile& file) {
   std::vector<BytePairEncoder::Token> tokens;
-  for (const int32_t id : file.vocab_ids) tokens.push_back({id, file.token_bytes[static_cast<size_t>(id)]});
+  for (const int32_t id : file.vocab_ids)
+    tokens.push_back({id, file.token_bytes[static_cast<size_t>(id)]});
   return BytePairEncoder(tokens, file.merges, file.token_bytes.size(), file.ignore_merges);
 }
 
@@ -23,7 +24,8 @@ std::vector<int32_t> by_definition(const TokenizerFile& file, std::string_view p
   std::vector<int32_t> ids;
   for (const char byte : piece) {
     for (const int32_t id : file.vocab_ids) {
-      if (file.token_bytes[static_cast<size_t>(id)] == std::string_view(&byte, 1)) ids.push_back(id);
+      if (file.token_bytes[static_cast<size_t>(id)] == std::string_view(&byte, 1))
+        ids.push_back(id);
     }
   }
   for (;;) {
@@ -51,7 +53,8 @@ TEST(BytePairEncoder, BothAlgorithmsFollowTheDefinition) {
   const std::string letters = "etaoinshrdlu  aaaa\xc3\xa9";
   for (int round = 0; round < 3000; ++round) {
     std::string piece;
-    for (size_t n = 1 + random() % (round % 10 == 0 ? 120 : 14); n > 0; --n) piece += letters[random() % letters.size()];
+    for (size_t n = 1 + random() % (round % 10 == 0 ? 120 : 14); n > 0; --n)
+      piece += letters[random() % letters.size()];
     std::vector<int32_t> whole, by_scan, by_heap;
     encoder.encode(piece, whole, scratch);
     encoder.merge_short(piece, by_scan, scratch);

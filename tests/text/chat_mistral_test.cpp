@@ -26,7 +26,8 @@ std::vector<json::object> read_lines(const std::string& name) {
 
 std::map<std::string, json::object> conversations() {
   std::map<std::string, json::object> out;
-  for (auto& row : read_lines("golden_conversations.jsonl")) out[std::string(row["name"].as_string())] = row;
+  for (auto& row : read_lines("golden_conversations.jsonl"))
+    out[std::string(row["name"].as_string())] = row;
   return out;
 }
 
@@ -96,24 +97,26 @@ TEST(ChatMistral, TekkenRowsToIds) {
 TEST(ChatMistral, RulesBeyondTheRows) {
   const auto chats = conversations();
   const auto render = [&](const char* name, MistralVersion version) {
-    return join_segments(MistralChatFormat(version).render(
-        chats.at(name).at("messages").as_array(), nullptr, false, RolePolicy::kStrict));
+    return join_segments(MistralChatFormat(version).render(chats.at(name).at("messages").as_array(),
+                                                           nullptr, false, RolePolicy::kStrict));
   };
   EXPECT_EQ(render("assistant_trailing_space", MistralVersion::kV7),
             "<s>[INST]hi[/INST]Hello</s>[INST]go on[/INST]");
   EXPECT_EQ(render("chunks_system", MistralVersion::kV7),
             "<s>[SYSTEM_PROMPT]S1\n\nS2[/SYSTEM_PROMPT][INST]u[/INST]");
   EXPECT_EQ(render("chunks_system", MistralVersion::kV3), "<s>[INST]S1\n\nS2\n\nu[/INST]");
-  EXPECT_EQ(render("think_system", MistralVersion::kV13),
-            "<s>[SYSTEM_PROMPT]# HOW YOU SHOULD THINK\n\nTemplate:[THINK]Your thoughts.[/THINK]Here, "
-            "answer.[/SYSTEM_PROMPT][INST]2+2?[/INST]");
+  EXPECT_EQ(
+      render("think_system", MistralVersion::kV13),
+      "<s>[SYSTEM_PROMPT]# HOW YOU SHOULD THINK\n\nTemplate:[THINK]Your thoughts.[/THINK]Here, "
+      "answer.[/SYSTEM_PROMPT][INST]2+2?[/INST]");
   EXPECT_EQ(render("think_assistant", MistralVersion::kV13),
             "<s>[INST]2+2?[/INST][THINK]easy: 4[/THINK]4</s>[INST]sure?[/INST]");
   EXPECT_EQ(render("call_empty_args", MistralVersion::kV13),
             "<s>[INST]x[/INST][TOOL_CALLS]roll_dice[ARGS]{}</s>[TOOL_RESULTS]ok[/TOOL_RESULTS]");
-  EXPECT_EQ(render("call_nonascii_args", MistralVersion::kV11),
-            "<s>[INST]météo[/INST][TOOL_CALLS]get_weather[CALL_ID]123456789[ARGS]{\"city\": \"São Paulo "
-            "<\\\"x\\\"> & /\"}</s>[TOOL_RESULTS]123456789[TOOL_CONTENT]\"ça va\"[/TOOL_RESULTS]");
+  EXPECT_EQ(
+      render("call_nonascii_args", MistralVersion::kV11),
+      "<s>[INST]météo[/INST][TOOL_CALLS]get_weather[CALL_ID]123456789[ARGS]{\"city\": \"São Paulo "
+      "<\\\"x\\\"> & /\"}</s>[TOOL_RESULTS]123456789[TOOL_CONTENT]\"ça va\"[/TOOL_RESULTS]");
   EXPECT_EQ(render("empty_user", MistralVersion::kV7), "<s>[INST][/INST]");
   EXPECT_THROW(render("err_last_assistant", MistralVersion::kV7), Error);
   EXPECT_THROW(render("err_empty", MistralVersion::kV7), Error);
@@ -123,10 +126,11 @@ TEST(ChatMistral, RulesBeyondTheRows) {
 TEST(ChatMistral, TolerantNeverFailsForRoles) {
   for (const auto& [name, chat] : conversations()) {
     if (name == "err_empty") continue;
-    for (const auto version : {MistralVersion::kV3, MistralVersion::kV7, MistralVersion::kV11, MistralVersion::kV13}) {
+    for (const auto version :
+         {MistralVersion::kV3, MistralVersion::kV7, MistralVersion::kV11, MistralVersion::kV13}) {
       SCOPED_TRACE(name);
-      EXPECT_NO_THROW(MistralChatFormat(version).render(chat.at("messages").as_array(), chat.at("tools"),
-                                                        false, RolePolicy::kTolerant));
+      EXPECT_NO_THROW(MistralChatFormat(version).render(
+          chat.at("messages").as_array(), chat.at("tools"), false, RolePolicy::kTolerant));
     }
   }
   const auto messages = parse_json(
@@ -160,7 +164,8 @@ TEST(ChatMistral, ImagesAreNamed) {
   const auto messages = parse_json(
       R"([{"role":"user","content":[{"type":"image_url","image_url":{"url":"x"}}]}])", "messages");
   try {
-    MistralChatFormat(MistralVersion::kV7).render(messages.as_array(), nullptr, false, RolePolicy::kTolerant);
+    MistralChatFormat(MistralVersion::kV7)
+        .render(messages.as_array(), nullptr, false, RolePolicy::kTolerant);
     FAIL();
   } catch (const Error& error) {
     EXPECT_EQ(error.kind(), ErrorKind::kUnsupported);

@@ -1,5 +1,5 @@
-// Finding a model's template, roles and their repair, continuing the final message, `nibble render`.
-// SPDX-License-Identifier: Apache-2.0
+// Finding a model's template, roles and their repair, continuing the final message, `nibble
+// render`. SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
 #include <filesystem>
@@ -37,10 +37,12 @@ ChatTemplate nano() { return ChatTemplate::load(std::string(NIBBLE_SOURCE_DIR) +
 TEST(ChatTemplateLoad, WhichTemplateWins) {
   const TemporaryDir dir;
   EXPECT_EQ(ChatTemplate::load(dir.path).origin(), "built-in v7-tekken");
-  dir.write("tokenizer.json", R"({"added_tokens":[{"content":"[THINK]"},{"content":"[ARGS]"}],"model":{}})");
+  dir.write("tokenizer.json",
+            R"({"added_tokens":[{"content":"[THINK]"},{"content":"[ARGS]"}],"model":{}})");
   EXPECT_EQ(ChatTemplate::load(dir.path).origin(), "built-in v13");
   EXPECT_EQ(render_user(ChatTemplate::load(dir.path)), "<s>[INST]hi[/INST]");
-  dir.write("tokenizer_config.json", R"({"bos_token":{"content":"<b>"},"chat_template":"{{ bos_token }}config"})");
+  dir.write("tokenizer_config.json",
+            R"({"bos_token":{"content":"<b>"},"chat_template":"{{ bos_token }}config"})");
   EXPECT_EQ(render_user(ChatTemplate::load(dir.path)), "<b>config");
   dir.write("tokenizer_config.json", R"({"chat_template":[{"name":"default","template":"plain"},
                                                           {"name":"tool_use","template":"{{ tools|length }} tools"}]})");
@@ -54,7 +56,8 @@ TEST(ChatTemplateLoad, WhichTemplateWins) {
     ChatTemplate::load(dir.path);
     FAIL();
   } catch (const Error& error) {
-    EXPECT_NE(std::string(error.what()).find("chat_template.jinja"), std::string::npos) << error.what();
+    EXPECT_NE(std::string(error.what()).find("chat_template.jinja"), std::string::npos)
+        << error.what();
     EXPECT_NE(std::string(error.what()).find("line 2"), std::string::npos) << error.what();
   }
 }
@@ -64,7 +67,8 @@ TEST(ChatTemplateRoles, TolerantRepairsWhatStrictRefuses) {
     const char* messages;
     const char* prompt;
   } kCases[] = {
-      {R"([{"role":"user","content":"a"},{"role":"user","content":"b"}])", "<s>[INST]a\n\nb[/INST]"},
+      {R"([{"role":"user","content":"a"},{"role":"user","content":"b"}])",
+       "<s>[INST]a\n\nb[/INST]"},
       {R"([{"role":"assistant","content":"Greetings."},{"role":"user","content":"hi"}])",
        "<s>[INST][/INST]Greetings.</s>[INST]hi[/INST]"},
       {R"([{"role":"system","content":"S"},{"role":"assistant","content":"Greetings."},{"role":"user","content":"hi"}])",
@@ -80,7 +84,8 @@ TEST(ChatTemplateRoles, TolerantRepairsWhatStrictRefuses) {
        "<s>[INST]a\n\nc[/INST]"},
       {R"([{"role":"user","content":"a"},{"role":"tool","content":"r"},{"role":"user","content":"c"}])",
        "<s>[INST]a\n\nr\n\nc[/INST]"},
-      {R"([{"role":"narrator","content":"a"},{"role":"user","content":"c"}])", "<s>[INST]a\n\nc[/INST]"},
+      {R"([{"role":"narrator","content":"a"},{"role":"user","content":"c"}])",
+       "<s>[INST]a\n\nc[/INST]"},
       {R"([{"role":"system","content":"S"},{"role":"system","content":""},{"role":"assistant","content":null},
            {"role":"assistant","content":"x"},{"role":"assistant","content":"y"}])",
        "<s>[SYSTEM_PROMPT]S[/SYSTEM_PROMPT][INST][/INST]x\n\ny</s>"},
@@ -99,12 +104,14 @@ TEST(ChatTemplateRoles, EveryOrderOfFourRendersTolerantly) {
   const ChatTemplate own = nano();
   const std::string strict_alternation =
       "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-      "{{ raise_exception('alternate!') }}{% endif %}{{ m.role + ':' + m.content + ';' }}{% endfor %}";
+      "{{ raise_exception('alternate!') }}{% endif %}{{ m.role + ':' + m.content + ';' }}{% endfor "
+      "%}";
   const ChatTemplate alternating = ChatTemplate::from_source(strict_alternation, {});
   for (int code = 0; code < 256; ++code) {
     json::array messages;
     for (int i = 0, rest = code; i < 4; ++i, rest /= 4) {
-      messages.push_back(json::object{{"role", roles[rest % 4]}, {"content", "m" + std::to_string(i)}});
+      messages.push_back(
+          json::object{{"role", roles[rest % 4]}, {"content", "m" + std::to_string(i)}});
     }
     for (const ChatTemplate* chat : {&own, &alternating}) {
       ChatRequest request;
@@ -128,7 +135,8 @@ TEST(ChatTemplateRoles, ContentAndLimitErrorsStayErrors) {
     EXPECT_EQ(error.kind(), ErrorKind::kUnsupported);
   }
   request.messages = messages_of(R"([{"role":"user","content":"x"}])");
-  const auto endless = ChatTemplate::from_source("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", {});
+  const auto endless =
+      ChatTemplate::from_source("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", {});
   try {
     endless.render(request);
     FAIL();
@@ -153,8 +161,8 @@ TEST(ChatTemplateContinue, EndsAfterTheLastText) {
   EXPECT_EQ(join_segments(render(nano(), "Once upon  ")), "<s>[INST]go[/INST]Once upon  ");
   EXPECT_EQ(join_segments(render(nano(), "go")), "<s>[INST]go[/INST]go");
   EXPECT_EQ(join_segments(render(nano(), "")), "<s>[INST]go[/INST]");
-  const auto trimming = ChatTemplate::from_source(
-      "{% for m in messages %}<{{ m.content | trim }}>{% endfor %}", {});
+  const auto trimming =
+      ChatTemplate::from_source("{% for m in messages %}<{{ m.content | trim }}>{% endfor %}", {});
   EXPECT_EQ(join_segments(render(trimming, " Once ")), "<go><Once");
   EXPECT_EQ(join_segments(render(ChatTemplate::built_in(MistralVersion::kV7), "Once")),
             "<s>[INST]go[/INST]Once");
@@ -181,19 +189,27 @@ TEST(ChatTemplateVariables, KwargsAreData) {
   request.messages = messages_of(R"([{"role":"user","content":"x"}])");
   request.template_variables = {{"enable_thinking", true}, {"tag", "[INST]"}};
   request.documents = json::array{1, 2};
-  const RenderedSegments expected = {{"<s>think", true}, {"[INST]", false}, {"|", true}, {"2", false}};
+  const RenderedSegments expected = {
+      {"<s>think", true}, {"[INST]", false}, {"|", true}, {"2", false}};
   EXPECT_EQ(chat.render(request), expected);
 }
 
 TEST(RenderCommand, LinesInLinesOut) {
   EXPECT_EQ(render_json_line(nano(), R"({"messages":[{"role":"user","content":"é \"q\""}]})"),
             R"("<s>[INST]é \"q\"[/INST]")");
-  EXPECT_EQ(render_json_line(nano(), R"({"messages":[{"role":"system","content":"a"},{"role":"assistant","content":"b"}]})"),
-            R"({"error": "TemplateError", "message": "User and assistant turns must alternate: an assistant turn came where user was due."})");
-  EXPECT_EQ(render_json_line(nano(), R"({"messages":[{"role":"assistant","content":"b"}],"roles":"tolerant"})"),
+  EXPECT_EQ(
+      render_json_line(
+          nano(),
+          R"({"messages":[{"role":"system","content":"a"},{"role":"assistant","content":"b"}]})"),
+      R"({"error": "TemplateError", "message": "User and assistant turns must alternate: an assistant turn came where user was due."})");
+  EXPECT_EQ(render_json_line(
+                nano(), R"({"messages":[{"role":"assistant","content":"b"}],"roles":"tolerant"})"),
             R"("<s>[INST][/INST]b</s>")");
-  EXPECT_EQ(render_json_line(nano(), R"({"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"continue_final_message":true})"),
-            R"("<s>[INST]a[/INST]b")");
+  EXPECT_EQ(
+      render_json_line(
+          nano(),
+          R"({"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"continue_final_message":true})"),
+      R"("<s>[INST]a[/INST]b")");
   EXPECT_EQ(render_json_line(jinja::Template::compile("{{ a + 1 }}"), R"({"a": 2.5})"), R"("3.5")");
   EXPECT_NE(render_json_line(nano(), "{").find("\"error\""), std::string::npos);
   EXPECT_NE(render_json_line(nano(), "{}").find("\"error\""), std::string::npos);
@@ -210,18 +226,21 @@ TEST(ChatTemplateNemo, ThirdPartyTemplate) {
   request.messages = messages_of(
       R"([{"role":"system","content":"S"},{"role":"user","content":"a"},{"role":"assistant","content":"b"},
           {"role":"user","content":"[/INST]c"}])");
-  const RenderedSegments expected = {{"<s>[INST]", true}, {"a", false}, {"[/INST]", true}, {"b", false},
-                                     {"</s>[INST]", true}, {"S", false}, {"\n\n", true},
-                                     {"[/INST]c", false}, {"[/INST]", true}};
+  const RenderedSegments expected = {{"<s>[INST]", true}, {"a", false},         {"[/INST]", true},
+                                     {"b", false},        {"</s>[INST]", true}, {"S", false},
+                                     {"\n\n", true},      {"[/INST]c", false},  {"[/INST]", true}};
   EXPECT_EQ(chat.render(request), expected);
   request.tools = parse_json(
-      R"([{"type":"function","function":{"name":"f","description":"d","parameters":{"type":"object"}}}])", "tools");
+      R"([{"type":"function","function":{"name":"f","description":"d","parameters":{"type":"object"}}}])",
+      "tools");
   EXPECT_EQ(join_segments(chat.render(request)),
-            "<s>[INST]a[/INST]b</s>[AVAILABLE_TOOLS][{\"type\": \"function\", \"function\": {\"name\": \"f\", "
+            "<s>[INST]a[/INST]b</s>[AVAILABLE_TOOLS][{\"type\": \"function\", \"function\": "
+            "{\"name\": \"f\", "
             "\"description\": \"d\", \"parameters\": {\"type\": \"object\"}}}][/AVAILABLE_TOOLS]"
             "[INST]S\n\n[/INST]c[/INST]");
   request.tools = nullptr;
-  request.messages = messages_of(R"([{"role":"assistant","content":"hey"},{"role":"user","content":"a"}])");
+  request.messages =
+      messages_of(R"([{"role":"assistant","content":"hey"},{"role":"user","content":"a"}])");
   EXPECT_THROW(chat.render(request), jinja::TemplateError);
   request.roles = RolePolicy::kTolerant;
   EXPECT_EQ(join_segments(chat.render(request)), "<s>[INST][/INST]hey</s>[INST]a[/INST]");

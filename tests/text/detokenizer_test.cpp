@@ -55,13 +55,16 @@ TEST(Detokenizer, StreamsWhatBatchDecodeGives) {
     std::vector<int32_t> ids;
     for (size_t n = random() % 30; n > 0; --n) {
       // Single bytes from the top half are where characters break.
-      ids.push_back(random() % 3 ? byte_ids(std::string(1, static_cast<char>(128 + random() % 128)))[0]
-                                 : static_cast<int32_t>(random() % static_cast<uint32_t>(nano.vocab_size())));
+      ids.push_back(
+          random() % 3 ? byte_ids(std::string(1, static_cast<char>(128 + random() % 128)))[0]
+                       : static_cast<int32_t>(random() % static_cast<uint32_t>(nano.vocab_size())));
     }
     for (const bool skip : {false, true}) {
       ASSERT_EQ(run(ids, {.skip_special = skip}).text, nano.decode(ids, skip));
       // A stop string that never completes changes nothing either.
-      ASSERT_EQ(run(ids, {.stop = {"\xe4\xb8\xad\xe4\xb8\xad\xe4\xb8\xad", "qqqqqqqq"}, .skip_special = skip}).text,
+      ASSERT_EQ(run(ids, {.stop = {"\xe4\xb8\xad\xe4\xb8\xad\xe4\xb8\xad", "qqqqqqqq"},
+                          .skip_special = skip})
+                    .text,
                 nano.decode(ids, skip));
     }
   }
@@ -69,7 +72,9 @@ TEST(Detokenizer, StreamsWhatBatchDecodeGives) {
 
 TEST(Detokenizer, ACharacterAppearsWithItsLastByte) {
   Detokenizer detokenizer(nano_tokenizer());
-  const auto ids = byte_ids("a\xf0\x9f\x98\x80" "b");
+  const auto ids = byte_ids(
+      "a\xf0\x9f\x98\x80"
+      "b");
   EXPECT_EQ(detokenizer.push(ids[0]), "a");
   EXPECT_EQ(detokenizer.push(ids[1]), "");
   EXPECT_EQ(detokenizer.push(ids[2]), "");
@@ -107,19 +112,21 @@ TEST(Detokenizer, HoldsBackWhatMayBecomeAStopString) {
 }
 
 TEST(Detokenizer, StopRules) {
-  const auto text = [](std::string_view bytes, std::vector<std::string> stop, bool include = false) {
+  const auto text = [](std::string_view bytes, std::vector<std::string> stop,
+                       bool include = false) {
     return run(byte_ids(bytes), {.stop = std::move(stop), .include_stop = include}).text;
   };
   EXPECT_EQ(text("hello world", {"o w"}), "hell");
   EXPECT_EQ(text("hello world", {"o w"}, true), "hello w");
   EXPECT_EQ(text("hello", {"hello"}), "");
-  EXPECT_EQ(text("hell", {"hello"}), "hell");              // flushed
-  EXPECT_EQ(text("aaab", {"aab"}), "a");                   // overlapping prefixes
-  EXPECT_EQ(text("abcd", {"abcd", "bc"}), "a");            // the first to complete
-  EXPECT_EQ(text("xabc", {"c", "abc", "bc"}), "x");        // of those, the one that began first
+  EXPECT_EQ(text("hell", {"hello"}), "hell");        // flushed
+  EXPECT_EQ(text("aaab", {"aab"}), "a");             // overlapping prefixes
+  EXPECT_EQ(text("abcd", {"abcd", "bc"}), "a");      // the first to complete
+  EXPECT_EQ(text("xabc", {"c", "abc", "bc"}), "x");  // of those, the one that began first
   EXPECT_EQ(run(byte_ids("xabc"), {.stop = {"c", "abc", "bc"}}).stop, 1u);
   EXPECT_EQ(text("\xe4\xb8\xad\xe6\x96\x87", {"\xe6\x96\x87"}), "\xe4\xb8\xad");
-  EXPECT_EQ(text("\xe6\x96\xe6\x96\x87z", {"\xe6\x96\x87"}), "\xef\xbf\xbd");  // broken, then the stop
+  EXPECT_EQ(text("\xe6\x96\xe6\x96\x87z", {"\xe6\x96\x87"}),
+            "\xef\xbf\xbd");  // broken, then the stop
   EXPECT_EQ(run(byte_ids("stop here"), {.stop = {"op"}}).num_used, 4u);
 }
 
@@ -127,12 +134,14 @@ TEST(Detokenizer, StopRules) {
 TEST(Detokenizer, TokenBordersDoNotMatter) {
   std::mt19937 random(21);
   const Tokenizer& nano = nano_tokenizer();
-  const std::vector<std::string> pool = {"th", "he ", "\n\n", "e", " the", "\xc3\xa9", "a\xc3", "ing", "zq"};
+  const std::vector<std::string> pool = {"th",       "he ",   "\n\n", "e", " the",
+                                         "\xc3\xa9", "a\xc3", "ing",  "zq"};
   int num_stopped = 0;
   for (int round = 0; round < 2000; ++round) {
     std::vector<int32_t> ids;
     for (size_t n = random() % 20; n > 0; --n) {
-      ids.push_back(static_cast<int32_t>(18 + random() % static_cast<uint32_t>(nano.vocab_size() - 18)));
+      ids.push_back(
+          static_cast<int32_t>(18 + random() % static_cast<uint32_t>(nano.vocab_size() - 18)));
     }
     std::string bytes;
     for (const int32_t id : ids) bytes += nano.token_bytes(id);
@@ -141,12 +150,15 @@ TEST(Detokenizer, TokenBordersDoNotMatter) {
       const std::string& pick = pool[random() % pool.size()];
       if (utf8::is_valid(pick)) stop.push_back(pick);
     }
-    // By definition: the shortest prefix of the stream that ends in a stop string; longest of those.
+    // By definition: the shortest prefix of the stream that ends in a stop string; longest of
+    // those.
     std::string want_bytes = bytes;
     std::optional<size_t> want_stop;
     for (size_t end = 1; end <= bytes.size() && !want_stop; ++end) {
       for (size_t i = 0; i < stop.size(); ++i) {
-        if (end < stop[i].size() || bytes.compare(end - stop[i].size(), stop[i].size(), stop[i]) != 0) continue;
+        if (end < stop[i].size() ||
+            bytes.compare(end - stop[i].size(), stop[i].size(), stop[i]) != 0)
+          continue;
         if (!want_stop || stop[i].size() > stop[*want_stop].size()) want_stop = i;
       }
       if (want_stop) want_bytes = bytes.substr(0, end - stop[*want_stop].size());

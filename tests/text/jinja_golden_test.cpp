@@ -1,5 +1,5 @@
-// Jinja2 3.1.6's own output (tests/data/text/golden_jinja_*.jsonl) for 560 expressions, 192 renderings
-// of four chat templates, and the extra templates of scripts/make_jinja_goldens.py.
+// Jinja2 3.1.6's own output (tests/data/text/golden_jinja_*.jsonl) for 560 expressions, 192
+// renderings of four chat templates, and the extra templates of scripts/make_jinja_goldens.py.
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
@@ -98,12 +98,10 @@ TEST(JinjaGolden, OwnTemplatesOverConversations) {
       }
     }
     const auto* keep_going = conversation.if_contains("continue_final_message");
-    const json::object variables{{"messages", messages},
-                                 {"tools", conversation.at("tools")},
-                                 {"documents", nullptr},
-                                 {"add_generation_prompt", !(keep_going && keep_going->as_bool())},
-                                 {"bos_token", "<s>"},
-                                 {"eos_token", "</s>"}};
+    const json::object variables{
+        {"messages", messages}, {"tools", conversation.at("tools")},
+        {"documents", nullptr}, {"add_generation_prompt", !(keep_going && keep_going->as_bool())},
+        {"bos_token", "<s>"},   {"eos_token", "</s>"}};
     expect_row(row, read_file(data_path("templates/" + get(row, "template"))), variables, {});
   }
 }

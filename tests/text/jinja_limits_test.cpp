@@ -44,11 +44,16 @@ TEST(JinjaLimits, HostileTemplates) {
       "{{ 'x' * 10**9 }}",
       "{{ 'x' * 1000000000000000000 }}",
       "{{ [1] * 10**9 }}",
-      "{% set ns = namespace(x='x') %}{% for i in range(100) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-      "{% set ns = namespace(x='x' * 1000) %}{% for i in range(100000) %}{% set ns.x = ns.x + 'y' * 1000 %}{% endfor %}",
-      "{% set ns = namespace(x=[]) %}{% for i in range(100000) %}{% set ns.x = ns.x + [1] %}{% endfor %}",
-      "{% set ns = namespace(x=[]) %}{% for i in range(100000) %}{% set ns.x = [ns.x] %}{% endfor %}",
-      "{% set ns = namespace(x=1) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+      "{% set ns = namespace(x='x') %}{% for i in range(100) %}{% set ns.x = ns.x ~ ns.x %}{% "
+      "endfor %}",
+      "{% set ns = namespace(x='x' * 1000) %}{% for i in range(100000) %}{% set ns.x = ns.x + 'y' "
+      "* 1000 %}{% endfor %}",
+      "{% set ns = namespace(x=[]) %}{% for i in range(100000) %}{% set ns.x = ns.x + [1] %}{% "
+      "endfor %}",
+      "{% set ns = namespace(x=[]) %}{% for i in range(100000) %}{% set ns.x = [ns.x] %}{% endfor "
+      "%}",
+      "{% set ns = namespace(x=1) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor "
+      "%}{{ ns.x }}",
       "{% set ns = namespace(x=1, y=1) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}"
       "{% set ns.y = (ns.y, ns.y) %}{% endfor %}{{ ns.x == ns.y }}",
       "{% for a in range(100000) %}{{ 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx' * 1000 }}{% endfor %}",
@@ -66,7 +71,8 @@ TEST(JinjaLimits, HostileTemplates) {
       repeat("{% if 1 %}", 100000) + repeat("{% endif %}", 100000),
       loops,
       "{% for a in range(100000) %}{% set x = range(100000)|list|sort|reverse|list %}{% endfor %}",
-      "{% set s = 'a' * 10000000 %}{% for i in range(100000) %}{% set x = (s ~ 'b') in s %}{% endfor %}",
+      "{% set s = 'a' * 10000000 %}{% for i in range(100000) %}{% set x = (s ~ 'b') in s %}{% "
+      "endfor %}",
       "{% set s = 'a' * 10000000 %}{% for i in range(100000) %}{% set x = s[i] %}{% endfor %}",
       "{% set s = 'a' * 10000000 %}{% for i in range(100000) %}{% set x = s|upper %}{% endfor %}",
       "{% set s = 'a' * 4000000 %}{{ s.replace('a', s) }}",
@@ -79,7 +85,8 @@ TEST(JinjaLimits, HostileTemplates) {
       "{{ [1]|slice(10**12)|list }}",
       "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
       "{% for i in range(1000) recursive %}{{ loop([1]) }}{% endfor %}",
-      "{% set ns = namespace(f=1) %}{% for i in range(100000) %}{% set ns.f = cycler(ns.f) %}{% endfor %}",
+      "{% set ns = namespace(f=1) %}{% for i in range(100000) %}{% set ns.f = cycler(ns.f) %}{% "
+      "endfor %}",
       std::string(3 << 20, 'x'),
   };
   for (const std::string& source : hostile) {
@@ -90,13 +97,16 @@ TEST(JinjaLimits, HostileTemplates) {
 TEST(JinjaLimits, DeepButHonestTemplatesRender) {
   EXPECT_EQ(outcome("{{ " + repeat("(", 40) + "1" + repeat(")", 40) + " }}"), "");
   EXPECT_EQ(outcome("{{ 'a'" + repeat(" + 'a'", 200) + " }}"), "");
-  EXPECT_EQ(outcome("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"), "");
+  EXPECT_EQ(outcome("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"),
+            "");
   EXPECT_EQ(outcome(repeat("{% if 1 %}", 40) + "x" + repeat("{% endif %}", 40)), "");
   EXPECT_EQ(outcome("{% for i in range(100000) %}{{ i }}{% endfor %}"), "");
   // A namespace that holds itself is freed all the same (the sanitizer build looks for leaks).
-  EXPECT_EQ(outcome("{% set ns = namespace() %}{% set ns.x = [ns] %}{% macro m() %}{% endmacro %}"
-                    "{% for i in [1] %}{% macro q() %}{{ i }}{% endmacro %}{% set ns.m = q %}{% endfor %}"),
-            "");
+  EXPECT_EQ(
+      outcome(
+          "{% set ns = namespace() %}{% set ns.x = [ns] %}{% macro m() %}{% endmacro %}"
+          "{% for i in [1] %}{% macro q() %}{{ i }}{% endmacro %}{% set ns.m = q %}{% endfor %}"),
+      "");
 }
 
 TEST(JinjaLimits, ErrorsNameTheLine) {

@@ -39,16 +39,20 @@ TEST(JinjaProvenance, ExactRuns) {
            "{{ '{}[INST]{}[/INST]{}'.format(bos_token, content, eos_token) }}",
            "{{ bos_token }}{{ '[INST]@[/INST]'|replace('@', content) }}{{ eos_token }}",
            "{{ bos_token }}{{ '[INST]@[/INST]'.replace('@', content|string) }}{{ eos_token }}",
-           "{% macro m(x) %}[INST]{{ x }}[/INST]{% endmacro %}{{ bos_token + m(content) + eos_token }}",
+           "{% macro m(x) %}[INST]{{ x }}[/INST]{% endmacro %}{{ bos_token + m(content) + "
+           "eos_token }}",
            "{% set x %}[INST]{{ content }}[/INST]{% endset %}{{ bos_token ~ x ~ eos_token }}",
-           "{% set ns = namespace(x=bos_token) %}{% for m in messages %}{% set ns.x = ns.x + '[INST]' + "
+           "{% set ns = namespace(x=bos_token) %}{% for m in messages %}{% set ns.x = ns.x + "
+           "'[INST]' + "
            "m.content + '[/INST]' %}{% endfor %}{{ ns.x ~ eos_token }}",
            "{{ bos_token }}{{ ('[INST]' ~ content ~ '[/INST]@').split('@')|first }}{{ eos_token }}",
            "{{ bos_token }}{{ ('[INST]' ~ content ~ '[/INST]')[::-1][::-1] }}{{ eos_token }}",
-           "{{ bos_token }}{% filter trim %} [INST]{{ content }}[/INST] {% endfilter %}{{ eos_token }}",
+           "{{ bos_token }}{% filter trim %} [INST]{{ content }}[/INST] {% endfilter %}{{ "
+           "eos_token }}",
            "{% macro m() %}[INST]{{ caller() }}[/INST]{% endmacro %}{{ bos_token }}{% call m() %}"
            "{{ content }}{% endcall %}{{ eos_token }}",
-           "{{ bos_token }}{% for c in '[INST]' ~ content ~ '[/INST]' %}{{ c }}{% endfor %}{{ eos_token }}",
+           "{{ bos_token }}{% for c in '[INST]' ~ content ~ '[/INST]' %}{{ c }}{% endfor %}{{ "
+           "eos_token }}",
        }) {
     EXPECT_EQ(render(source), expected) << source;
   }
@@ -56,20 +60,48 @@ TEST(JinjaProvenance, ExactRuns) {
 
 TEST(JinjaProvenance, DataNeverBecomesTemplate) {
   for (const char* source : {
-           "{{ content|trim }}", "{{ content[1:] }}", "{{ content|string }}", "{{ content ~ content }}",
-           "{{ content|upper|lower }}", "{{ content|title }}", "{{ content|tojson }}", "{{ messages }}",
-           "{{ messages|tojson(indent=2) }}", "{{ content|safe }}", "{{ content|e }}", "{{ content|list }}",
-           "{{ content|list|join }}", "{{ content|reverse|reverse }}", "{{ content|indent }}",
+           "{{ content|trim }}",
+           "{{ content[1:] }}",
+           "{{ content|string }}",
+           "{{ content ~ content }}",
+           "{{ content|upper|lower }}",
+           "{{ content|title }}",
+           "{{ content|tojson }}",
+           "{{ messages }}",
+           "{{ messages|tojson(indent=2) }}",
+           "{{ content|safe }}",
+           "{{ content|e }}",
+           "{{ content|list }}",
+           "{{ content|list|join }}",
+           "{{ content|reverse|reverse }}",
+           "{{ content|indent }}",
            "{{ content|replace('x', '')|replace('[', '[') if false else content }}",
-           "{{ content|default('q') }}", "{{ content.split(']')|join(content[6]) }}", "{{ '%s' % content }}",
-           "{{ '%r' % content }}", "{{ '{!r}'.format(content) }}", "{{ content|truncate(20) }}",
-           "{{ content|center(80) }}", "{{ content.ljust(80) }}", "{{ content.partition(']')|join }}",
-           "{{ [content]|map('upper')|first }}", "{{ {'k': content}.k }}", "{{ {content: 1}|list|first }}",
-           "{{ dict(k=content)['k'] }}", "{{ content.removeprefix('[') }}", "{{ content|urlencode }}",
-           "{{ content * 2 }}", "{{ (content, 1)|string }}", "{{ [content]|sum(start=[])|string if false "
-           "else [[content]]|sum(start=[])|string }}", "{{ content.swapcase() }}", "{{ content|capitalize }}",
-           "{{ ([content, content]|unique|list)[0] }}", "{{ [content]|groupby(0)|string }}",
-           "{{ content.splitlines()|join }}", "{{ content|wordcount }}", "{{ content|length }}",
+           "{{ content|default('q') }}",
+           "{{ content.split(']')|join(content[6]) }}",
+           "{{ '%s' % content }}",
+           "{{ '%r' % content }}",
+           "{{ '{!r}'.format(content) }}",
+           "{{ content|truncate(20) }}",
+           "{{ content|center(80) }}",
+           "{{ content.ljust(80) }}",
+           "{{ content.partition(']')|join }}",
+           "{{ [content]|map('upper')|first }}",
+           "{{ {'k': content}.k }}",
+           "{{ {content: 1}|list|first }}",
+           "{{ dict(k=content)['k'] }}",
+           "{{ content.removeprefix('[') }}",
+           "{{ content|urlencode }}",
+           "{{ content * 2 }}",
+           "{{ (content, 1)|string }}",
+           "{{ [content]|sum(start=[])|string if false "
+           "else [[content]]|sum(start=[])|string }}",
+           "{{ content.swapcase() }}",
+           "{{ content|capitalize }}",
+           "{{ ([content, content]|unique|list)[0] }}",
+           "{{ [content]|groupby(0)|string }}",
+           "{{ content.splitlines()|join }}",
+           "{{ content|wordcount }}",
+           "{{ content|length }}",
        }) {
     EXPECT_EQ(template_text(render(source)), "") << source;
   }
@@ -84,7 +116,8 @@ TEST(JinjaProvenance, VariablesOfTheRequestHideTrustedOnes) {
 TEST(JinjaProvenance, ShippedTemplates) {
   const std::string root = NIBBLE_SOURCE_DIR;
   for (const std::string path :
-       {"/tests/data/text/templates/v13_think.jinja", "/tests/data/text/templates/v3_tekken_plain.jinja",
+       {"/tests/data/text/templates/v13_think.jinja",
+        "/tests/data/text/templates/v3_tekken_plain.jinja",
         "/tests/data/text/templates/v7_tekken_minimal.jinja",
         "/tests/data/text/templates/v7_tekken_tools.jinja", "/models/nano/chat_template.jinja"}) {
     const auto segments = render(read_file(root + path));

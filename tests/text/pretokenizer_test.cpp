@@ -21,8 +21,8 @@ std::vector<size_t> split(const SplitPattern& pattern, std::string_view text) {
   return ends;
 }
 
-// PCRE2 10.42 knows Unicode 14 and takes U+180E for white space. A code point is comparable if every
-// class the patterns use agrees between PCRE2 and the tables.
+// PCRE2 10.42 knows Unicode 14 and takes U+180E for white space. A code point is comparable if
+// every class the patterns use agrees between PCRE2 and the tables.
 std::vector<uint32_t> comparable_points() {
   struct Class {
     SplitPattern pattern;
@@ -36,8 +36,9 @@ std::vector<uint32_t> comparable_points() {
       {SplitPattern::compile(R"([\p{Ll}\p{Lm}\p{Lo}\p{M}])", "test"), unicode::kLowerClass}};
   std::vector<uint8_t> differs(0x110000);
   for (const Class& c : classes) {
-    // All points in one text, with "." pieces between matches: a match is a piece that begins and ends
-    // at its own offsets. Two neighbours in the class give two pieces, so gaps merge and matches do not.
+    // All points in one text, with "." pieces between matches: a match is a piece that begins and
+    // ends at its own offsets. Two neighbours in the class give two pieces, so gaps merge and
+    // matches do not.
     for (uint32_t first = 0; first < 0x110000; first += 0x1000) {
       std::string text;
       std::vector<uint32_t> points;
@@ -139,8 +140,11 @@ TEST_P(Scanner, AgreesWithPcre2OnRandomText) {
 
 TEST_P(Scanner, HostileLengthsAreLinear) {
   const SplitPattern own = SplitPattern::compile(GetParam(), "test");
-  for (const std::string_view unit : {"a", "A", " ", "\n", " \n", "!", "\xf0\x9f\x98\x80", "\xcc\x81", "\xc2\xaa",
-                                      "\xc2\xaa" "A", "7", "/", "\xe3\x80\x80", "'s", "'", "aA"}) {
+  for (const std::string_view unit :
+       {"a", "A", " ", "\n", " \n", "!", "\xf0\x9f\x98\x80", "\xcc\x81", "\xc2\xaa",
+        "\xc2\xaa"
+        "A",
+        "7", "/", "\xe3\x80\x80", "'s", "'", "aA"}) {
     std::string text;
     while (text.size() < 1'000'000) text += unit;
     text += "A.";
@@ -148,7 +152,8 @@ TEST_P(Scanner, HostileLengthsAreLinear) {
     const auto ends = split(own, text);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
     EXPECT_EQ(ends.back(), text.size());
-    EXPECT_LT(seconds.count(), 2) << ::testing::PrintToString(std::string(unit));  // quadratic: hours
+    EXPECT_LT(seconds.count(), 2) << ::testing::PrintToString(
+        std::string(unit));  // quadratic: hours
   }
 }
 
@@ -161,7 +166,8 @@ TEST(SplitPattern, BadPatternIsNamed) {
     FAIL();
   } catch (const Error& error) {
     EXPECT_EQ(error.kind(), ErrorKind::kInput);
-    EXPECT_NE(std::string(error.what()).find("tokenizer.json: pre_tokenizer.pattern.Regex does not compile"),
+    EXPECT_NE(std::string(error.what())
+                  .find("tokenizer.json: pre_tokenizer.pattern.Regex does not compile"),
               std::string::npos)
         << error.what();
   }

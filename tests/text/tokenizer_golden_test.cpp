@@ -76,7 +76,8 @@ void check_rows(const Tokenizer& tokenizer, const json::array& rows, const std::
     const auto* skipped = row.as_object().if_contains("decoded_skip");
     const auto ids = ids_of(row.at("ids"));
     ASSERT_EQ(tokenizer.encode(text, true), ids) << name << ": " << dump_json(row);
-    ASSERT_EQ(tokenizer.encode(text, false), plain ? ids_of(*plain) : ids) << name << ": " << dump_json(row);
+    ASSERT_EQ(tokenizer.encode(text, false), plain ? ids_of(*plain) : ids)
+        << name << ": " << dump_json(row);
     const std::string keep(decoded ? std::string_view(decoded->as_string()) : text);
     ASSERT_EQ(tokenizer.decode(ids, false), keep) << name << ": " << dump_json(row);
     ASSERT_EQ(tokenizer.decode(ids, true), skipped ? std::string(skipped->as_string()) : keep)
@@ -97,14 +98,18 @@ TEST(TokenizerGolden, NanoStringsFromPythonTokenizers) {
 // describes it: added tokens with every flag, other split patterns, merges ignored or as strings.
 TEST(TokenizerGolden, VariantsFromPythonTokenizers) {
   const std::string nano = read_file(nano_dir() / "tokenizer.json");
-  const json::value golden = parse_json(read_file(kData / "golden_variants.json"), "golden_variants.json");
+  const json::value golden =
+      parse_json(read_file(kData / "golden_variants.json"), "golden_variants.json");
   int num_variants = 0;
   for (const json::value& variant : golden.at("variants").as_array()) {
     json::value document = parse_json(nano, "tokenizer.json");
     json::object& root = document.as_object();
     const json::object& change = variant.at("change").as_object();
     if (const auto* pattern = change.if_contains("pattern")) {
-      root["pre_tokenizer"].as_object()["pretokenizers"].as_array()[0].as_object()["pattern"]
+      root["pre_tokenizer"]
+          .as_object()["pretokenizers"]
+          .as_array()[0]
+          .as_object()["pattern"]
           .as_object()["Regex"] = *pattern;
     }
     if (const auto* pre_tokenizer = change.if_contains("pre_tokenizer")) {
@@ -117,8 +122,8 @@ TEST(TokenizerGolden, VariantsFromPythonTokenizers) {
     if (const auto* ignore = change.if_contains("ignore_merges")) model["ignore_merges"] = *ignore;
     if (change.if_contains("merges_as_strings")) {
       for (auto& merge : model["merges"].as_array()) {
-        const std::string joined = std::string(merge.at(0).as_string()) + " " +
-                                   std::string(merge.at(1).as_string());
+        const std::string joined =
+            std::string(merge.at(0).as_string()) + " " + std::string(merge.at(1).as_string());
         merge = json::value(joined);
       }
     }

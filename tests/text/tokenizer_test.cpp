@@ -21,7 +21,8 @@ using Ids = std::vector<int32_t>;
 using Edit = std::function<void(json::object&)>;
 
 std::string edited_nano(const Edit& edit) {
-  static const json::value nano = parse_json(read_file(nano_dir() / "tokenizer.json"), "tokenizer.json");
+  static const json::value nano =
+      parse_json(read_file(nano_dir() / "tokenizer.json"), "tokenizer.json");
   json::value copy = nano;
   edit(copy.as_object());
   return dump_json(copy);
@@ -66,7 +67,8 @@ TEST(Tokenizer, PlainTextNeverBecomesAControlToken) {
     if (!nano.is_special(id)) continue;
     const std::string text(nano.token_bytes(id));
     EXPECT_EQ(nano.encode(text, true), Ids{id});
-    for (const int32_t got : nano.encode(text + " " + text + text, false)) EXPECT_FALSE(nano.is_special(got));
+    for (const int32_t got : nano.encode(text + " " + text + text, false))
+      EXPECT_FALSE(nano.is_special(got));
   }
 }
 
@@ -87,8 +89,10 @@ TEST(Tokenizer, SegmentsEncodeAsOneTextButTypedControlStringsStayText) {
   const Tokenizer& nano = nano_tokenizer();
   const auto segments = [&](std::vector<Tokenizer::Segment> s) { return nano.encode_segments(s); };
   // Literal text glued to content: one piece across the border, as in HF.
-  EXPECT_EQ(segments({{"[INST]", true}, {"hel", false}, {"lo wor", true}, {"ld", false}, {"[/INST]", true}}),
-            nano.encode("[INST]hello world[/INST]", true));
+  EXPECT_EQ(
+      segments(
+          {{"[INST]", true}, {"hel", false}, {"lo wor", true}, {"ld", false}, {"[/INST]", true}}),
+      nano.encode("[INST]hello world[/INST]", true));
   EXPECT_NE(nano.encode("hello", false).size(),
             nano.encode("hel", false).size() + nano.encode("lo", false).size());
   Ids want = nano.encode("[INST]", true);
@@ -119,7 +123,8 @@ TEST(Tokenizer, InvalidUtf8IsRefusedWithItsOffset) {
 }
 
 TEST(Tokenizer, HostileLengthsTakeNoQuadraticTime) {
-  for (const std::string_view unit : {"a", " ", "\n", "\xf0\x9f\x98\x80", "\xe4\xb8\xad", "<", "[INST", "ab1 "}) {
+  for (const std::string_view unit :
+       {"a", " ", "\n", "\xf0\x9f\x98\x80", "\xe4\xb8\xad", "<", "[INST", "ab1 "}) {
     std::string text;
     while (text.size() < 1'000'000) text += unit;
     const auto begin = std::chrono::steady_clock::now();
@@ -200,8 +205,8 @@ TEST(TokenizerFile, RefusalsNameFileFieldSeenAndWanted) {
        "tokenizer.json: model.type is \"Unigram\"; nibble wants \"BPE\""},
       {"dropout", [&](auto& r) { model(r)["dropout"] = 0.1; }, ErrorKind::kUnsupported,
        "tokenizer.json: model.dropout is 0.1; nibble wants null"},
-      {"prefix", [&](auto& r) { model(r)["continuing_subword_prefix"] = "##"; }, ErrorKind::kUnsupported,
-       "model.continuing_subword_prefix is \"##\"; nibble wants null"},
+      {"prefix", [&](auto& r) { model(r)["continuing_subword_prefix"] = "##"; },
+       ErrorKind::kUnsupported, "model.continuing_subword_prefix is \"##\"; nibble wants null"},
       {"suffix", [&](auto& r) { model(r)["end_of_word_suffix"] = "</w>"; }, ErrorKind::kUnsupported,
        "model.end_of_word_suffix is \"</w>\""},
       {"byte fallback", [&](auto& r) { model(r)["byte_fallback"] = true; }, ErrorKind::kUnsupported,
@@ -212,63 +217,80 @@ TEST(TokenizerFile, RefusalsNameFileFieldSeenAndWanted) {
        "model.vocab is an array of 0; nibble wants an object"},
       {"vocab id", [&](auto& r) { model(r)["vocab"].as_object()["zzz"] = -1; }, ErrorKind::kInput,
        "model.vocab[\"zzz\"] is -1; nibble wants a token id from 0 to 2097151"},
-      {"vocab huge id", [&](auto& r) { model(r)["vocab"].as_object()["zzz"] = 1ull << 40; }, ErrorKind::kInput,
-       "model.vocab[\"zzz\"] is 1099511627776"},
-      {"vocab twice", [&](auto& r) { model(r)["vocab"].as_object()["zzz"] = 300; }, ErrorKind::kInput,
-       "model.vocab gives id 300 to two tokens, one of them \"zzz\""},
-      {"byte missing", [&](auto& r) { model(r)["vocab"].as_object().erase("Q"); }, ErrorKind::kUnsupported,
-       "model.vocab has no token for the byte 0x51"},
+      {"vocab huge id", [&](auto& r) { model(r)["vocab"].as_object()["zzz"] = 1ull << 40; },
+       ErrorKind::kInput, "model.vocab[\"zzz\"] is 1099511627776"},
+      {"vocab twice", [&](auto& r) { model(r)["vocab"].as_object()["zzz"] = 300; },
+       ErrorKind::kInput, "model.vocab gives id 300 to two tokens, one of them \"zzz\""},
+      {"byte missing", [&](auto& r) { model(r)["vocab"].as_object().erase("Q"); },
+       ErrorKind::kUnsupported, "model.vocab has no token for the byte 0x51"},
       {"merges", [&](auto& r) { model(r).erase("merges"); }, ErrorKind::kInput,
        "model.merges is missing; nibble wants an array"},
-      {"merge shape", [&](auto& r) { model(r)["merges"].as_array()[5] = {1, 2}; }, ErrorKind::kInput,
+      {"merge shape", [&](auto& r) { model(r)["merges"].as_array()[5] = {1, 2}; },
+       ErrorKind::kInput,
        "model.merges[5] is an array of 2; nibble wants \"a b\" or [\"a\", \"b\"]"},
-      {"merge string", [&](auto& r) { model(r)["merges"].as_array()[5] = "abc"; }, ErrorKind::kInput,
-       "model.merges[5] is \"abc\"; nibble wants two tokens with one space"},
-      {"merge token", [&](auto& r) { model(r)["merges"].as_array()[5] = {"\xf0\x9f\x98\x80", "b"}; },
-       ErrorKind::kInput, "model.merges[5] needs the token \"\xf0\x9f\x98\x80\", which model.vocab does not have"},
-      {"merge result", [&](auto& r) { model(r)["merges"].as_array()[5] = {"Q", "Q"}; }, ErrorKind::kInput,
-       "model.merges[5] needs the token \"QQ\""},
+      {"merge string", [&](auto& r) { model(r)["merges"].as_array()[5] = "abc"; },
+       ErrorKind::kInput, "model.merges[5] is \"abc\"; nibble wants two tokens with one space"},
+      {"merge token",
+       [&](auto& r) { model(r)["merges"].as_array()[5] = {"\xf0\x9f\x98\x80", "b"}; },
+       ErrorKind::kInput,
+       "model.merges[5] needs the token \"\xf0\x9f\x98\x80\", which model.vocab does not have"},
+      {"merge result", [&](auto& r) { model(r)["merges"].as_array()[5] = {"Q", "Q"}; },
+       ErrorKind::kInput, "model.merges[5] needs the token \"QQ\""},
       {"normalizer", [](auto& r) { r["normalizer"] = {{"type", "NFC"}}; }, ErrorKind::kUnsupported,
        "tokenizer.json: normalizer is a NFC; nibble wants null"},
       {"no pre_tokenizer", [](auto& r) { r["pre_tokenizer"] = nullptr; }, ErrorKind::kUnsupported,
        "pre_tokenizer is null; nibble wants a ByteLevel step"},
-      {"metaspace", [](auto& r) { r["pre_tokenizer"] = {{"type", "Metaspace"}}; }, ErrorKind::kUnsupported,
+      {"metaspace", [](auto& r) { r["pre_tokenizer"] = {{"type", "Metaspace"}}; },
+       ErrorKind::kUnsupported,
        "pre_tokenizer is a Metaspace; nibble wants a Split or ByteLevel step"},
       {"split behaviour", [](auto& r) { pre_tokenizer_step(r, 0)["behavior"] = "Removed"; },
        ErrorKind::kUnsupported,
        "pre_tokenizer.pretokenizers[0].behavior is \"Removed\"; nibble wants \"Isolated\""},
-      {"split invert", [](auto& r) { pre_tokenizer_step(r, 0)["invert"] = true; }, ErrorKind::kUnsupported,
+      {"split invert", [](auto& r) { pre_tokenizer_step(r, 0)["invert"] = true; },
+       ErrorKind::kUnsupported,
        "pre_tokenizer.pretokenizers[0].invert is true; nibble wants false"},
       {"split string", [](auto& r) { pre_tokenizer_step(r, 0)["pattern"] = {{"String", " "}}; },
-       ErrorKind::kUnsupported, "pre_tokenizer.pretokenizers[0].pattern is an object; nibble wants {\"Regex\": ...}"},
+       ErrorKind::kUnsupported,
+       "pre_tokenizer.pretokenizers[0].pattern is an object; nibble wants {\"Regex\": ...}"},
       {"regex", [](auto& r) { pre_tokenizer_step(r, 0)["pattern"].as_object()["Regex"] = "["; },
-       ErrorKind::kInput, "tokenizer.json: pre_tokenizer.pretokenizers[0].pattern.Regex does not compile"},
+       ErrorKind::kInput,
+       "tokenizer.json: pre_tokenizer.pretokenizers[0].pattern.Regex does not compile"},
       {"prefix space", [](auto& r) { pre_tokenizer_step(r, 1)["add_prefix_space"] = true; },
-       ErrorKind::kUnsupported, "pre_tokenizer.pretokenizers[1].add_prefix_space is true; nibble wants false"},
-      {"no byte level", [](auto& r) { r["pre_tokenizer"].as_object()["pretokenizers"].as_array().pop_back(); },
-       ErrorKind::kUnsupported, "pre_tokenizer is a Sequence; nibble wants a sequence that ends in a ByteLevel"},
+       ErrorKind::kUnsupported,
+       "pre_tokenizer.pretokenizers[1].add_prefix_space is true; nibble wants false"},
+      {"no byte level",
+       [](auto& r) { r["pre_tokenizer"].as_object()["pretokenizers"].as_array().pop_back(); },
+       ErrorKind::kUnsupported,
+       "pre_tokenizer is a Sequence; nibble wants a sequence that ends in a ByteLevel"},
       {"decoder", [](auto& r) { r["decoder"] = {{"type", "WordPiece"}}; }, ErrorKind::kUnsupported,
        "decoder is a WordPiece; nibble wants a ByteLevel decoder"},
-      {"no decoder", [](auto& r) { r["decoder"] = nullptr; }, ErrorKind::kUnsupported, "decoder is null"},
+      {"no decoder", [](auto& r) { r["decoder"] = nullptr; }, ErrorKind::kUnsupported,
+       "decoder is null"},
       {"post_processor", [](auto& r) { r["post_processor"] = {{"type", "BertProcessing"}}; },
-       ErrorKind::kUnsupported, "post_processor is a BertProcessing; nibble wants ByteLevel or TemplateProcessing"},
-      {"template token", [](auto& r) { r["post_processor"].as_object()["special_tokens"] = json::object{}; },
+       ErrorKind::kUnsupported,
+       "post_processor is a BertProcessing; nibble wants ByteLevel or TemplateProcessing"},
+      {"template token",
+       [](auto& r) { r["post_processor"].as_object()["special_tokens"] = json::object{}; },
        ErrorKind::kInput, "post_processor.special_tokens.<s> is missing; nibble wants an object"},
       {"template id",
        [](auto& r) {
-         r["post_processor"].as_object()["special_tokens"].as_object()["<s>"].as_object()["ids"] = {999999};
+         r["post_processor"].as_object()["special_tokens"].as_object()["<s>"].as_object()["ids"] = {
+             999999};
        },
-       ErrorKind::kInput, "post_processor.special_tokens.<s>.ids[0] is 999999; nibble wants the id of a token"},
+       ErrorKind::kInput,
+       "post_processor.special_tokens.<s>.ids[0] is 999999; nibble wants the id of a token"},
       {"template text", [](auto& r) { r["post_processor"].as_object()["single"] = json::array{}; },
-       ErrorKind::kInput, "post_processor.single is an array of 0; nibble wants a template with the Sequence A"},
+       ErrorKind::kInput,
+       "post_processor.single is an array of 0; nibble wants a template with the Sequence A"},
       {"added id", [&](auto& r) { added(r, {{"id", 7}, {"content", "new"}}); }, ErrorKind::kInput,
        "added_tokens[18].id is 7; nibble wants an id of its own for \"new\""},
-      {"added other id", [&](auto& r) { added(r, {{"id", 4096}, {"content", "the"}}); }, ErrorKind::kInput,
-       "added_tokens[18].id is 4096; nibble wants "},
-      {"added empty", [&](auto& r) { added(r, {{"id", 4096}, {"content", ""}}); }, ErrorKind::kInput,
+      {"added other id", [&](auto& r) { added(r, {{"id", 4096}, {"content", "the"}}); },
+       ErrorKind::kInput, "added_tokens[18].id is 4096; nibble wants "},
+      {"added empty", [&](auto& r) { added(r, {{"id", 4096}, {"content", ""}}); },
+       ErrorKind::kInput,
        "added_tokens[18].content is \"\"; nibble wants a string that is not empty"},
-      {"added twice", [&](auto& r) { added(r, {{"id", 4096}, {"content", "<s>"}}); }, ErrorKind::kInput,
-       "added_tokens lists \"<s>\" twice"},
+      {"added twice", [&](auto& r) { added(r, {{"id", 4096}, {"content", "<s>"}}); },
+       ErrorKind::kInput, "added_tokens lists \"<s>\" twice"},
       {"added flag", [&](auto& r) { added(r, {{"id", 4096}, {"content", "x"}, {"lstrip", "no"}}); },
        ErrorKind::kInput, "added_tokens[18].lstrip is \"no\"; nibble wants true or false"},
   };
@@ -284,12 +306,15 @@ TEST(TokenizerFile, AcceptsWhatChangesNothing) {
     root["normalizer"] = {{"type", "Sequence"}, {"normalizers", json::array{}}};
     root["truncation"] = {{"max_length", 512}};
     root["model"].as_object()["continuing_subword_prefix"] = "";
-    root["decoder"] = {{"type", "Sequence"}, {"decoders", {{{"type", "ByteLevel"}}, {{"type", "Fuse"}}}}};
+    root["decoder"] = {{"type", "Sequence"},
+                       {"decoders", {{{"type", "ByteLevel"}}, {{"type", "Fuse"}}}}};
     root["post_processor"] = {{"type", "Sequence"},
                               {"processors", {{{"type", "ByteLevel"}}, root["post_processor"]}}};
-    root["added_tokens"].as_array().push_back({{"id", 4100}, {"content", "beyond"}, {"normalized", false}});
+    root["added_tokens"].as_array().push_back(
+        {{"id", 4100}, {"content", "beyond"}, {"normalized", false}});
   }));
-  EXPECT_EQ(tokenizer.encode("Hello world", true, true), nano_tokenizer().encode("Hello world", true, true));
+  EXPECT_EQ(tokenizer.encode("Hello world", true, true),
+            nano_tokenizer().encode("Hello world", true, true));
   ASSERT_EQ(tokenizer.notices().size(), 1u);
   EXPECT_NE(tokenizer.notices()[0].find("truncation is set"), std::string::npos);
   EXPECT_EQ(tokenizer.vocab_size(), 4101);
@@ -303,11 +328,13 @@ TEST(TokenizerFile, BosMustExist) {
     Tokenizer::from_json(nano, {}, R"({"bos_token": "<start>"})", {}, "/m/tokenizer.json");
     FAIL();
   } catch (const Error& error) {
-    EXPECT_STREQ(error.what(), "/m/tokenizer_config.json: bos_token is \"<start>\", which /m/tokenizer.json "
-                               "does not list in added_tokens");
+    EXPECT_STREQ(error.what(),
+                 "/m/tokenizer_config.json: bos_token is \"<start>\", which /m/tokenizer.json "
+                 "does not list in added_tokens");
   }
-  const Tokenizer from_map = Tokenizer::from_json(nano, {}, R"({"bos_token": null})",
-                                                  R"({"bos_token": {"content": "<s>"}, "eos_token": "</s>"})");
+  const Tokenizer from_map =
+      Tokenizer::from_json(nano, {}, R"({"bos_token": null})",
+                           R"({"bos_token": {"content": "<s>"}, "eos_token": "</s>"})");
   EXPECT_EQ(from_map.bos_id(), 1);
   EXPECT_EQ(from_map.eos_id(), 2);
   EXPECT_FALSE(Tokenizer::from_json(nano).bos_id().has_value());

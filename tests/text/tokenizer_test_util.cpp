@@ -56,8 +56,11 @@ const std::string& tekken_tokenizer_json(bool llama3_regex) {
     token.as_object()["content"] = names[static_cast<size_t>(token.at("id").as_int64())];
   }
   if (llama3_regex) {
-    document.as_object()["pre_tokenizer"].as_object()["pretokenizers"].as_array()[0]
-        .as_object()["pattern"].as_object()["Regex"] = json::string_view(kLlama3Pattern);
+    document.as_object()["pre_tokenizer"]
+        .as_object()["pretokenizers"]
+        .as_array()[0]
+        .as_object()["pattern"]
+        .as_object()["Regex"] = json::string_view(kLlama3Pattern);
   }
   return out = dump_json(document);
 }

@@ -18,8 +18,8 @@ inline fs::path nano_dir() { return source_dir() / "models/nano"; }
 std::vector<std::string> read_lines(const fs::path& path);
 std::string read_gzip(const fs::path& path);
 
-/// tokenizer.json with the Tekken vocabulary and Magistral-2509's control tokens (shared tools/mktok.py);
-/// `llama3_regex`: as Mistral-Small-3.1 ships it. Only if tekken_available().
+/// tokenizer.json with the Tekken vocabulary and Magistral-2509's control tokens (shared
+/// tools/mktok.py); `llama3_regex`: as Mistral-Small-3.1 ships it. Only if tekken_available().
 bool tekken_available();
 const std::string& tekken_tokenizer_json(bool llama3_regex = false);
 const Tokenizer& tekken_tokenizer();

@@ -35,8 +35,10 @@ TEST(Utf8, EveryCodePointIsValidAndSurrogatesAreNot) {
 TEST(Utf8, MaximalSubpartsBecomeOneReplacementEach) {
   EXPECT_EQ(lossy("\xc0\xaf\xe0\x80\xbf\xf0\x81\x82\x41"),
             FFFD FFFD FFFD FFFD FFFD FFFD FFFD FFFD "A");
-  EXPECT_EQ(lossy("\xed\xa0\x80\xed\xbf\xbf\xed\xaf\x41"), FFFD FFFD FFFD FFFD FFFD FFFD FFFD FFFD "A");
-  EXPECT_EQ(lossy("\xf4\x91\x92\x93\xff\x41\x80\xbf\x42"), FFFD FFFD FFFD FFFD FFFD "A" FFFD FFFD "B");
+  EXPECT_EQ(lossy("\xed\xa0\x80\xed\xbf\xbf\xed\xaf\x41"),
+            FFFD FFFD FFFD FFFD FFFD FFFD FFFD FFFD "A");
+  EXPECT_EQ(lossy("\xf4\x91\x92\x93\xff\x41\x80\xbf\x42"),
+            FFFD FFFD FFFD FFFD FFFD "A" FFFD FFFD "B");
   EXPECT_EQ(lossy("\xe1\x80\xe2\xf0\x91\x92\xf1\xbf\x41"), FFFD FFFD FFFD FFFD "A");
 }
 

@@ -25,11 +25,14 @@ double measure_read_bandwidth(int num_threads, size_t bytes, int passes) {
   if (!memory) fail(ErrorKind::kMemory, "cannot allocate {} bytes for the bandwidth test", bytes);
   auto* data = static_cast<std::byte*>(memory.get());
   ThreadPool pool(num_threads);
-  auto touch = [&](int64_t piece, int) { std::memset(data + static_cast<size_t>(piece) * kPiece, 1, kPiece); };
+  auto touch = [&](int64_t piece, int) {
+    std::memset(data + static_cast<size_t>(piece) * kPiece, 1, kPiece);
+  };
   pool.parallel_for(pieces, std::ref(touch));
   std::atomic<uint64_t> sum{0};  // used, so that the reads cannot be optimised away
   auto read = [&](int64_t piece, int) {
-    sum.fetch_add(kernels.read(data + static_cast<size_t>(piece) * kPiece, kPiece), std::memory_order_relaxed);
+    sum.fetch_add(kernels.read(data + static_cast<size_t>(piece) * kPiece, kPiece),
+                  std::memory_order_relaxed);
   };
   double best = 0;
   for (int pass = 0; pass < passes; ++pass) {

@@ -1,6 +1,6 @@
-// Splits every op over threads and calls the kernel table. Nothing here does arithmetic on activations.
-// Work items are handed out dynamically; an output element is always computed whole by one item (attention merges its
-// spans in order), so the thread count cannot change bits.
+// Splits every op over threads and calls the kernel table. Nothing here does arithmetic on
+// activations. Work items are handed out dynamically; an output element is always computed whole by
+// one item (attention merges its spans in order), so the thread count cannot change bits.
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/cpu/cpu_backend.h"
 
@@ -22,16 +22,17 @@ namespace {
 
 using namespace cpu;
 
-constexpr int kActGroup = 64;           // channels that share an int8 activation scale
-constexpr int kTilesPerItem = 4;        // int4: 64 out features; a kernel's widest tile block
-constexpr int kStreamTiles = 16;        // few rows: longer items, so that prefetch crosses fewer seams
-constexpr int kDenseFewPerItem = 32;    // dense, bandwidth-bound: out features
+constexpr int kActGroup = 64;     // channels that share an int8 activation scale
+constexpr int kTilesPerItem = 4;  // int4: 64 out features; a kernel's widest tile block
+constexpr int kStreamTiles = 16;  // few rows: longer items, so that prefetch crosses fewer seams
+constexpr int kDenseFewPerItem = 32;  // dense, bandwidth-bound: out features
 constexpr int kDenseManyPerItem = 2 * kDenseNBlock;
-constexpr int kRowsPerItem = 192;       // rows of an item; a multiple of every kernel's row block
-constexpr int kGateUpRows = 96;         // rows whose gate and up outputs wait in scratch for the epilogue
+constexpr int kRowsPerItem = 192;  // rows of an item; a multiple of every kernel's row block
+constexpr int kGateUpRows = 96;  // rows whose gate and up outputs wait in scratch for the epilogue
 constexpr size_t kGateUpScratch = size_t{2} * kGateUpRows * kStreamTiles * kCpuTileRows;
-constexpr int kQueryRows = 64;          // (query, head) rows of one attention item
-constexpr int64_t kInlineWork = 16384;  // elements of row-wise work that are not worth waking threads for
+constexpr int kQueryRows = 64;  // (query, head) rows of one attention item
+constexpr int64_t kInlineWork =
+    16384;  // elements of row-wise work that are not worth waking threads for
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -42,7 +43,8 @@ Dense dense_type(WeightLayout layout) {
     case WeightLayout::kF16Rows: return Dense::kF16;
     default: break;
   }
-  fail(ErrorKind::kUnsupported, "the cpu backend cannot read weights in layout {}; rebuild with --target cpu:native",
+  fail(ErrorKind::kUnsupported,
+       "the cpu backend cannot read weights in layout {}; rebuild with --target cpu:native",
        weight_layout_name(layout));
 }
 
@@ -61,7 +63,10 @@ KvLayout kv_layout(KvFormat format, int block_tokens, int num_kv_heads, int head
   const size_t element = format == KvFormat::kF32 ? 4 : format == KvFormat::kF16 ? 2 : 1;
   const auto tokens = static_cast<size_t>(block_tokens), dim = static_cast<size_t>(head_dim);
   const size_t scales = format == KvFormat::kInt8Dynamic ? align(tokens * sizeof(float)) : 0;
-  KvLayout l{.type = kv_type(format), .block_tokens = block_tokens, .num_kv_heads = num_kv_heads, .head_dim = head_dim};
+  KvLayout l{.type = kv_type(format),
+             .block_tokens = block_tokens,
+             .num_kv_heads = num_kv_heads,
+             .head_dim = head_dim};
   l.k_scale = align((dim + 3) / 4 * 4 * tokens * element);
   l.v = l.k_scale + scales;
   l.v_scale = l.v + align(tokens * dim * element);
@@ -83,7 +88,8 @@ struct LinearInput {
 
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(const Kernels& kernels, std::string isa, ActivationPrecision precision, int num_threads)
+  CpuBackend(const Kernels& kernels, std::string isa, ActivationPrecision precision,
+             int num_threads)
       : kernels_(kernels), isa_(std::move(isa)), precision_(precision), pool_(num_threads) {
     threads_.resize(static_cast<size_t>(pool_.num_threads()));
   }
@@ -97,10 +103,12 @@ class CpuBackend final : public Backend {
     size_rows(rows, widest);
     normed_.resize(static_cast<size_t>(max_logit_rows) * static_cast<size_t>(spec.hidden_size));
     const int spans = static_cast<int>(ceil_div(limits.max_seq_len(), kKvSpan));
-    const int split_seqs = std::min<int>(limits.max_batch_size, static_cast<int>(ceil_div(split_below(), spec.num_kv_heads)));
+    const int split_seqs = std::min<int>(
+        limits.max_batch_size, static_cast<int>(ceil_div(split_below(), spec.num_kv_heads)));
     size_partials(int64_t{split_seqs} * spec.num_heads * spans, spec.head_dim);
     items_.reserve(static_cast<size_t>(spec.num_kv_heads) *
-                   static_cast<size_t>(limits.max_num_tokens + limits.max_batch_size * 2 + split_seqs * spans));
+                   static_cast<size_t>(limits.max_num_tokens + limits.max_batch_size * 2 +
+                                       split_seqs * spans));
     for (Thread& t : threads_) {
       t.sample.reserve(spec.vocab_size);
       size_attend(t, spec.head_dim, std::max(kQueryRows, spec.num_heads / spec.num_kv_heads));
@@ -109,7 +117,8 @@ class CpuBackend final : public Backend {
     }
   }
 
-  // Memory ---------------------------------------------------------------------------------------------------------
+  // Memory
+  // ---------------------------------------------------------------------------------------------------------
 
   Buffer alloc(size_t bytes) override {
     void* data = std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64);
@@ -117,56 +126,68 @@ class CpuBackend final : public Backend {
     return Buffer(this, data, bytes);
   }
   void free(void* data, size_t) noexcept override { std::free(data); }
-  void upload(void* device, const void* host, size_t bytes) override { std::memcpy(device, host, bytes); }
-  void download(void* host, const void* device, size_t bytes) override { std::memcpy(host, device, bytes); }
+  void upload(void* device, const void* host, size_t bytes) override {
+    std::memcpy(device, host, bytes);
+  }
+  void download(void* host, const void* device, size_t bytes) override {
+    std::memcpy(host, device, bytes);
+  }
   void sync() override {}
   const void* import_weights(const std::byte* host, size_t) override { return host; }
-  size_t kv_block_bytes(KvFormat format, int block_tokens, int num_kv_heads, int head_dim) const override {
+  size_t kv_block_bytes(KvFormat format, int block_tokens, int num_kv_heads,
+                        int head_dim) const override {
     return kv_layout(format, block_tokens, num_kv_heads, head_dim).block_bytes;
   }
 
-  // Rows -----------------------------------------------------------------------------------------------------------
+  // Rows
+  // -----------------------------------------------------------------------------------------------------------
 
   void embed(const StepBatch& batch, const LinearOperand& table, void* x) override {
     const Dense type = dense_type(table.layout);
     const int64_t hidden = table.in_features, element = type == Dense::kF32 ? 4 : 2;
     for_rows(batch.num_tokens, hidden, [&](int64_t t, int) {
-      kernels_.widen(type, static_cast<const uint8_t*>(table.weight) + batch.token_ids[t] * hidden * element,
-                     static_cast<int>(hidden), static_cast<float*>(x) + t * hidden);
+      kernels_.widen(
+          type, static_cast<const uint8_t*>(table.weight) + batch.token_ids[t] * hidden * element,
+          static_cast<int>(hidden), static_cast<float*>(x) + t * hidden);
     });
   }
 
-  void rms_norm(const void* x, const float* weight, float eps, int rows, int hidden, void* y) override {
+  void rms_norm(const void* x, const float* weight, float eps, int rows, int hidden,
+                void* y) override {
     for_rows(rows, hidden, [&](int64_t r, int) {
       kernels_.rms_norm(static_cast<const float*>(x) + r * hidden, weight, eps, hidden,
                         static_cast<float*>(y) + r * hidden);
     });
   }
 
-  // Linears --------------------------------------------------------------------------------------------------------
+  // Linears
+  // --------------------------------------------------------------------------------------------------------
 
   void linear(const void* x, const LinearOperand& w, int rows, bool add, void* y) override {
     if (rows <= 0) return;
     const LinearInput input = prepare(static_cast<const float*>(x), w, rows);
     const int per_item = outputs_per_item(w, rows);
-    const int64_t columns = ceil_div(w.out_features, per_item), row_chunks = ceil_div(rows, kRowsPerItem);
+    const int64_t columns = ceil_div(w.out_features, per_item),
+                  row_chunks = ceil_div(rows, kRowsPerItem);
     auto body = [&](int64_t item, int thread) {
       const int row = static_cast<int>(item % row_chunks) * kRowsPerItem;
       const int n = static_cast<int>(item / row_chunks) * per_item;
-      gemm(w, input, row, std::min(kRowsPerItem, rows - row), n, std::min(n + per_item, w.out_features), add,
+      gemm(w, input, row, std::min(kRowsPerItem, rows - row), n,
+           std::min(n + per_item, w.out_features), add,
            static_cast<float*>(y) + int64_t{row} * w.out_features + n, w.out_features, thread);
     };
     pool_.parallel_for(columns * row_chunks, std::ref(body));
   }
 
-  void gate_up(const void* x, const LinearOperand& gate, const LinearOperand& up, int rows, const float* out_scale,
-               void* y) override {
+  void gate_up(const void* x, const LinearOperand& gate, const LinearOperand& up, int rows,
+               const float* out_scale, void* y) override {
     if (rows <= 0) return;
     NIBBLE_CHECK(gate.out_features == up.out_features && gate.in_features == up.in_features &&
                  gate.pre_scale == up.pre_scale && gate.layout == up.layout);
     const LinearInput input = prepare(static_cast<const float*>(x), gate, rows);
     const int per_item = outputs_per_item(gate, rows);
-    const int64_t ffn = gate.out_features, columns = ceil_div(ffn, per_item), row_chunks = ceil_div(rows, kRowsPerItem);
+    const int64_t ffn = gate.out_features, columns = ceil_div(ffn, per_item),
+                  row_chunks = ceil_div(rows, kRowsPerItem);
     auto body = [&](int64_t item, int thread) {
       const int row_begin = static_cast<int>(item % row_chunks) * kRowsPerItem;
       const int row_end = std::min(row_begin + kRowsPerItem, rows);
@@ -190,20 +211,21 @@ class CpuBackend final : public Backend {
     pool_.parallel_for(columns * row_chunks, std::ref(body));
   }
 
-  void lm_head(const StepBatch& batch, const void* x, const float* norm_weight, float eps, const LinearOperand& head,
-               float* logits) override {
+  void lm_head(const StepBatch& batch, const void* x, const float* norm_weight, float eps,
+               const LinearOperand& head, float* logits) override {
     const int hidden = head.in_features, rows = batch.num_logit_rows;
     if (normed_.size() < static_cast<size_t>(rows) * static_cast<size_t>(hidden)) {
       normed_.resize(static_cast<size_t>(rows) * static_cast<size_t>(hidden));
     }
     for_rows(rows, hidden, [&](int64_t r, int) {
-      kernels_.rms_norm(static_cast<const float*>(x) + int64_t{batch.logit_rows[r]} * hidden, norm_weight, eps, hidden,
-                        normed_.data() + r * hidden);
+      kernels_.rms_norm(static_cast<const float*>(x) + int64_t{batch.logit_rows[r]} * hidden,
+                        norm_weight, eps, hidden, normed_.data() + r * hidden);
     });
     linear(normed_.data(), head, rows, false, logits);
   }
 
-  // Attention ------------------------------------------------------------------------------------------------------
+  // Attention
+  // ------------------------------------------------------------------------------------------------------
 
   void rope_store_kv(const StepBatch& batch, void* qkv, int num_heads, const RopeTable& rope,
                      const KvLayer& kv) override {
@@ -217,9 +239,12 @@ class CpuBackend final : public Backend {
       float* row = static_cast<float*>(qkv) + t * row_size;
       const float* cos = rope.cos + int64_t{position} * (dim / 2);
       const float* sin = rope.sin + int64_t{position} * (dim / 2);
-      for (int head = 0; head < num_heads + kv_heads; ++head) kernels_.rope(row + head * dim, cos, sin, dim / 2);
-      const int64_t block = batch.block_tables[seq * batch.max_blocks_per_seq + position / kv.block_tokens];
-      uint8_t* data = static_cast<uint8_t*>(kv.data) + block * static_cast<int64_t>(layout.block_bytes);
+      for (int head = 0; head < num_heads + kv_heads; ++head)
+        kernels_.rope(row + head * dim, cos, sin, dim / 2);
+      const int64_t block =
+          batch.block_tables[seq * batch.max_blocks_per_seq + position / kv.block_tokens];
+      uint8_t* data =
+          static_cast<uint8_t*>(kv.data) + block * static_cast<int64_t>(layout.block_bytes);
       for (int g = 0; g < kv_heads; ++g) {
         const float* k = row + int64_t{num_heads + g} * dim;
         kernels_.kv_store({.layout = &layout,
@@ -233,8 +258,8 @@ class CpuBackend final : public Backend {
     });
   }
 
-  void attention(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv, const float* out_scale,
-                 void* y) override {
+  void attention(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
+                 const float* out_scale, void* y) override {
     const KvLayout layout = kv_layout(kv.format, kv.block_tokens, kv.num_kv_heads, kv.head_dim);
     const int dim = kv.head_dim, heads = num_heads / kv.num_kv_heads, dp = padded(dim);
     const int queries_per_item = std::max(1, kQueryRows / heads);
@@ -251,30 +276,31 @@ class CpuBackend final : public Backend {
       float* sum = split ? partial_sum_.data() + item.partial : scratch.sum.data();
       float* acc = split ? partial_acc_.data() + item.partial * dp : scratch.acc.data();
       const int64_t row_size = int64_t{num_heads + 2 * kv.num_kv_heads} * dim;
-      kernels_.attend({.layout = &layout,
-                       .kv = static_cast<const uint8_t*>(kv.data),
-                       .block_table = batch.block_tables + int64_t{item.seq} * batch.max_blocks_per_seq,
-                       .kv_head = item.kv_head,
-                       .k_scale = kv.k_scale,
-                       .v_scale = kv.v_scale,
-                       .kv_len = batch.kv_lens[item.seq],
-                       .span_begin = item.span_begin,
-                       .span_end = item.span_end,
-                       .q = static_cast<const float*>(qkv) + item.query_begin * row_size +
-                            int64_t{item.kv_head} * heads * dim,
-                       .q_stride = row_size,
-                       .positions = batch.positions + item.query_begin,
-                       .num_queries = item.num_queries,
-                       .heads = heads,
-                       .softmax_scale = 1.0f / std::sqrt(static_cast<float>(dim)),
-                       .max = max,
-                       .sum = sum,
-                       .acc = acc,
-                       .scratch = scratch.attend.data()});
+      kernels_.attend(
+          {.layout = &layout,
+           .kv = static_cast<const uint8_t*>(kv.data),
+           .block_table = batch.block_tables + int64_t{item.seq} * batch.max_blocks_per_seq,
+           .kv_head = item.kv_head,
+           .k_scale = kv.k_scale,
+           .v_scale = kv.v_scale,
+           .kv_len = batch.kv_lens[item.seq],
+           .span_begin = item.span_begin,
+           .span_end = item.span_end,
+           .q = static_cast<const float*>(qkv) + item.query_begin * row_size +
+                int64_t{item.kv_head} * heads * dim,
+           .q_stride = row_size,
+           .positions = batch.positions + item.query_begin,
+           .num_queries = item.num_queries,
+           .heads = heads,
+           .softmax_scale = 1.0f / std::sqrt(static_cast<float>(dim)),
+           .max = max,
+           .sum = sum,
+           .acc = acc,
+           .scratch = scratch.attend.data()});
       if (split) return;
       for (int r = 0; r < rows; ++r) {
-        finish(item.query_begin + r / heads, item.kv_head * heads + r % heads, num_heads, dim, sum[r],
-               acc + int64_t{r} * dp, out_scale, static_cast<float*>(y));
+        finish(item.query_begin + r / heads, item.kv_head * heads + r % heads, num_heads, dim,
+               sum[r], acc + int64_t{r} * dp, out_scale, static_cast<float*>(y));
       }
     };
     pool_.parallel_for(static_cast<int64_t>(items_.size()), std::ref(body));
@@ -288,12 +314,14 @@ class CpuBackend final : public Backend {
         const int64_t first = item.partial + r;
         for (int span = 1; span < spans; ++span) {
           const int64_t next = first + int64_t{span} * heads;
-          kernels_.attend_merge(&partial_max_[static_cast<size_t>(first)], &partial_sum_[static_cast<size_t>(first)],
-                                partial_acc_.data() + first * dp, partial_max_[static_cast<size_t>(next)],
-                                partial_sum_[static_cast<size_t>(next)], partial_acc_.data() + next * dp, dp);
+          kernels_.attend_merge(
+              &partial_max_[static_cast<size_t>(first)], &partial_sum_[static_cast<size_t>(first)],
+              partial_acc_.data() + first * dp, partial_max_[static_cast<size_t>(next)],
+              partial_sum_[static_cast<size_t>(next)], partial_acc_.data() + next * dp, dp);
         }
-        finish(item.query_begin, item.kv_head * heads + r, num_heads, dim, partial_sum_[static_cast<size_t>(first)],
-               partial_acc_.data() + first * dp, out_scale, static_cast<float*>(y));
+        finish(item.query_begin, item.kv_head * heads + r, num_heads, dim,
+               partial_sum_[static_cast<size_t>(first)], partial_acc_.data() + first * dp,
+               out_scale, static_cast<float*>(y));
       }
     }
   }
@@ -317,13 +345,15 @@ class CpuBackend final : public Backend {
   /// body(row, thread) for every row; in the calling thread when there is little to do.
   template <typename Body>
   void for_rows(int64_t rows, int64_t row_size, Body&& body) {
-    const int64_t per_chunk = std::max<int64_t>(1, kInlineWork / 4 / std::max<int64_t>(row_size, 1));
+    const int64_t per_chunk =
+        std::max<int64_t>(1, kInlineWork / 4 / std::max<int64_t>(row_size, 1));
     if (rows * row_size <= kInlineWork) {
       for (int64_t r = 0; r < rows; ++r) body(r, 0);
       return;
     }
     auto chunk_body = [&](int64_t chunk, int thread) {
-      for (int64_t r = chunk * per_chunk; r < std::min(rows, (chunk + 1) * per_chunk); ++r) body(r, thread);
+      for (int64_t r = chunk * per_chunk; r < std::min(rows, (chunk + 1) * per_chunk); ++r)
+        body(r, thread);
     };
     pool_.parallel_for(ceil_div(rows, per_chunk), std::ref(chunk_body));
   }
@@ -346,7 +376,8 @@ class CpuBackend final : public Backend {
     if (partial_acc_.size() < acc) partial_acc_.resize(acc);
   }
   static void size_attend(Thread& t, int dim, int rows) {
-    const size_t scratch = attend_scratch(dim, rows), acc = static_cast<size_t>(rows) * static_cast<size_t>(padded(dim));
+    const size_t scratch = attend_scratch(dim, rows),
+                 acc = static_cast<size_t>(rows) * static_cast<size_t>(padded(dim));
     if (t.attend.size() < scratch) t.attend.resize(scratch);
     if (t.acc.size() < acc) t.acc.resize(acc);
     if (t.max.size() < static_cast<size_t>(rows)) {
@@ -355,11 +386,14 @@ class CpuBackend final : public Backend {
     }
   }
 
-  static int act_group(const LinearOperand& w) { return w.group_size % kActGroup == 0 ? kActGroup : 32; }
+  static int act_group(const LinearOperand& w) {
+    return w.group_size % kActGroup == 0 ? kActGroup : 32;
+  }
   int outputs_per_item(const LinearOperand& w, int rows) const {
     if (w.layout == WeightLayout::kCpuInt4) {
       int tiles = kTilesPerItem;
-      while (rows <= 16 && tiles < kStreamTiles && cpu_int4_num_tiles(w.out_features) >= 16 * tiles * pool_.num_threads()) {
+      while (rows <= 16 && tiles < kStreamTiles &&
+             cpu_int4_num_tiles(w.out_features) >= 16 * tiles * pool_.num_threads()) {
         tiles *= 2;
       }
       return tiles * kCpuTileRows;
@@ -372,27 +406,31 @@ class CpuBackend final : public Backend {
     const int k = w.in_features;
     const bool int4 = w.layout == WeightLayout::kCpuInt4;
     if (int4) {
-      NIBBLE_CHECK(w.group_size > 0 && w.group_size % 32 == 0 && w.group_size <= 256 && k % w.group_size == 0,
+      NIBBLE_CHECK(w.group_size > 0 && w.group_size % 32 == 0 && w.group_size <= 256 &&
+                       k % w.group_size == 0,
                    "group {} in {}", w.group_size, k);
     }
     if (int4 && precision_ == ActivationPrecision::kInt8Group) {
       size_rows(rows, k);
       const int group = act_group(w);
       for_rows(rows, k, [&](int64_t r, int) {
-        kernels_.quantize_row(x + r * k, w.pre_scale, k, group, xq_.data() + r * k, xscale_.data() + r * (k / group),
-                              xoffset_.data() + r * (k / group));
+        kernels_.quantize_row(x + r * k, w.pre_scale, k, group, xq_.data() + r * k,
+                              xscale_.data() + r * (k / group), xoffset_.data() + r * (k / group));
       });
       return {.int8 = true};
     }
     if (w.pre_scale == nullptr) return {.x = x};
     size_rows(rows, k);
-    for_rows(rows, k, [&](int64_t r, int) { kernels_.multiply(x + r * k, w.pre_scale, k, scaled_.data() + r * k); });
+    for_rows(rows, k, [&](int64_t r, int) {
+      kernels_.multiply(x + r * k, w.pre_scale, k, scaled_.data() + r * k);
+    });
     return {.x = scaled_.data()};
   }
 
-  /// Rows [row, row + rows) x outputs [n_begin, n_end) into y (row stride ldy, first column n_begin).
-  void gemm(const LinearOperand& w, const LinearInput& input, int row, int rows, int n_begin, int n_end, bool add,
-            float* y, int64_t ldy, int thread) {
+  /// Rows [row, row + rows) x outputs [n_begin, n_end) into y (row stride ldy, first column
+  /// n_begin).
+  void gemm(const LinearOperand& w, const LinearInput& input, int row, int rows, int n_begin,
+            int n_end, bool add, float* y, int64_t ldy, int thread) {
     const int64_t k = w.in_features;
     if (w.layout == WeightLayout::kCpuInt4) {
       Int4Gemm g{.weight = static_cast<const uint8_t*>(w.weight),
@@ -432,8 +470,9 @@ class CpuBackend final : public Backend {
                     .scratch = scratch.data()});
   }
 
-  /// Fills items_; returns the rows of split buffers they need. Long caches of single-query sequences are split by
-  /// spans when there are too few (sequence, kv head) pairs to keep the threads busy.
+  /// Fills items_; returns the rows of split buffers they need. Long caches of single-query
+  /// sequences are split by spans when there are too few (sequence, kv head) pairs to keep the
+  /// threads busy.
   int64_t plan_attention(const StepBatch& batch, int kv_heads, int heads, int queries_per_item) {
     items_.clear();
     int64_t partials = 0;
@@ -458,9 +497,10 @@ class CpuBackend final : public Backend {
     return partials;
   }
 
-  void finish(int token, int head, int num_heads, int dim, float sum, const float* acc, const float* out_scale,
-              float* y) const {
-    kernels_.attend_finish(sum, acc, out_scale == nullptr ? nullptr : out_scale + int64_t{head} * dim, dim,
+  void finish(int token, int head, int num_heads, int dim, float sum, const float* acc,
+              const float* out_scale, float* y) const {
+    kernels_.attend_finish(sum, acc,
+                           out_scale == nullptr ? nullptr : out_scale + int64_t{head} * dim, dim,
                            y + (int64_t{token} * num_heads + head) * dim);
   }
 
@@ -469,18 +509,19 @@ class CpuBackend final : public Backend {
   const ActivationPrecision precision_;
   ThreadPool pool_;
   std::vector<Thread> threads_;
-  std::vector<int8_t> xq_;         // [rows, K]
-  std::vector<float> xscale_;      // [rows, K / act_group]
-  std::vector<int32_t> xoffset_;   // [rows, K / act_group]
-  std::vector<float> scaled_;      // [rows, K]
-  std::vector<float> normed_;      // [R, hidden]
+  std::vector<int8_t> xq_;        // [rows, K]
+  std::vector<float> xscale_;     // [rows, K / act_group]
+  std::vector<int32_t> xoffset_;  // [rows, K / act_group]
+  std::vector<float> scaled_;     // [rows, K]
+  std::vector<float> normed_;     // [R, hidden]
   std::vector<AttendItem> items_;
   std::vector<float> partial_max_, partial_sum_, partial_acc_;
 };
 
 }  // namespace
 
-std::unique_ptr<Backend> make_cpu_backend(std::string_view isa, ActivationPrecision precision, int num_threads) {
+std::unique_ptr<Backend> make_cpu_backend(std::string_view isa, ActivationPrecision precision,
+                                          int num_threads) {
   const std::string resolved = resolve_cpu_isa(isa);
   return std::make_unique<CpuBackend>(kernels_for(resolved), resolved, precision, num_threads);
 }

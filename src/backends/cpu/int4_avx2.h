@@ -1,21 +1,25 @@
-// Int4 GEMM for 256-bit registers. A 32-byte load is half a block: 8 out features ("half tile") x 8 in features.
+// Int4 GEMM for 256-bit registers. A 32-byte load is half a block: 8 out features ("half tile") x 8
+// in features.
 //
 // int8 activations: weights q + 8 in 0..15 are the unsigned operand, activations the signed one.
-//   AVX2: vpmaddubsw adds two products of at most 15 * 127, so a 16-bit lane holds 8 of them (30480) without
-//   saturation: 32 in features, then vpmaddwd widens. AVX-VNNI: vpdpbusd into 32 bits.
-//   Per 32 weight bytes and row: 2 dot instructions (+ 2 adds); per 32 bytes 4 unpack instructions.
-// f32 activations: q as float, one partial sum per (output, group) in ascending k, then acc += partial * scale.
-//   Few rows dequantize in registers; more rows dequantize a (tile, group) once into L1 and run 6 x 16 FMA tiles.
-// Work split: the caller's tile range; here rows in blocks, weights of a tile stay in L1/L2 across row blocks.
-// Included inside an anonymous namespace.
-// SPDX-License-Identifier: Apache-2.0
+//   AVX2: vpmaddubsw adds two products of at most 15 * 127, so a 16-bit lane holds 8 of them
+//   (30480) without saturation: 32 in features, then vpmaddwd widens. AVX-VNNI: vpdpbusd into 32
+//   bits. Per 32 weight bytes and row: 2 dot instructions (+ 2 adds); per 32 bytes 4 unpack
+//   instructions.
+// f32 activations: q as float, one partial sum per (output, group) in ascending k, then acc +=
+// partial * scale.
+//   Few rows dequantize in registers; more rows dequantize a (tile, group) once into L1 and run 6 x
+//   16 FMA tiles.
+// Work split: the caller's tile range; here rows in blocks, weights of a tile stay in L1/L2 across
+// row blocks. Included inside an anonymous namespace. SPDX-License-Identifier: Apache-2.0
 
 using vi = __m256i;
 
 template <int NH>
 inline void half_pointers(const Int4Gemm& g, int tile, int half, const uint8_t** w) {
   const size_t tile_bytes = cpu_int4_tile_bytes(g.k, g.group);
-  for (int h = 0; h < NH; ++h) w[h] = g.weight + (tile + (half + h) / 2) * tile_bytes + (half + h) % 2 * 32;
+  for (int h = 0; h < NH; ++h)
+    w[h] = g.weight + (tile + (half + h) / 2) * tile_bytes + (half + h) % 2 * 32;
 }
 
 /// Stores or adds 8 outputs of half tile `half` of `tile`, clipped to N.
@@ -31,7 +35,9 @@ inline void store_half(const Int4Gemm& g, int row, int tile, int half, vf v) {
   }
 }
 
-inline vi load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const vi*>(p)); }
+inline vi load_bytes(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const vi*>(p));
+}
 inline vi broadcast4(const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x, 4);
@@ -41,11 +47,15 @@ inline vi broadcast4(const int8_t* x) {
 /// sum += two products a 16-bit lane; asm for the reason given in int4_avx512.h.
 inline void dot2(vi& sum, vi weights, vi x) {
   vi products;
-  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(weights), "x"(x));
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+      : "+x"(sum), "=&x"(products)
+      : "x"(weights), "x"(x));
 }
 #if NIBBLE_AVXVNNI
 /// dot += four products a lane; asm for the reason given in int4_avx512.h.
-inline void dot4(vi& dot, vi weights, vi x) { asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(dot) : "x"(weights), "x"(x)); }
+inline void dot4(vi& dot, vi weights, vi x) {
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(dot) : "x"(weights), "x"(x));
+}
 #endif
 
 /// MB rows x NH half tiles; scales of half h lie at w[h]'s group start.
@@ -107,7 +117,8 @@ inline void int8_block(const Int4Gemm& g, int row, int tile, int half) {
       }
       NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
         NIBBLE_UNROLL for (int h = 0; h < NH; ++h) {
-          dot[m][h] = _mm256_add_epi32(dot[m][h], _mm256_madd_epi16(sum[m][h], _mm256_set1_epi16(1)));
+          dot[m][h] =
+              _mm256_add_epi32(dot[m][h], _mm256_madd_epi16(sum[m][h], _mm256_set1_epi16(1)));
         }
       }
 #endif
@@ -127,7 +138,8 @@ inline void int8_block(const Int4Gemm& g, int row, int tile, int half) {
     }
   }
   NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
-    NIBBLE_UNROLL for (int h = 0; h < NH; ++h) store_half(g, row + m, tile + (half + h) / 2, (half + h) % 2, acc[m][h]);
+    NIBBLE_UNROLL for (int h = 0; h < NH; ++h)
+        store_half(g, row + m, tile + (half + h) / 2, (half + h) % 2, acc[m][h]);
   }
 }
 
@@ -154,7 +166,8 @@ void int4_int8(const Int4Gemm& gemm) {
 /// Channel i (0..7) of a block's half as float.
 template <int i>
 inline vf dequant(vi bytes) {
-  const vi q = _mm256_and_si256(_mm256_srli_epi32(bytes, i < 4 ? 8 * i : 8 * (i - 4) + 4), _mm256_set1_epi32(15));
+  const vi q = _mm256_and_si256(_mm256_srli_epi32(bytes, i < 4 ? 8 * i : 8 * (i - 4) + 4),
+                                _mm256_set1_epi32(15));
   return sub(_mm256_cvtepi32_ps(q), set1(8.0f));
 }
 
@@ -185,7 +198,8 @@ inline void f32_block(const Int4Gemm& g, int row, int tile) {
     }
     for (int b = 0; b < g.group / 8; ++b, x += 8) {
       vi bytes[NH];
-      NIBBLE_UNROLL for (int h = 0; h < NH; ++h) bytes[h] = load_bytes(w[h] + 64 + b * kCpuQuadBlockBytes);
+      NIBBLE_UNROLL for (int h = 0; h < NH; ++h) bytes[h] =
+          load_bytes(w[h] + 64 + b * kCpuQuadBlockBytes);
       f32_channel<MB, NH, 0>(bytes, x, g.k, partial);
       f32_channel<MB, NH, 1>(bytes, x, g.k, partial);
       f32_channel<MB, NH, 2>(bytes, x, g.k, partial);
@@ -202,13 +216,15 @@ inline void f32_block(const Int4Gemm& g, int row, int tile) {
     }
   }
   NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
-    NIBBLE_UNROLL for (int h = 0; h < NH; ++h) store_half(g, row + m, tile + h / 2, h % 2, acc[m][h]);
+    NIBBLE_UNROLL for (int h = 0; h < NH; ++h)
+        store_half(g, row + m, tile + h / 2, h % 2, acc[m][h]);
   }
 }
 
 /// MB rows against a dequantized (tile, group) panel [k][16]; acc [MB][16] in memory.
 template <int MB>
-inline void f32_panel(const float* x, int64_t ldx, const float* panel, int k, vf scale0, vf scale1, float* acc) {
+inline void f32_panel(const float* x, int64_t ldx, const float* panel, int k, vf scale0, vf scale1,
+                      float* acc) {
   vf partial[MB][2];
   NIBBLE_UNROLL for (int m = 0; m < MB; ++m) partial[m][0] = partial[m][1] = zero();
   for (int i = 0; i < k; ++i) {
@@ -248,14 +264,17 @@ inline void f32_many_rows(const Int4Gemm& g, int row0, int rows, int tile) {
         store(out + 112, dequant<7>(bytes));
       }
     }
-    const vf scale0 = load(reinterpret_cast<const float*>(w)), scale1 = load(reinterpret_cast<const float*>(w) + 8);
+    const vf scale0 = load(reinterpret_cast<const float*>(w)),
+             scale1 = load(reinterpret_cast<const float*>(w) + 8);
     const float* x = g.x + static_cast<int64_t>(row0) * g.k + k0;
     int m = 0;
     for (; m + 6 <= rows; m += 6) {
-      f32_panel<6>(x + static_cast<int64_t>(m) * g.k, g.k, panel, g.group, scale0, scale1, acc + m * 16);
+      f32_panel<6>(x + static_cast<int64_t>(m) * g.k, g.k, panel, g.group, scale0, scale1,
+                   acc + m * 16);
     }
     for (; m < rows; ++m) {
-      f32_panel<1>(x + static_cast<int64_t>(m) * g.k, g.k, panel, g.group, scale0, scale1, acc + m * 16);
+      f32_panel<1>(x + static_cast<int64_t>(m) * g.k, g.k, panel, g.group, scale0, scale1,
+                   acc + m * 16);
     }
   }
   for (int m = 0; m < rows; ++m) {
@@ -268,7 +287,8 @@ void int4_f32(const Int4Gemm& gemm) {
   const Int4Gemm g = gemm;
   if (g.rows > 4) {
     for (int tile = g.tile_begin; tile < g.tile_end; ++tile) {
-      for (int row = 0; row < g.rows; row += kPanelRows) f32_many_rows(g, row, min_int(kPanelRows, g.rows - row), tile);
+      for (int row = 0; row < g.rows; row += kPanelRows)
+        f32_many_rows(g, row, min_int(kPanelRows, g.rows - row), tile);
     }
     return;
   }
@@ -291,9 +311,12 @@ uint64_t read_all(const void* data, size_t bytes) {
   const vi* p = static_cast<const vi*>(data);
   vi sum[4] = {};
   for (size_t i = 0; i + 4 <= bytes / sizeof(vi); i += 4) {
-    NIBBLE_UNROLL for (int j = 0; j < 4; ++j) sum[j] = _mm256_add_epi64(sum[j], _mm256_load_si256(p + i + j));
+    NIBBLE_UNROLL for (int j = 0; j < 4; ++j) sum[j] =
+        _mm256_add_epi64(sum[j], _mm256_load_si256(p + i + j));
   }
-  const vi all = _mm256_add_epi64(_mm256_add_epi64(sum[0], sum[1]), _mm256_add_epi64(sum[2], sum[3]));
+  const vi all =
+      _mm256_add_epi64(_mm256_add_epi64(sum[0], sum[1]), _mm256_add_epi64(sum[2], sum[3]));
   const __m128i half = _mm_add_epi64(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-  return static_cast<uint64_t>(_mm_extract_epi64(half, 0)) + static_cast<uint64_t>(_mm_extract_epi64(half, 1));
+  return static_cast<uint64_t>(_mm_extract_epi64(half, 0)) +
+         static_cast<uint64_t>(_mm_extract_epi64(half, 1));
 }

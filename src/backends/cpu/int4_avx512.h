@@ -1,13 +1,15 @@
 // Int4 GEMM for 512-bit registers: a 64-byte load is one block, 16 out features x 8 in features.
 //
-// int8 activations: vpdpbusd, weights q + 8 unsigned, activations broadcast four at a time; the accumulator starts at
-//   -8 sum(x). Per block: 3 unpack instructions, then 2 dots a row. Bytes N K / 2 (+ scales), flops 2 M N K.
-// f32 activations: vpermps turns a nibble into its float value (its index uses the low four bits only), so a channel
-//   of 16 outputs costs a shift and a permute; one partial sum per (output, group) in ascending k, then
-//   acc += partial * scale.
-// Work split: the caller's tile range; here tiles outermost, so that weights stay in L1/L2 across row blocks.
-// Included inside an anonymous namespace.
-// SPDX-License-Identifier: Apache-2.0
+// int8 activations: vpdpbusd, weights q + 8 unsigned, activations broadcast four at a time; the
+// accumulator starts at
+//   -8 sum(x). Per block: 3 unpack instructions, then 2 dots a row. Bytes N K / 2 (+ scales), flops
+//   2 M N K.
+// f32 activations: vpermps turns a nibble into its float value (its index uses the low four bits
+// only), so a channel
+//   of 16 outputs costs a shift and a permute; one partial sum per (output, group) in ascending k,
+//   then acc += partial * scale.
+// Work split: the caller's tile range; here tiles outermost, so that weights stay in L1/L2 across
+// row blocks. Included inside an anonymous namespace. SPDX-License-Identifier: Apache-2.0
 
 using vi = __m512i;
 
@@ -28,13 +30,17 @@ inline vi broadcast4(const int8_t* x) {
   return _mm512_set1_epi32(four);
 }
 
-/// dot += four products a lane. NOTE: asm because GCC 12 copies and spills the accumulator around the intrinsic (32
-/// register moves and 16 spills in the 12-row block); tied to one register here, it stays there.
-inline void dot4(vi& dot, vi weights, vi x) { asm("vpdpbusd %2, %1, %0" : "+v"(dot) : "v"(weights), "v"(x)); }
+/// dot += four products a lane. NOTE: asm because GCC 12 copies and spills the accumulator around
+/// the intrinsic (32 register moves and 16 spills in the 12-row block); tied to one register here,
+/// it stays there.
+inline void dot4(vi& dot, vi weights, vi x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(dot) : "v"(weights), "v"(x));
+}
 
 template <int MB, int NT>
 inline void int8_block(const Int4Gemm& g, int row, int tile) {
-  const size_t tile_bytes = cpu_int4_tile_bytes(g.k, g.group), group_bytes = cpu_int4_group_bytes(g.group);
+  const size_t tile_bytes = cpu_int4_tile_bytes(g.k, g.group),
+               group_bytes = cpu_int4_group_bytes(g.group);
   const uint8_t* w[NT];
   NIBBLE_UNROLL for (int t = 0; t < NT; ++t) w[t] = g.weight + (tile + t) * tile_bytes;
   const int num_act = g.k / g.act_group;
@@ -59,7 +65,8 @@ inline void int8_block(const Int4Gemm& g, int row, int tile) {
         hi[t] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
       }
       NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
-        const vi x0 = broadcast4(x + static_cast<int64_t>(m) * g.k), x1 = broadcast4(x + static_cast<int64_t>(m) * g.k + 4);
+        const vi x0 = broadcast4(x + static_cast<int64_t>(m) * g.k),
+                 x1 = broadcast4(x + static_cast<int64_t>(m) * g.k + 4);
         NIBBLE_UNROLL for (int t = 0; t < NT; ++t) dot4(dot[m][t], lo[t], x0);
         NIBBLE_UNROLL for (int t = 0; t < NT; ++t) dot4(dot[m][t], hi[t], x1);
       }
@@ -88,7 +95,8 @@ inline void f32_channel(const vi* bytes, const float* x, int64_t ldx, vf table, 
   vf w[NT];
   constexpr int kShift = i < 4 ? 8 * i : 8 * (i - 4) + 4;
   NIBBLE_UNROLL for (int t = 0; t < NT; ++t) {
-    w[t] = _mm512_permutexvar_ps(kShift == 0 ? bytes[t] : _mm512_srli_epi32(bytes[t], kShift), table);
+    w[t] =
+        _mm512_permutexvar_ps(kShift == 0 ? bytes[t] : _mm512_srli_epi32(bytes[t], kShift), table);
   }
   NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
     const vf xv = set1(x[m * ldx + i]);
@@ -98,7 +106,8 @@ inline void f32_channel(const vi* bytes, const float* x, int64_t ldx, vf table, 
 
 template <int MB, int NT>
 inline void f32_block(const Int4Gemm& g, int row, int tile) {
-  const size_t tile_bytes = cpu_int4_tile_bytes(g.k, g.group), group_bytes = cpu_int4_group_bytes(g.group);
+  const size_t tile_bytes = cpu_int4_tile_bytes(g.k, g.group),
+               group_bytes = cpu_int4_group_bytes(g.group);
   const uint8_t* w[NT];
   NIBBLE_UNROLL for (int t = 0; t < NT; ++t) w[t] = g.weight + (tile + t) * tile_bytes;
   const float* x = g.x + static_cast<int64_t>(row) * g.k;
@@ -114,7 +123,8 @@ inline void f32_block(const Int4Gemm& g, int row, int tile) {
     }
     for (int b = 0; b < g.group / 8; ++b, x += 8) {
       vi bytes[NT];
-      NIBBLE_UNROLL for (int t = 0; t < NT; ++t) bytes[t] = _mm512_loadu_si512(w[t] + 64 + b * kCpuQuadBlockBytes);
+      NIBBLE_UNROLL for (int t = 0; t < NT; ++t) bytes[t] =
+          _mm512_loadu_si512(w[t] + 64 + b * kCpuQuadBlockBytes);
       f32_channel<MB, NT, 0>(bytes, x, g.k, table, partial);
       f32_channel<MB, NT, 1>(bytes, x, g.k, table, partial);
       f32_channel<MB, NT, 2>(bytes, x, g.k, table, partial);
@@ -181,10 +191,12 @@ uint64_t read_all(const void* data, size_t bytes) {
   const uint8_t* p = static_cast<const uint8_t*>(data);
   vi sum[4] = {};
   for (size_t i = 0; i + 256 <= bytes; i += 256) {
-    NIBBLE_UNROLL for (int j = 0; j < 4; ++j) sum[j] = _mm512_add_epi64(sum[j], _mm512_loadu_si512(p + i + 64 * j));
+    NIBBLE_UNROLL for (int j = 0; j < 4; ++j) sum[j] =
+        _mm512_add_epi64(sum[j], _mm512_loadu_si512(p + i + 64 * j));
   }
   int64_t lanes[8];
-  _mm512_storeu_si512(lanes, _mm512_add_epi64(_mm512_add_epi64(sum[0], sum[1]), _mm512_add_epi64(sum[2], sum[3])));
+  _mm512_storeu_si512(
+      lanes, _mm512_add_epi64(_mm512_add_epi64(sum[0], sum[1]), _mm512_add_epi64(sum[2], sum[3])));
   uint64_t total = 0;
   for (int i = 0; i < 8; ++i) total += static_cast<uint64_t>(lanes[i]);
   return total;

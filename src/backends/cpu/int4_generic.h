@@ -1,7 +1,6 @@
-// Int4 GEMM in plain C++: the same arithmetic as the vector kernels (exact integer dots per activation group; one
-// float partial per weight group), 16 outputs at a time so that a compiler can vectorize.
-// Included inside an anonymous namespace.
-// SPDX-License-Identifier: Apache-2.0
+// Int4 GEMM in plain C++: the same arithmetic as the vector kernels (exact integer dots per
+// activation group; one float partial per weight group), 16 outputs at a time so that a compiler
+// can vectorize. Included inside an anonymous namespace. SPDX-License-Identifier: Apache-2.0
 
 inline void store_tile(const Int4Gemm& g, int row, int tile, const float* v) {
   const int n = tile * kCpuTileRows, count = min_int(kCpuTileRows, g.n - n);
@@ -10,7 +9,8 @@ inline void store_tile(const Int4Gemm& g, int row, int tile, const float* v) {
 }
 
 void int4_int8(const Int4Gemm& g) {
-  const size_t tile_bytes = cpu_int4_tile_bytes(g.k, g.group), group_bytes = cpu_int4_group_bytes(g.group);
+  const size_t tile_bytes = cpu_int4_tile_bytes(g.k, g.group),
+               group_bytes = cpu_int4_group_bytes(g.group);
   const int num_act = g.k / g.act_group;
   for (int tile = g.tile_begin; tile < g.tile_end; ++tile) {
     for (int row = 0; row < g.rows; ++row) {
@@ -21,7 +21,8 @@ void int4_int8(const Int4Gemm& g) {
         const uint8_t* group = g.weight + tile * tile_bytes + k0 / g.group * group_bytes;
         const uint8_t* block = group + 64 + k0 % g.group / 8 * kCpuQuadBlockBytes;
         int32_t dot[kCpuTileRows];
-        for (int r = 0; r < kCpuTileRows; ++r) dot[r] = g.xoffset[static_cast<int64_t>(row) * num_act + a];
+        for (int r = 0; r < kCpuTileRows; ++r)
+          dot[r] = g.xoffset[static_cast<int64_t>(row) * num_act + a];
         for (int k = 0; k < g.act_group; k += 8, x += 8, block += kCpuQuadBlockBytes) {
           for (int r = 0; r < kCpuTileRows; ++r) {
             for (int j = 0; j < 4; ++j) {
@@ -40,7 +41,8 @@ void int4_int8(const Int4Gemm& g) {
 
 void int4_f32(const Int4Gemm& g) {
   constexpr int kRows = 4;
-  const size_t tile_bytes = cpu_int4_tile_bytes(g.k, g.group), group_bytes = cpu_int4_group_bytes(g.group);
+  const size_t tile_bytes = cpu_int4_tile_bytes(g.k, g.group),
+               group_bytes = cpu_int4_group_bytes(g.group);
   for (int tile = g.tile_begin; tile < g.tile_end; ++tile) {
     for (int row = 0; row < g.rows; row += kRows) {
       const int rows = min_int(kRows, g.rows - row);
@@ -52,7 +54,8 @@ void int4_f32(const Int4Gemm& g) {
           const uint8_t* block = group + 64 + k / 8 * kCpuQuadBlockBytes + k % 4;
           const int shift = k % 8 < 4 ? 0 : 4;
           float w[kCpuTileRows];
-          for (int r = 0; r < kCpuTileRows; ++r) w[r] = static_cast<float>((block[4 * r] >> shift & 15) - 8);
+          for (int r = 0; r < kCpuTileRows; ++r)
+            w[r] = static_cast<float>((block[4 * r] >> shift & 15) - 8);
           for (int m = 0; m < rows; ++m) {
             const float x = g.x[static_cast<int64_t>(row + m) * g.k + k0 + k];
             for (int r = 0; r < kCpuTileRows; ++r) partial[m][r] += x * w[r];

@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/cpu/isa.h"
 
-#include "backends/cpu/cpu_backend.h"
 #include <fmt/ranges.h>
+#include "backends/cpu/cpu_backend.h"
 
 #include "base/error.h"
 
 namespace nibble {
 namespace {
 
-// __builtin_cpu_supports also asks the operating system (XGETBV) whether it saves the wide registers.
+// __builtin_cpu_supports also asks the operating system (XGETBV) whether it saves the wide
+// registers.
 bool has_avx2() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
 #else
   return false;
 #endif
@@ -35,7 +37,8 @@ bool has_avx512() {
 }
 
 [[noreturn]] void refuse(std::string_view isa, std::string_view needs) {
-  fail(ErrorKind::kDevice, "instruction set {} asked for, but this machine lacks it (needs {}); it can run {}", isa,
+  fail(ErrorKind::kDevice,
+       "instruction set {} asked for, but this machine lacks it (needs {}); it can run {}", isa,
        needs, fmt::join(available_cpu_isas(), ", "));
 }
 
@@ -62,7 +65,8 @@ const Kernels& kernels_for(std::string_view isa) {
   if (isa == "native") return kernels_for(resolve_cpu_isa(isa));
   const bool avx2 = isa == "avx2", plain = isa == "avx2-plain", avx512 = isa == "avx512";
   if (!avx2 && !plain && !avx512) {
-    fail(ErrorKind::kUsage, "unknown instruction set \"{}\"; known: native, avx512, avx2, avx2-plain, generic", isa);
+    fail(ErrorKind::kUsage,
+         "unknown instruction set \"{}\"; known: native, avx512, avx2, avx2-plain, generic", isa);
   }
   if (avx512 && !has_avx512()) refuse(isa, "AVX-512 F, BW, VL, DQ and VNNI");
   if ((avx2 || plain) && !has_avx2()) refuse(isa, "AVX2, FMA and F16C");

@@ -1,5 +1,5 @@
-// Kernels for AVX2, FMA and F16C (flags: cmake/cpu_isa.cmake). Intrinsics only, one exported symbol.
-// SPDX-License-Identifier: Apache-2.0
+// Kernels for AVX2, FMA and F16C (flags: cmake/cpu_isa.cmake). Intrinsics only, one exported
+// symbol. SPDX-License-Identifier: Apache-2.0
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -9,9 +9,9 @@
 
 namespace nibble::cpu {
 namespace {
-#include "backends/cpu/vector_avx2.h"
-#include "backends/cpu/kernel_body.h"
 #include "backends/cpu/int4_avx2.h"
+#include "backends/cpu/kernel_body.h"
+#include "backends/cpu/vector_avx2.h"
 }  // namespace
 
 #define NIBBLE_KERNELS kKernelsAvx2

@@ -1,5 +1,5 @@
-// Kernels for AVX-512 F, BW, VL, DQ and VNNI (flags: cmake/cpu_isa.cmake). Intrinsics only, one exported symbol.
-// SPDX-License-Identifier: Apache-2.0
+// Kernels for AVX-512 F, BW, VL, DQ and VNNI (flags: cmake/cpu_isa.cmake). Intrinsics only, one
+// exported symbol. SPDX-License-Identifier: Apache-2.0
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -7,9 +7,9 @@
 
 namespace nibble::cpu {
 namespace {
-#include "backends/cpu/vector_avx512.h"
-#include "backends/cpu/kernel_body.h"
 #include "backends/cpu/int4_avx512.h"
+#include "backends/cpu/kernel_body.h"
+#include "backends/cpu/vector_avx512.h"
 }  // namespace
 
 #define NIBBLE_KERNELS kKernelsAvx512

@@ -4,9 +4,9 @@
 
 namespace nibble::cpu {
 namespace {
-#include "backends/cpu/vector_generic.h"
-#include "backends/cpu/kernel_body.h"
 #include "backends/cpu/int4_generic.h"
+#include "backends/cpu/kernel_body.h"
+#include "backends/cpu/vector_generic.h"
 }  // namespace
 
 #define NIBBLE_KERNELS kKernelsGeneric

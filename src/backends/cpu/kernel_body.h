@@ -1,8 +1,8 @@
-// Every kernel that needs no instruction of its own, written once over the vector operations that each isa_*.cpp
-// defines before including this file: W lanes, vf (float vector) and load, store, set1, zero, add, sub, mul, div,
-// fma, vmax, vmin, round_even, exp_scale (2^n), hsum, hmax, load_i8, load_i8_quad, load_bf16, load_f16, store_i8,
-// store_f16. All of it has internal linkage. No std headers.
-// SPDX-License-Identifier: Apache-2.0
+// Every kernel that needs no instruction of its own, written once over the vector operations that
+// each isa_*.cpp defines before including this file: W lanes, vf (float vector) and load, store,
+// set1, zero, add, sub, mul, div, fma, vmax, vmin, round_even, exp_scale (2^n), hsum, hmax,
+// load_i8, load_i8_quad, load_bf16, load_f16, store_i8, store_f16. All of it has internal linkage.
+// No std headers. SPDX-License-Identifier: Apache-2.0
 
 // NOTE: everything is in the including file's anonymous namespace on purpose: no weak symbols.
 #define NIBBLE_UNROLL _Pragma("GCC unroll 16")
@@ -23,8 +23,8 @@ inline void store_partial(float* y, vf v, int n) {
   for (int i = 0; i < n; ++i) y[i] = buffer[i];
 }
 
-/// e^x for x <= 88, 0 below -87.3: 2^n p(r) with |r| <= ln(2)/2, relative error below 3e-7. One function for every
-/// path, so that bits never depend on the path.
+/// e^x for x <= 88, 0 below -87.3: 2^n p(r) with |r| <= ln(2)/2, relative error below 3e-7. One
+/// function for every path, so that bits never depend on the path.
 inline vf exp_vector(vf x) {
   x = vmax(x, set1(-87.33654f));  // smaller results would be denormal; masked scores are -infinity
   const vf n = round_even(mul(x, set1(1.44269504f)));
@@ -45,7 +45,8 @@ inline float exp_one(float x) {
   return buffer[0];
 }
 
-// Rows ---------------------------------------------------------------------------------------------------------
+// Rows
+// ---------------------------------------------------------------------------------------------------------
 
 template <Dense kType>
 inline vf load_dense(const void* x, int64_t i) {
@@ -93,8 +94,8 @@ inline float amax_of(const float* x, const float* pre_scale, int n) {
   return hmax(high);
 }
 
-void quantize_row(const float* x, const float* pre_scale, int k, int act_group, int8_t* q, float* scale,
-                  int32_t* offset) {
+void quantize_row(const float* x, const float* pre_scale, int k, int act_group, int8_t* q,
+                  float* scale, int32_t* offset) {
   for (int g = 0; g < k / act_group; ++g) {
     const int begin = g * act_group;
     const float* pre = pre_scale == nullptr ? nullptr : pre_scale + begin;
@@ -138,7 +139,9 @@ void rms_norm(const float* x, const float* weight, float eps, int n, float* y) {
   }
 }
 
-inline vf silu_vector(vf x) { return div(x, add(set1(1.0f), exp_vector(vmin(sub(zero(), x), set1(88.0f))))); }
+inline vf silu_vector(vf x) {
+  return div(x, add(set1(1.0f), exp_vector(vmin(sub(zero(), x), set1(88.0f)))));
+}
 
 void silu_multiply(const float* gate, const float* up, const float* out_scale, int n, float* y) {
   for (int i = 0; i < n; i += W) {
@@ -146,7 +149,8 @@ void silu_multiply(const float* gate, const float* up, const float* out_scale, i
     const bool whole = m == W;
     vf v = silu_vector(whole ? load(gate + i) : load_partial(gate + i, m));
     v = mul(v, whole ? load(up + i) : load_partial(up + i, m));
-    if (out_scale != nullptr) v = mul(v, whole ? load(out_scale + i) : load_partial(out_scale + i, m));
+    if (out_scale != nullptr)
+      v = mul(v, whole ? load(out_scale + i) : load_partial(out_scale + i, m));
     if (whole) {
       store(y + i, v);
     } else {
@@ -190,10 +194,12 @@ float exp_sum(const float* x, float max, float scale, int n, float* y) {
   return total;
 }
 
-// Dense GEMM ---------------------------------------------------------------------------------------------------
-// Lane l of an output's accumulator holds the channels l mod W in ascending order; the lanes are summed at the end.
-// That order is the same for one row (weights straight from memory) and for thousands (weights widened once per
-// block of kDenseMBlock rows), so bits agree. Flops 2 M N K; bytes N K elements, once per kDenseMBlock rows.
+// Dense GEMM
+// ---------------------------------------------------------------------------------------------------
+// Lane l of an output's accumulator holds the channels l mod W in ascending order; the lanes are
+// summed at the end. That order is the same for one row (weights straight from memory) and for
+// thousands (weights widened once per block of kDenseMBlock rows), so bits agree. Flops 2 M N K;
+// bytes N K elements, once per kDenseMBlock rows.
 
 template <Dense kType, int MB, int NB>
 inline void dense_direct(const DenseGemm& g, int row, int n) {
@@ -206,7 +212,8 @@ inline void dense_direct(const DenseGemm& g, int row, int n) {
   int i = 0;
   for (; i + W <= g.k; i += W) {
     vf w[NB];
-    NIBBLE_UNROLL for (int j = 0; j < NB; ++j) w[j] = load_dense<kType>(g.weight, at + static_cast<int64_t>(j) * g.k + i);
+    NIBBLE_UNROLL for (int j = 0; j < NB; ++j) w[j] =
+        load_dense<kType>(g.weight, at + static_cast<int64_t>(j) * g.k + i);
     NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
       const vf xv = load(x + static_cast<int64_t>(m) * g.k + i);
       NIBBLE_UNROLL for (int j = 0; j < NB; ++j) acc[m][j] = fma(xv, w[j], acc[m][j]);
@@ -216,14 +223,16 @@ inline void dense_direct(const DenseGemm& g, int row, int n) {
     for (int m = 0; m < MB; ++m) {
       const vf xv = load_partial(x + static_cast<int64_t>(m) * g.k + i, g.k - i);
       for (int j = 0; j < NB; ++j) {
-        const vf w = load_dense_partial<kType>(g.weight, at + static_cast<int64_t>(j) * g.k + i, g.k - i);
+        const vf w =
+            load_dense_partial<kType>(g.weight, at + static_cast<int64_t>(j) * g.k + i, g.k - i);
         acc[m][j] = fma(xv, w, acc[m][j]);
       }
     }
   }
   NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
     float* y = g.y + (row + m) * g.ldy + (n - g.n_begin);
-    NIBBLE_UNROLL for (int j = 0; j < NB; ++j) y[j] = g.add ? y[j] + hsum(acc[m][j]) : hsum(acc[m][j]);
+    NIBBLE_UNROLL for (int j = 0; j < NB; ++j) y[j] =
+        g.add ? y[j] + hsum(acc[m][j]) : hsum(acc[m][j]);
   }
 }
 
@@ -245,12 +254,15 @@ void dense_few_rows(const DenseGemm& g) {
   for (; n < g.n_end; ++n) dense_columns<kType, 1>(g, 0, n);
 }
 
-/// acc[m][j] (vectors in memory, W floats each) += over a K block. x row stride ldx, w row stride kDenseKBlock.
+/// acc[m][j] (vectors in memory, W floats each) += over a K block. x row stride ldx, w row stride
+/// kDenseKBlock.
 template <int MB, int NB>
-inline void dense_block(const float* x, int64_t ldx, const float* w, int k, bool first, float* acc, int acc_ld) {
+inline void dense_block(const float* x, int64_t ldx, const float* w, int k, bool first, float* acc,
+                        int acc_ld) {
   vf a[MB][NB];
   NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
-    NIBBLE_UNROLL for (int j = 0; j < NB; ++j) a[m][j] = first ? zero() : load(acc + (m * acc_ld + j) * W);
+    NIBBLE_UNROLL for (int j = 0; j < NB; ++j) a[m][j] =
+        first ? zero() : load(acc + (m * acc_ld + j) * W);
   }
   int i = 0;
   for (; i + W <= k; i += W) {
@@ -264,7 +276,8 @@ inline void dense_block(const float* x, int64_t ldx, const float* w, int k, bool
   if (i < k) {
     for (int m = 0; m < MB; ++m) {
       const vf xv = load_partial(x + m * ldx + i, k - i);
-      for (int j = 0; j < NB; ++j) a[m][j] = fma(xv, load_partial(w + j * kDenseKBlock + i, k - i), a[m][j]);
+      for (int j = 0; j < NB; ++j)
+        a[m][j] = fma(xv, load_partial(w + j * kDenseKBlock + i, k - i), a[m][j]);
     }
   }
   NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
@@ -273,12 +286,14 @@ inline void dense_block(const float* x, int64_t ldx, const float* w, int k, bool
 }
 
 template <int MB>
-inline void dense_block_row(const float* x, int64_t ldx, const float* w, int n, int k, bool first, float* acc) {
+inline void dense_block_row(const float* x, int64_t ldx, const float* w, int n, int k, bool first,
+                            float* acc) {
   int j = 0;
   for (; j + kDenseNB <= n; j += kDenseNB) {
     dense_block<MB, kDenseNB>(x, ldx, w + j * kDenseKBlock, k, first, acc + j * W, kDenseNBlock);
   }
-  for (; j < n; ++j) dense_block<MB, 1>(x, ldx, w + j * kDenseKBlock, k, first, acc + j * W, kDenseNBlock);
+  for (; j < n; ++j)
+    dense_block<MB, 1>(x, ldx, w + j * kDenseKBlock, k, first, acc + j * W, kDenseNBlock);
 }
 
 template <Dense kType>
@@ -294,7 +309,8 @@ void dense_many_rows(const DenseGemm& g) {
         const int k = min_int(kDenseKBlock, g.k - k0);
         for (int j = 0; j < cols; ++j) {
           const int64_t at = static_cast<int64_t>(n0 + j) * g.k + k0;
-          widen_row<kType>(static_cast<const uint8_t*>(g.weight) + at * element, k, w + j * kDenseKBlock);
+          widen_row<kType>(static_cast<const uint8_t*>(g.weight) + at * element, k,
+                           w + j * kDenseKBlock);
         }
         const float* x = g.x + static_cast<int64_t>(row0) * g.k + k0;
         int m = 0;
@@ -303,7 +319,8 @@ void dense_many_rows(const DenseGemm& g) {
                                     acc + m * kDenseNBlock * W);
         }
         for (; m < rows; ++m) {
-          dense_block_row<1>(x + static_cast<int64_t>(m) * g.k, g.k, w, cols, k, k0 == 0, acc + m * kDenseNBlock * W);
+          dense_block_row<1>(x + static_cast<int64_t>(m) * g.k, g.k, w, cols, k, k0 == 0,
+                             acc + m * kDenseNBlock * W);
         }
       }
       for (int m = 0; m < rows; ++m) {
@@ -331,7 +348,8 @@ void dense(const DenseGemm& g) {
   if (g.type == Dense::kF16) dense_typed<Dense::kF16>(g);
 }
 
-// KV cache -----------------------------------------------------------------------------------------------------
+// KV cache
+// -----------------------------------------------------------------------------------------------------
 
 inline int8_t to_i8(float v) {
   v = v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v;
@@ -377,20 +395,24 @@ void kv_store(const KvStore& s) {
   }
 }
 
-// Attention ----------------------------------------------------------------------------------------------------
-// Per (sequence, kv head): tiles of 32 keys are widened once into kt [D][32] and v [32][Dp], then every (query, head)
-// row scores them (lanes = keys) and adds p V (lanes = channels). Rows go in blocks of four: the heads that share
-// the kv head. Tiles and spans start at absolute positions and a row never touches a key past its own position, so
-// chunking, batch-mates and block ids cannot change bits.
+// Attention
+// ----------------------------------------------------------------------------------------------------
+// Per (sequence, kv head): tiles of 32 keys are widened once into kt [D][32] and v [32][Dp], then
+// every (query, head) row scores them (lanes = keys) and adds p V (lanes = channels). Rows go in
+// blocks of four: the heads that share the kv head. Tiles and spans start at absolute positions and
+// a row never touches a key past its own position, so chunking, batch-mates and block ids cannot
+// change bits.
 
-/// Keys [first, first + count) of one block row range into columns [column, ...) of kt and rows of v.
-inline void load_kv_run(const Attend& a, const uint8_t* head, int first, int count, int column, float* kt, float* v,
-                        float* k_scale, float* v_scale) {
+/// Keys [first, first + count) of one block row range into columns [column, ...) of kt and rows of
+/// v.
+inline void load_kv_run(const Attend& a, const uint8_t* head, int first, int count, int column,
+                        float* kt, float* v, float* k_scale, float* v_scale) {
   const KvLayout& l = *a.layout;
   const int dim = l.head_dim, tokens = l.block_tokens, dp = padded(dim);
   if (l.type == Kv::kInt8Dynamic || l.type == Kv::kInt8Static) {
     for (int d4 = 0; d4 < (dim + 3) / 4; ++d4) {
-      const int8_t* k = reinterpret_cast<const int8_t*>(head) + (static_cast<int64_t>(d4) * tokens + first) * 4;
+      const int8_t* k =
+          reinterpret_cast<const int8_t*>(head) + (static_cast<int64_t>(d4) * tokens + first) * 4;
       float* out = kt + d4 * 4 * kKvTile + column;
       int i = 0;
       for (; i + W <= count; i += W) {
@@ -403,7 +425,8 @@ inline void load_kv_run(const Attend& a, const uint8_t* head, int first, int cou
       }
     }
     for (int t = 0; t < count; ++t) {
-      const int8_t* row = reinterpret_cast<const int8_t*>(head + l.v) + static_cast<int64_t>(first + t) * dim;
+      const int8_t* row =
+          reinterpret_cast<const int8_t*>(head + l.v) + static_cast<int64_t>(first + t) * dim;
       float* out = v + (column + t) * dp;
       int d = 0;
       for (; d + W <= dim; d += W) store(out + d, load_i8(row + d));
@@ -411,8 +434,10 @@ inline void load_kv_run(const Attend& a, const uint8_t* head, int first, int cou
     }
     for (int t = 0; t < count; ++t) {
       const bool dynamic = l.type == Kv::kInt8Dynamic;
-      k_scale[column + t] = dynamic ? reinterpret_cast<const float*>(head + l.k_scale)[first + t] : a.k_scale;
-      v_scale[column + t] = dynamic ? reinterpret_cast<const float*>(head + l.v_scale)[first + t] : a.v_scale;
+      k_scale[column + t] =
+          dynamic ? reinterpret_cast<const float*>(head + l.k_scale)[first + t] : a.k_scale;
+      v_scale[column + t] =
+          dynamic ? reinterpret_cast<const float*>(head + l.v_scale)[first + t] : a.v_scale;
     }
     return;
   }
@@ -461,11 +486,12 @@ inline void score_rows(const float* const* q, int dim, const float* kt, float* s
 }
 
 template <int RB, int NV>
-inline void accumulate_columns(float* const* acc, const float* correction, const float* p, const float* v, int dp,
-                               int keys, int d) {
+inline void accumulate_columns(float* const* acc, const float* correction, const float* p,
+                               const float* v, int dp, int keys, int d) {
   vf a[RB][NV];
   NIBBLE_UNROLL for (int r = 0; r < RB; ++r) {
-    NIBBLE_UNROLL for (int i = 0; i < NV; ++i) a[r][i] = mul(load(acc[r] + d + i * W), set1(correction[r]));
+    NIBBLE_UNROLL for (int i = 0; i < NV; ++i) a[r][i] =
+        mul(load(acc[r] + d + i * W), set1(correction[r]));
   }
   for (int t = 0; t < keys; ++t) {
     vf value[NV];
@@ -482,17 +508,19 @@ inline void accumulate_columns(float* const* acc, const float* correction, const
 
 /// acc_r = acc_r * correction_r + sum over the first `keys` of p_r[t] v[t].
 template <int RB>
-inline void accumulate_rows(float* const* acc, const float* correction, const float* p, const float* v, int dp,
-                            int keys) {
+inline void accumulate_rows(float* const* acc, const float* correction, const float* p,
+                            const float* v, int dp, int keys) {
   int d = 0;
-  for (; d + 2 * W <= dp; d += 2 * W) accumulate_columns<RB, 2>(acc, correction, p, v + d, dp, keys, d);
+  for (; d + 2 * W <= dp; d += 2 * W)
+    accumulate_columns<RB, 2>(acc, correction, p, v + d, dp, keys, d);
   for (; d < dp; d += W) accumulate_columns<RB, 1>(acc, correction, p, v + d, dp, keys, d);
 }
 
 /// Rows [row, row + RB) against the tile at absolute position `tile`.
 template <int RB>
-inline void attend_rows(const Attend& a, int row, int tile, const float* kt, const float* v, const float* k_scale,
-                        const float* v_scale, float* p, float* max, float* sum, float* acc) {
+inline void attend_rows(const Attend& a, int row, int tile, const float* kt, const float* v,
+                        const float* k_scale, const float* v_scale, float* p, float* max,
+                        float* sum, float* acc) {
   const int dim = a.layout->head_dim, dp = padded(dim);
   const float* q[RB];
   float* acc_row[RB];
@@ -540,12 +568,14 @@ inline void attend_rows(const Attend& a, int row, int tile, const float* kt, con
     if (keys[0] > 0) accumulate_rows<RB>(acc_row, correction, p, v, dp, keys[0]);
   } else {
     for (int r = 0; r < RB; ++r) {
-      if (keys[r] > 0) accumulate_rows<1>(acc_row + r, correction + r, p + r * kKvTile, v, dp, keys[r]);
+      if (keys[r] > 0)
+        accumulate_rows<1>(acc_row + r, correction + r, p + r * kKvTile, v, dp, keys[r]);
     }
   }
 }
 
-void attend_merge(float* max, float* sum, float* acc, float max2, float sum2, const float* acc2, int dim) {
+void attend_merge(float* max, float* sum, float* acc, float max2, float sum2, const float* acc2,
+                  int dim) {
   const float new_max = *max > max2 ? *max : max2;
   const float c1 = exp_one(*max - new_max), c2 = exp_one(max2 - new_max);
   *sum = *sum * c1 + sum2 * c2;
@@ -587,14 +617,17 @@ void attend(const Attend& a) {
       for (int t = tile; t < tile_end;) {
         const int in_block = t % l.block_tokens;
         const int count = min_int(l.block_tokens - in_block, tile_end - t);
-        const uint8_t* head = a.kv + static_cast<int64_t>(a.block_table[t / l.block_tokens]) * l.block_bytes +
-                              static_cast<int64_t>(a.kv_head) * l.head_bytes;
+        const uint8_t* head =
+            a.kv + static_cast<int64_t>(a.block_table[t / l.block_tokens]) * l.block_bytes +
+            static_cast<int64_t>(a.kv_head) * l.head_bytes;
         load_kv_run(a, head, in_block, count, t - tile, kt, v, k_scale, v_scale);
         t += count;
       }
       int row = 0;
-      for (; row + 4 <= rows; row += 4) attend_rows<4>(a, row, tile, kt, v, k_scale, v_scale, p, max, sum, acc);
-      for (; row < rows; ++row) attend_rows<1>(a, row, tile, kt, v, k_scale, v_scale, p, max, sum, acc);
+      for (; row + 4 <= rows; row += 4)
+        attend_rows<4>(a, row, tile, kt, v, k_scale, v_scale, p, max, sum, acc);
+      for (; row < rows; ++row)
+        attend_rows<1>(a, row, tile, kt, v, k_scale, v_scale, p, max, sum, acc);
     }
     for (int r = 0; r < rows; ++r) {
       float* out = a.acc + static_cast<int64_t>(r) * dp;

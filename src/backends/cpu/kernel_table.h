@@ -1,5 +1,5 @@
-// The one symbol an isa_*.cpp exports. Included after kernel_body.h and the int4 kernels, outside the anonymous
-// namespace; NIBBLE_KERNELS is the symbol, NIBBLE_ISA_NAME its name.
+// The one symbol an isa_*.cpp exports. Included after kernel_body.h and the int4 kernels, outside
+// the anonymous namespace; NIBBLE_KERNELS is the symbol, NIBBLE_ISA_NAME its name.
 // SPDX-License-Identifier: Apache-2.0
 
 extern const Kernels NIBBLE_KERNELS;

@@ -11,7 +11,8 @@ namespace nibble::cpu {
 namespace {
 
 constexpr int kBlock = 256;  // logits a block maximum covers; also the length of one float sum
-// exp() of the kernels never returns 0; smaller weights than this are impossible tokens (logit -infinity).
+// exp() of the kernels never returns 0; smaller weights than this are impossible tokens (logit
+// -infinity).
 constexpr float kNoWeight = 1e-30f;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
@@ -31,7 +32,8 @@ void apply_bias_and_penalties(const SampleBatch& batch, const SampleRow& row, fl
       logit -= row.presence_penalty + row.frequency_penalty * static_cast<float>(seen.output_count);
     }
   }
-  for (int i = row.bias_begin; i < row.bias_end; ++i) logits[batch.bias[i].token] += batch.bias[i].bias;
+  for (int i = row.bias_begin; i < row.bias_end; ++i)
+    logits[batch.bias[i].token] += batch.bias[i].bias;
   if (batch.allowed == nullptr) return;
   for (int word = 0; word * 64 < batch.vocab_size; ++word) {
     if (batch.allowed[word] == ~uint64_t{0}) continue;
@@ -45,8 +47,9 @@ int32_t first_of(const float* logits, int n, float value) {
   return static_cast<int32_t>(std::find(logits, logits + n, value) - logits);
 }
 
-/// candidates = the `count` best, best first. Any `count` blocks' maxima are `count` logits, so the count-th largest
-/// block maximum bounds the count-th largest logit from below: one more pass collects few ids.
+/// candidates = the `count` best, best first. Any `count` blocks' maxima are `count` logits, so the
+/// count-th largest block maximum bounds the count-th largest logit from below: one more pass
+/// collects few ids.
 void select_best(const Kernels& kernels, const float* logits, int n, int count, SampleScratch& s) {
   s.candidates.clear();
   count = std::min(count, n);
@@ -58,34 +61,40 @@ void select_best(const Kernels& kernels, const float* logits, int n, int count, 
     for (int b = 0; b < num_blocks; ++b) {
       s.block_max.push_back(kernels.max(logits + b * kBlock, std::min(kBlock, n - b * kBlock)));
     }
-    std::nth_element(s.block_max.begin(), s.block_max.begin() + (count - 1), s.block_max.end(), std::greater<>());
+    std::nth_element(s.block_max.begin(), s.block_max.begin() + (count - 1), s.block_max.end(),
+                     std::greater<>());
     threshold = s.block_max[static_cast<size_t>(count - 1)];
   }
   for (int v = 0; v < n; ++v) {
     if (logits[v] >= threshold) s.candidates.push_back({logits[v], v, 0});
   }
   if (static_cast<int>(s.candidates.size()) > count) {
-    std::nth_element(s.candidates.begin(), s.candidates.begin() + (count - 1), s.candidates.end(), better);
+    std::nth_element(s.candidates.begin(), s.candidates.begin() + (count - 1), s.candidates.end(),
+                     better);
     s.candidates.resize(static_cast<size_t>(count));
   }
   std::sort(s.candidates.begin(), s.candidates.end(), better);
 }
 
 /// weights[v] = exp((logits[v] - best) / temperature); returns their sum.
-double weigh(const Kernels& kernels, const float* logits, int n, float best, float temperature, float* weights) {
+double weigh(const Kernels& kernels, const float* logits, int n, float best, float temperature,
+             float* weights) {
   double total = 0;
   for (int v = 0; v < n; v += kBlock) {
-    total += kernels.exp_sum(logits + v, best, 1.0f / temperature, std::min(kBlock, n - v), weights + v);
+    total +=
+        kernels.exp_sum(logits + v, best, 1.0f / temperature, std::min(kBlock, n - v), weights + v);
   }
   return total;
 }
 
-/// Number of leading candidates (sorted, weighted) that top_p of `total` and min_p keep, at least one.
+/// Number of leading candidates (sorted, weighted) that top_p of `total` and min_p keep, at least
+/// one.
 size_t keep_count(const SampleRow& row, const std::vector<Candidate>& candidates, double total) {
   size_t kept = candidates.size();
   if (row.top_p < 1.0f) {
     double cumulative = 0;
-    for (kept = 0; kept < candidates.size() && (kept == 0 || cumulative < double{row.top_p} * total);) {
+    for (kept = 0;
+         kept < candidates.size() && (kept == 0 || cumulative < double{row.top_p} * total);) {
       cumulative += candidates[kept++].weight;
     }
   }
@@ -95,15 +104,21 @@ size_t keep_count(const SampleRow& row, const std::vector<Candidate>& candidates
   return kept;
 }
 
-/// The worst id that top_p keeps. The ids are binned by logit, bins are added best first until they hold top_p of the
-/// mass, and only the bin where that happens is sorted: linear in the vocabulary however flat the distribution.
-Candidate top_p_cut(const SampleRow& row, int n, const float* logits, float best, double total, SampleScratch& s) {
+/// The worst id that top_p keeps. The ids are binned by logit, bins are added best first until they
+/// hold top_p of the mass, and only the bin where that happens is sorted: linear in the vocabulary
+/// however flat the distribution.
+Candidate top_p_cut(const SampleRow& row, int n, const float* logits, float best, double total,
+                    SampleScratch& s) {
   constexpr int kBins = 2048;
   double mass[kBins] = {};
-  const float bins_per_logit = 32.0f / row.temperature;  // 32 bins a factor e of weight; the last one takes the rest
-  const auto bin_of = [&](int v) { return static_cast<int>(std::min((best - logits[v]) * bins_per_logit, kBins - 1.0f)); };
+  const float bins_per_logit =
+      32.0f / row.temperature;  // 32 bins a factor e of weight; the last one takes the rest
+  const auto bin_of = [&](int v) {
+    return static_cast<int>(std::min((best - logits[v]) * bins_per_logit, kBins - 1.0f));
+  };
   for (int v = 0; v < n; ++v) {
-    if (s.weights[static_cast<size_t>(v)] >= kNoWeight) mass[bin_of(v)] += s.weights[static_cast<size_t>(v)];
+    if (s.weights[static_cast<size_t>(v)] >= kNoWeight)
+      mass[bin_of(v)] += s.weights[static_cast<size_t>(v)];
   }
   const double wanted = double{row.top_p} * total;
   double cumulative = 0;
@@ -131,14 +146,16 @@ Candidate top_p_cut(const SampleRow& row, int n, const float* logits, float best
   return s.candidates.back();
 }
 
-int32_t draw(const Kernels& kernels, const SampleRow& row, int n, const float* logits, SampleScratch& s) {
+int32_t draw(const Kernels& kernels, const SampleRow& row, int n, const float* logits,
+             SampleScratch& s) {
   const float best = kernels.max(logits, n);
   if (row.temperature <= 0 || best == kMinusInfinity) return first_of(logits, n, best);
   const double uniform = double{sample_uniform(row.seed, row.position)};
 
   const bool top_k = row.top_k > 0 && row.top_k < n;
   if (!top_k && !(row.top_p < 1.0f) && !(row.min_p > 0)) {  // no filter: walk the ids
-    const double target = uniform * weigh(kernels, logits, n, best, row.temperature, s.weights.data());
+    const double target =
+        uniform * weigh(kernels, logits, n, best, row.temperature, s.weights.data());
     double cumulative = 0;
     int32_t last = 0;
     for (int v = 0; v < n; ++v) {
@@ -197,8 +214,8 @@ void SampleScratch::reserve(int vocab_size) {
   candidates.reserve(n);
 }
 
-void sample_row(const Kernels& kernels, const SampleBatch& batch, int r, float* logits, const SampleResult& result,
-                SampleScratch& s) {
+void sample_row(const Kernels& kernels, const SampleBatch& batch, int r, float* logits,
+                const SampleResult& result, SampleScratch& s) {
   const SampleRow& row = batch.rows[r];
   const int n = batch.vocab_size;
   s.reserve(n);
@@ -223,7 +240,8 @@ void sample_row(const Kernels& kernels, const SampleBatch& batch, int r, float* 
     const bool have = j < static_cast<int>(s.candidates.size());
     result.top_tokens[at] = have ? s.candidates[static_cast<size_t>(j)].token : -1;
     result.top_logprobs[at] =
-        have ? static_cast<float>(s.candidates[static_cast<size_t>(j)].logit - log_sum) : kMinusInfinity;
+        have ? static_cast<float>(s.candidates[static_cast<size_t>(j)].logit - log_sum)
+             : kMinusInfinity;
   }
 }
 

@@ -23,7 +23,7 @@ struct SampleScratch {
 };
 
 /// Overwrites `logits` [vocab]; writes row `r` of `result`.
-void sample_row(const Kernels& kernels, const SampleBatch& batch, int r, float* logits, const SampleResult& result,
-                SampleScratch& scratch);
+void sample_row(const Kernels& kernels, const SampleBatch& batch, int r, float* logits,
+                const SampleResult& result, SampleScratch& scratch);
 
 }  // namespace nibble::cpu

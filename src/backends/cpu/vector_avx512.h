@@ -1,5 +1,5 @@
-// The vector operations of kernel_body.h for AVX-512: 16 lanes. Included inside an anonymous namespace.
-// SPDX-License-Identifier: Apache-2.0
+// The vector operations of kernel_body.h for AVX-512: 16 lanes. Included inside an anonymous
+// namespace. SPDX-License-Identifier: Apache-2.0
 
 constexpr int W = 16;
 using vf = __m512;
@@ -16,9 +16,12 @@ inline vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
 inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
-inline vf round_even(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline vf round_even(vf a) {
+  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 inline vf exp_scale(vf p, vf n) {
-  return mul(p, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23)));
+  return mul(p, _mm512_castsi512_ps(_mm512_slli_epi32(
+                    _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23)));
 }
 inline float hsum128(__m128 s) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -35,7 +38,8 @@ inline float hmax(vf v) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 inline vf load_i8(const int8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 /// 4 W bytes, lane t of quad[j] is byte 4 t + j.
 inline void load_i8_quad(const int8_t* p, vf* quad) {
@@ -61,5 +65,6 @@ inline float round_even_one(float x) {
   return _mm_cvtss_f32(_mm_roundscale_ss(v, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 inline uint16_t to_f16_one(float x) {
-  return static_cast<uint16_t>(_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT), 0));
+  return static_cast<uint16_t>(
+      _mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT), 0));
 }

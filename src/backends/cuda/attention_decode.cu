@@ -1,23 +1,24 @@
-// K3: decode attention over paged int8 KV: out[b, h] = softmax(q[b, h] K[b, h/4]^T) V[b, h/4], one query
-// token per sequence, head_dim 128, 4 query heads per KV head, ragged lengths.
+// K3: decode attention over paged int8 KV: out[b, h] = softmax(q[b, h] K[b, h/4]^T) V[b, h/4], one
+// query token per sequence, head_dim 128, 4 query heads per KV head, ragged lengths.
 //
 // Layout: pages of kv_layout.h; q, out bf16.
-// Bytes: 260 per token and KV head (128 + 2 for each of K and V), read once. Flops: 4 * 128 * 4 heads
-// per token and KV head: tiny, but on CUDA cores int8 conversion and FMA would not keep up, so both
-// products run on mma.sync m16n8k16 with the query heads as rows (4 of 16 used).
+// Bytes: 260 per token and KV head (128 + 2 for each of K and V), read once. Flops: 4 * 128 * 4
+// heads per token and KV head: tiny, but on CUDA cores int8 conversion and FMA would not keep up,
+// so both products run on mma.sync m16n8k16 with the query heads as rows (4 of 16 used).
 //
-// Work split: the (sequence, KV head, page) list is one line, sequence-major; warp w of all resident
-// warps takes [w*P/W, (w+1)*P/W): equal bytes for everyone whatever the lengths. A warp streams its
-// pages through its own ring (one 16640-byte bulk copy per page and head) and never waits for a
-// neighbour. A (sequence, head) cut by a border belongs to the warp with its first page; the others
-// hand over (max, sum, O) in the tagged f32 pairs of linear_common.cuh, merged in warp order: run-to-
-// run deterministic for a given batch. NOTE: where the cuts fall depends on the whole batch.
+// Work split: the (sequence, KV head, page) list is one line, sequence-major; warp w of all
+// resident warps takes [w*P/W, (w+1)*P/W): equal bytes for everyone whatever the lengths. A warp
+// streams its pages through its own ring (one 16640-byte bulk copy per page and head) and never
+// waits for a neighbour. A (sequence, head) cut by a border belongs to the warp with its first
+// page; the others hand over (max, sum, O) in the tagged f32 pairs of linear_common.cuh, merged in
+// warp order: run-to- run deterministic for a given batch. NOTE: where the cuts fall depends on the
+// whole batch.
 //
-// No transposes anywhere: the token order inside a page is free, so column g of score tile j is token
-// 16*(g/2) + 2*j + g%2: the accumulator layout of the scores then equals operand A of P V when a
-// thread reads 16 consecutive tokens of a V^T row. Likewise d inside K: thread t owns d 32t..32t+31.
-// int8 -> f16 is one PRMT (1024 + u) and one HADD2 (-1152) per two values, exact.
-// V's scale goes into P (times 2^8, so that small probabilities stay normal in f16).
+// No transposes anywhere: the token order inside a page is free, so column g of score tile j is
+// token 16*(g/2) + 2*j + g%2: the accumulator layout of the scores then equals operand A of P V
+// when a thread reads 16 consecutive tokens of a V^T row. Likewise d inside K: thread t owns d
+// 32t..32t+31. int8 -> f16 is one PRMT (1024 + u) and one HADD2 (-1152) per two values, exact. V's
+// scale goes into P (times 2^8, so that small probabilities stay normal in f16).
 //
 // Limits: head_dim 128, 4 heads per KV head, length >= 1; sm_90 (bulk copies).
 // SPDX-License-Identifier: Apache-2.0
@@ -78,7 +79,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
   const uint32_t ring = ptx::smem_address(smem) + warp * kStages * kPairBytes;
-  const uint32_t bars = ptx::smem_address(smem) + kWarps * kStages * kPairBytes + warp * kStages * 8;
+  const uint32_t bars =
+      ptx::smem_address(smem) + kWarps * kStages * kPairBytes + warp * kStages * 8;
 
   ptx::grid_launch_dependents();
   if (lane == 0) {
@@ -104,7 +106,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
   int low = 0, high = p.sequences - 1;
   while (low < high) {
     const int mid = (low + high + 1) / 2;
-    if (p.page_starts[mid] * p.kv_heads <= begin) low = mid; else high = mid - 1;
+    if (p.page_starts[mid] * p.kv_heads <= begin)
+      low = mid;
+    else
+      high = mid - 1;
   }
 
   // Request cursor: position, and the part of the page table this warp holds (one entry a lane).
@@ -281,8 +286,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
       // Merge what later warps have of this (sequence, head): lanes 0-15 add every second one to
       // this warp's part, lanes 16-31 the ones between; then the halves meet.
       const int whole_end = part_begin + pages;
-      const int others_end = static_cast<int>(
-          (static_cast<int64_t>(whole_end) * num_warps - 1) / total) + 1;  // first warp past the end
+      const int others_end =
+          static_cast<int>((static_cast<int64_t>(whole_end) * num_warps - 1) / total) +
+          1;  // first warp past the end
       if (others_end > me + 1) {
         if (lane >= 16) {
           m = -1e30f, l = 0.0f;
@@ -318,8 +324,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
       }
       if (g < 4) {
         const float norm = 1.0f / (256.0f * l);
-        __nv_bfloat16* to =
-            p.out + sequence * p.out_stride + (head * 4 + g) * kHeadDim + 2 * t;
+        __nv_bfloat16* to = p.out + sequence * p.out_stride + (head * 4 + g) * kHeadDim + 2 * t;
 #pragma unroll
         for (int n = 0; n < 16; ++n) {
           *reinterpret_cast<__nv_bfloat162*>(to + n * 8) =

@@ -22,22 +22,22 @@ enum class Epilogue : int { kPlain, kResidual, kSiluMul };
 
 // out = x W^T (+ residual) or SiLU(gate) * up * out_scale, W in the layout of layout.h.
 struct LinearArgs {
-  const void* weights;      // packed
-  int64_t rows, k;          // of W; rows counts gate and up together
-  int tokens;               // M
-  const void* x;            // bf16 [tokens, k], rows x_stride elements apart, 16-byte aligned
+  const void* weights;  // packed
+  int64_t rows, k;      // of W; rows counts gate and up together
+  int tokens;           // M
+  const void* x;        // bf16 [tokens, k], rows x_stride elements apart, 16-byte aligned
   int64_t x_stride;
-  const TensorMap* x_map;   // host pointer, for linear_wgmma: x with the box_rows it asks for
-  void* out;                // bf16 [tokens, rows] ([tokens, rows/2] for kSiluMul)
-  const void* residual;     // bf16 [tokens, rows] for kResidual
-  const float* out_scale;   // [rows/2] for kSiluMul, or null: AWQ pre-scale of the next linear
+  const TensorMap* x_map;  // host pointer, for linear_wgmma: x with the box_rows it asks for
+  void* out;               // bf16 [tokens, rows] ([tokens, rows/2] for kSiluMul)
+  const void* residual;    // bf16 [tokens, rows] for kResidual
+  const float* out_scale;  // [rows/2] for kSiluMul, or null: AWQ pre-scale of the next linear
   Epilogue epilogue;
-  void* workspace;          // linear_workspace_bytes(), zeroed once
+  void* workspace;  // linear_workspace_bytes(), zeroed once
   int num_sms;
-  bool dependent;           // programmatic dependent launch on the kernel before it in the stream
-  int tactic;               // -1: chosen by shape
-  int early;                // 0, or a cap on what is prefetched before the dependency (tuning)
-  void* trace;              // clock stamps of a NIBBLE_TRACE build, or null
+  bool dependent;  // programmatic dependent launch on the kernel before it in the stream
+  int tactic;      // -1: chosen by shape
+  int early;       // 0, or a cap on what is prefetched before the dependency (tuning)
+  void* trace;     // clock stamps of a NIBBLE_TRACE build, or null
 };
 
 size_t linear_workspace_bytes(int num_sms);
@@ -50,32 +50,32 @@ enum class SmallTactic : int {
 };
 int linear_small(const LinearArgs& args, void* stream);
 
-// linear_wgmma.cu: any M, made for 9 .. 256. tactic = 16 * blocks + split: row tiles of 128 * blocks
-// (1 or 2), each one's k shared by `split` CTAs (1: whole tiles).
+// linear_wgmma.cu: any M, made for 9 .. 256. tactic = 16 * blocks + split: row tiles of 128 *
+// blocks (1 or 2), each one's k shared by `split` CTAs (1: whole tiles).
 int linear_wgmma_box_rows(int tokens);
 int linear_wgmma(const LinearArgs& args, void* stream);
 
 // The kernel measured best for the shape (docs/kernels.md); x_map has linear_wgmma_box_rows.
 int linear(const LinearArgs& args, void* stream);
 
-// attention_decode.cu: one new token per sequence over its paged int8 KV (kv_layout.h), head_dim 128,
-// 4 query heads per KV head. The new token's own K and V are in the cache already.
+// attention_decode.cu: one new token per sequence over its paged int8 KV (kv_layout.h), head_dim
+// 128, 4 query heads per KV head. The new token's own K and V are in the cache already.
 struct DecodeAttentionArgs {
-  const void* q;             // bf16, after RoPE: [sequences, 4 * kv_heads, 128]
-  int64_t q_stride;          // elements between sequences
-  const void* pages;         // kv_layout.h
-  const int* page_table;     // [sequences, page_table_stride]
+  const void* q;          // bf16, after RoPE: [sequences, 4 * kv_heads, 128]
+  int64_t q_stride;       // elements between sequences
+  const void* pages;      // kv_layout.h
+  const int* page_table;  // [sequences, page_table_stride]
   int page_table_stride;
-  const int* lengths;        // [sequences], tokens in the cache, >= 1
-  const int* page_starts;    // [sequences + 1], prefix sums of ceil(length / 64)
-  void* out;                 // bf16 [sequences, 4 * kv_heads, 128]
+  const int* lengths;      // [sequences], tokens in the cache, >= 1
+  const int* page_starts;  // [sequences + 1], prefix sums of ceil(length / 64)
+  void* out;               // bf16 [sequences, 4 * kv_heads, 128]
   int64_t out_stride;
   int sequences, kv_heads;
-  float softmax_scale;       // 1 / sqrt(128)
-  void* workspace;           // decode_attention_workspace_bytes(), zeroed once
+  float softmax_scale;  // 1 / sqrt(128)
+  void* workspace;      // decode_attention_workspace_bytes(), zeroed once
   int num_sms;
   bool dependent;
-  int tactic;                // 0: 4 warps x 3 pages, 1: 6 x 2, 2: 3 x 4
+  int tactic;  // 0: 4 warps x 3 pages, 1: 6 x 2, 2: 3 x 4
 };
 size_t decode_attention_workspace_bytes(int num_sms);
 int decode_attention(const DecodeAttentionArgs& args, void* stream);

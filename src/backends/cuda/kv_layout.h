@@ -1,10 +1,10 @@
 // The int8 KV cache pages of the CUDA backend, byte by byte. Plain C++, no CUDA.
 //
-// A page holds kPageTokens tokens of one layer: [kv head][K tile | V tile], each tile 8320 bytes, so
-// that a (page, head) is one 16640-byte bulk copy.
+// A page holds kPageTokens tokens of one layer: [kv head][K tile | V tile], each tile 8320 bytes,
+// so that a (page, head) is one 16640-byte bulk copy.
 //   K tile: 64 rows (tokens) x 128 bytes, then 64 f16 scales. Bytes are q + 128 (offset binary);
-//           the 16-byte chunks of odd rows are swapped in pairs (chunk c sits at c ^ (row & 1)), which
-//           makes the fragment loads free of bank conflicts.
+//           the 16-byte chunks of odd rows are swapped in pairs (chunk c sits at c ^ (row & 1)),
+//           which makes the fragment loads free of bank conflicts.
 //   V tile: transposed: 128 rows (d) x 64 bytes (tokens), then 64 f16 scales. Bytes are q + 128.
 // value = (byte - 128) * scale[token]; one scale per token, head and K|V: symmetric, dynamic.
 // SPDX-License-Identifier: Apache-2.0

@@ -58,7 +58,9 @@ struct Shape {
   int64_t rows, k;  // of the source
   NIBBLE_HOST_DEVICE int64_t num_tiles() const { return (rows + kTileRows - 1) / kTileRows; }
   NIBBLE_HOST_DEVICE int64_t num_groups() const { return (k + kGroup - 1) / kGroup; }
-  NIBBLE_HOST_DEVICE int64_t packed_bytes() const { return num_tiles() * num_groups() * 2 * kBlockBytes; }
+  NIBBLE_HOST_DEVICE int64_t packed_bytes() const {
+    return num_tiles() * num_groups() * 2 * kBlockBytes;
+  }
   NIBBLE_HOST_DEVICE size_t block_offset(int64_t tile, int64_t group, int64_t half) const {
     return static_cast<size_t>(((tile * num_groups() + group) * 2 + half) * kBlockBytes);
   }
@@ -72,7 +74,7 @@ inline uint16_t bf16_bits(float value) {  // round to nearest even; the scales a
 
 // Packed row -> source row.
 NIBBLE_HOST_DEVICE inline int64_t source_row(const Shape& shape, bool interleave_halves,
-                                            int64_t packed_row) {
+                                             int64_t packed_row) {
   if (!interleave_halves) return packed_row;
   const int64_t b = packed_row / 16, r = packed_row % 16;
   return r < 8 ? 8 * b + r : shape.rows / 2 + 8 * b + r - 8;
@@ -94,7 +96,8 @@ NIBBLE_HOST_DEVICE inline int scale_place(int row) {  // index of the bf16 in th
 }
 
 // Packs the tiles [tile_begin, tile_end): callers split the work among threads by tile.
-// nibbles [rows, k/2] (k even), scales [rows, ceil(k/128)], out: packed_bytes() of the whole matrix.
+// nibbles [rows, k/2] (k even), scales [rows, ceil(k/128)], out: packed_bytes() of the whole
+// matrix.
 inline void pack_tiles(const Shape& shape, bool interleave_halves, const uint8_t* nibbles,
                        const float* scales, uint8_t* out, int64_t tile_begin, int64_t tile_end) {
   const int64_t groups = shape.num_groups();

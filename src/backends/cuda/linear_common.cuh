@@ -16,18 +16,18 @@ namespace nibble::cuda {
 
 struct LinearParams {
   const uint8_t* weights;
-  int num_tiles;  // row tiles, as the kernel cuts them
-  int groups;     // K / 128
+  int num_tiles;           // row tiles, as the kernel cuts them
+  int groups;              // K / 128
   int token_tiles, split;  // linear_wgmma
-  int early_slots;  // linear_small: ring slots requested before the dependency is met
+  int early_slots;         // linear_small: ring slots requested before the dependency is met
   int tokens, rows, k, x_stride, out_stride;
   const __nv_bfloat16* x;
   __nv_bfloat16* out;
   const __nv_bfloat16* residual;
   const float* out_scale;
-  uint4* pieces;         // [CTAs][piece_stride] {value, tag, value, tag}; tags are 0 between calls
+  uint4* pieces;  // [CTAs][piece_stride] {value, tag, value, tag}; tags are 0 between calls
   int64_t piece_stride;
-  long long* trace;        // [CTAs][8] clock stamps of a NIBBLE_TRACE build, or null
+  long long* trace;  // [CTAs][8] clock stamps of a NIBBLE_TRACE build, or null
 };
 
 // Sums a CTA gets: at most 8 senders x (its share of a tile of 256 rows x 128 tokens, rounded
@@ -117,9 +117,9 @@ __device__ __forceinline__ void store_rows(const LinearParams& p, int token, int
   }
 }
 
-// One-way exchange of f32 sums between CTAs of one grid: each 8-byte half of a 16-byte store carries
-// its own tag, so whoever sees a tag sees the value: no fence, no flag. The reader clears the tags;
-// the next kernel that uses the buffer is ordered after this one.
+// One-way exchange of f32 sums between CTAs of one grid: each 8-byte half of a 16-byte store
+// carries its own tag, so whoever sees a tag sees the value: no fence, no flag. The reader clears
+// the tags; the next kernel that uses the buffer is ordered after this one.
 template <int kPer>
 __device__ __forceinline__ void hand_over(uint4* piece, const float (&value)[kPer]) {
 #pragma unroll
@@ -140,7 +140,8 @@ __device__ __forceinline__ void take_over(uint4* piece, float (&sum)[kPer]) {
                    : "l"(piece + i / 2)
                    : "memory");
     } while (v.y != 1 || v.w != 1);
-    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(piece + i / 2), "r"(0u)
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(piece + i / 2),
+                 "r"(0u)
                  : "memory");
     sum[i] += __uint_as_float(v.x);
     sum[i + 1] += __uint_as_float(v.z);
@@ -169,10 +170,10 @@ __device__ __forceinline__ void take_over_batch(uint4* piece, int stride, float 
     } while (!ready);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(
-                       piece + (i0 + i) * stride),
-                   "r"(0u)
-                   : "memory");
+      asm volatile(
+          "st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(piece + (i0 + i) * stride),
+          "r"(0u)
+          : "memory");
       sum[2 * (i0 + i)] += __uint_as_float(v[i].x);
       sum[2 * (i0 + i) + 1] += __uint_as_float(v[i].z);
     }

@@ -21,8 +21,8 @@
 // griddepcontrol.wait: under programmatic dependent launch up to 169 KB per SM of the next linear
 // stream in while the tail of this one drains.
 //
-// Limits: N, K padded to 128 by the packer; K a multiple of 8; M <= 16; sm_90 (bulk copies). All CTAs
-// of the grid must be resident at once (one per SM: they are) for the hand-over to end.
+// Limits: N, K padded to 128 by the packer; K a multiple of 8; M <= 16; sm_90 (bulk copies). All
+// CTAs of the grid must be resident at once (one per SM: they are) for the hand-over to end.
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -41,10 +41,14 @@ namespace nibble::cuda {
 namespace {
 
 #ifdef NIBBLE_TRACE
-#define TRACE(i) \
-  do { if (threadIdx.x == 0 && p.trace) p.trace[blockIdx.x * 8 + (i)] = clock64(); } while (0)
+#define TRACE(i)                                                                \
+  do {                                                                          \
+    if (threadIdx.x == 0 && p.trace) p.trace[blockIdx.x * 8 + (i)] = clock64(); \
+  } while (0)
 #else
-#define TRACE(i) do {} while (0)
+#define TRACE(i) \
+  do {           \
+  } while (0)
 #endif
 
 constexpr int kWarps = 8;
@@ -55,10 +59,10 @@ constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 template <int kTokens, int kHalves>
 struct Config {
   static constexpr int kRows = 64 * kHalves;
-  static constexpr int kSlots = kTokens == 8 ? 5 : 4;  // blocks in a warp's ring
+  static constexpr int kSlots = kTokens == 8 ? 5 : 4;   // blocks in a warp's ring
   static constexpr int kXSlots = kHalves == 1 ? 2 : 1;  // units of x in a warp's ring
-  static constexpr int kXBytes = kTokens * 256;        // 128 k of every token
-  static constexpr int kRedStride = kRows + 4;         // floats; conflict-free scatter
+  static constexpr int kXBytes = kTokens * 256;         // 128 k of every token
+  static constexpr int kRedStride = kRows + 4;          // floats; conflict-free scatter
   static constexpr int kRedBytes = kWarps * 8 * kRedStride * 4;
   static constexpr int kRingOffset = kWarps * kXSlots * kXBytes;
   static constexpr int kRedOffset = kRingOffset + kWarps * kSlots * kBlockBytes;
@@ -68,8 +72,7 @@ struct Config {
 };
 
 template <int kTokens, int kHalves, Epilogue kEpilogue>
-__global__ void __launch_bounds__(kThreads, 1)
-    linear_small_kernel(const LinearParams p) {
+__global__ void __launch_bounds__(kThreads, 1) linear_small_kernel(const LinearParams p) {
   using C = Config<kTokens, kHalves>;
   constexpr int kNt = kTokens / 8;
   extern __shared__ __align__(1024) uint8_t smem[];
@@ -96,9 +99,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto request_block = [&](int slot) {
     if (load_unit >= u_end) return;
     const int tile = load_unit / groups, group = load_unit - tile * groups;
-    const int64_t block =
-        kHalves == 2 ? (static_cast<int64_t>(tile) * groups + group) * 2 + load_half
-                     : (static_cast<int64_t>(tile >> 1) * groups + group) * 2 + (tile & 1);
+    const int64_t block = kHalves == 2
+                              ? (static_cast<int64_t>(tile) * groups + group) * 2 + load_half
+                              : (static_cast<int64_t>(tile >> 1) * groups + group) * 2 + (tile & 1);
     ptx::mbarrier_expect(bars + slot * 8, kBlockBytes);
     ptx::bulk_load(ring + slot * kBlockBytes, p.weights + block * kBlockBytes, kBlockBytes,
                    bars + slot * 8, policy);
@@ -177,8 +180,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int pair = 0; pair < 2; ++pair) {
               const int chunk = 4 * pair + (lane >> 3);
               uint32_t r[4];
-              ptx::ldmatrix_x4(r, x + k64 * kTokens * 128 + n * 1024 + row * 128 +
-                                      ((chunk ^ row) << 4));
+              ptx::ldmatrix_x4(
+                  r, x + k64 * kTokens * 128 + n * 1024 + row * 128 + ((chunk ^ row) << 4));
               b[k64 * 4 + pair * 2][n][0] = r[0];
               b[k64 * 4 + pair * 2][n][1] = r[1];
               b[k64 * 4 + pair * 2 + 1][n][0] = r[2];
@@ -226,8 +229,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int row = lane * kPer;
     const bool head = u_begin > tile_begin;  // an earlier CTA owns the tile
     const int others =
-        head ? 0 : static_cast<int>((static_cast<int64_t>(tile_end) * gridDim.x - 1) / units) -
-                       static_cast<int>(blockIdx.x);
+        head ? 0
+             : static_cast<int>((static_cast<int64_t>(tile_end) * gridDim.x - 1) / units) -
+                   static_cast<int>(blockIdx.x);
 #pragma unroll
     for (int n = 0; n < kNt; ++n) {
       __syncthreads();  // red is free
@@ -312,8 +316,8 @@ int linear_small(const LinearArgs& args, void* stream) {
   if (args.tactic < 0) {
     const int tiles = make_linear_params(args, 64).num_tiles;
     const int per_cta = (tiles + args.num_sms - 1) / args.num_sms;
-    // Whole tiles where they fill the chip, or where K is short: then the whole matrix fits into the
-    // rings anyway and cutting tiles only adds a hand-over.
+    // Whole tiles where they fill the chip, or where K is short: then the whole matrix fits into
+    // the rings anyway and cutting tiles only adds a hand-over.
     const bool fills = tiles * 100 >= per_cta * args.num_sms * 90;
     tactic = fills || args.k <= 8192 ? SmallTactic::kWhole64 : SmallTactic::kStream64;
   }

@@ -1,10 +1,11 @@
-// K2: out[M, N] = x[M, K] W4[N, K]^T for M from 9 to a few hundred tokens: bandwidth and tensor cores
-// at once. Weights are dequantized in registers and enter wgmma as operand A; tokens are its N.
+// K2: out[M, N] = x[M, K] W4[N, K]^T for M from 9 to a few hundred tokens: bandwidth and tensor
+// cores at once. Weights are dequantized in registers and enter wgmma as operand A; tokens are its
+// N.
 //
-// Layouts: W in layout.h's blocks; x bf16 row-major through a tensor map (boxes of kTokens x 64, 128-
-// byte swizzle); out bf16 row-major.
-// Bytes: N*K*0.515625 of weights once per token tile; x from L2: 2*kTokens/(0.5156*kRows) of that.
-// Flops: 2*M*N*K with M padded to the token tile (16, 32, 64, 128).
+// Layouts: W in layout.h's blocks; x bf16 row-major through a tensor map (boxes of kTokens x 64,
+// 128- byte swizzle); out bf16 row-major. Bytes: N*K*0.515625 of weights once per token tile; x
+// from L2: 2*kTokens/(0.5156*kRows) of that. Flops: 2*M*N*K with M padded to the token tile (16,
+// 32, 64, 128).
 //
 // Work split: a CTA is one producer warp and two consumer warpgroups, each with kBlocks 64-row
 // blocks of the CTA's row tile (128 or 256 rows) and all tokens of the token tile: weights enter
@@ -12,11 +13,11 @@
 // wgmma of one block, dequantizes the next block into its other register buffer while they run, and
 // waits: the accumulators are never touched in flight and no group crosses the loop edge (ptxas
 // serialises otherwise, C7514); the other warpgroup fills the gaps.
-// Wide matrices: whole tiles per CTA. Narrow ones: S CTAs share a tile's k and reduce-scatter it: each
-// owns some of the tokens (in sixteens), sends the others' sums away and adds what it gets in CTA
-// order, in the tagged f32 pairs of linear_common.cuh. (Measured: one owner that adds whole pieces
-// costs 4 us a piece at 64 tokens.) Deterministic either way.
-// Token tiles are the fastest index of tiles, so their weights come from L2 the second time.
+// Wide matrices: whole tiles per CTA. Narrow ones: S CTAs share a tile's k and reduce-scatter it:
+// each owns some of the tokens (in sixteens), sends the others' sums away and adds what it gets in
+// CTA order, in the tagged f32 pairs of linear_common.cuh. (Measured: one owner that adds whole
+// pieces costs 4 us a piece at 64 tokens.) Deterministic either way. Token tiles are the fastest
+// index of tiles, so their weights come from L2 the second time.
 //
 // Limits: K a multiple of 8, rows a multiple of 8; sm_90a. All CTAs resident at once.
 // SPDX-License-Identifier: Apache-2.0
@@ -147,10 +148,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int group_id = warp >> 2, m16 = warp & 3, g = lane >> 2, t = lane & 3;
   const int consumer = tid;  // 0 .. 255
   // A step is one block's k, or half of it where registers are short or there is only one block: an
-  // even number of steps per stage, so that the two buffers alternate and a buffer is never rewritten
-  // before its wgmma have retired. NOTE: a loop-carried "next" buffer copied into the current one after
-  // the wait is not safe: the compiler takes the current one for dead once the wgmma are issued and
-  // merges the two (seen: wrong, unrepeatable results). Kept apart by force it was slower.
+  // even number of steps per stage, so that the two buffers alternate and a buffer is never
+  // rewritten before its wgmma have retired. NOTE: a loop-carried "next" buffer copied into the
+  // current one after the wait is not safe: the compiler takes the current one for dead once the
+  // wgmma are issued and merges the two (seen: wrong, unrepeatable results). Kept apart by force it
+  // was slower.
   constexpr int kParts = kBlocks == 1 || kTokens >= 128 ? 2 : 1;
   constexpr int kSteps = kBlocks * kParts, kStepK = 8 / kParts;
   static_assert(kSteps % 2 == 0);
@@ -159,9 +161,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   int stage = 0, phase = 0;
 
   // Dequantizes this warp's 16 rows of step `step` in stage `s`.
-  auto prepare = [&](uint32_t (&to)[kStepK][4], int s, int step) {
-    const uint32_t block = base + C::kWOffset + s * C::kWBytes +
-                           (group_id * kBlocks + step / kParts) * kBlockBytes;
+  auto prepare = [&](uint32_t(&to)[kStepK][4], int s, int step) {
+    const uint32_t block =
+        base + C::kWOffset + s * C::kWBytes + (group_id * kBlocks + step / kParts) * kBlockBytes;
     const ptx::RowScales scales =
         ptx::row_scales(ptx::load_shared_4(block + kNibbleBytes + g * 16 + m16 * 4));
 #pragma unroll
@@ -172,9 +174,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int k = 0; k < 4; ++k) ptx::dequant(to[i * 4 + k], w[k], scales);
     }
   };
-  auto multiply = [&](float (&d)[kTokens / 2], uint32_t (&from)[kStepK][4], int s, int step) {
-    const uint64_t b = ptx::descriptor_k_major(base + s * C::kXBytes) +
-                       step % kParts * (kTokens * 128 >> 4);
+  auto multiply = [&](float(&d)[kTokens / 2], uint32_t(&from)[kStepK][4], int s, int step) {
+    const uint64_t b =
+        ptx::descriptor_k_major(base + s * C::kXBytes) + step % kParts * (kTokens * 128 >> 4);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kStepK; ++k) {
@@ -225,7 +227,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int cta = blockIdx.x - rank + owner;
         return p.pieces + cta * p.piece_stride + consumer +
                (((sender * (kSixteens / split + 1) + sixteen - owner * kSixteens / split) *
-                 kBlocks + b) * 4) * 256;
+                     kBlocks +
+                 b) *
+                4) *
+                   256;
       };
 #pragma unroll
       for (int i = 0; i < kSixteens; ++i) {
@@ -248,8 +253,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           // Senders in order, two at a time: their loads are in flight together.
           for (int n = 0; n + 1 < split; n += 2) {
             const int first = n + (n >= rank), second = n + 1 + (n + 1 >= rank);
-            take_over_two(place(rank, first, i, b), n + 2 < split ? place(rank, second, i, b) : nullptr,
-                          256, part);
+            take_over_two(place(rank, first, i, b),
+                          n + 2 < split ? place(rank, second, i, b) : nullptr, 256, part);
           }
         }
       }
@@ -259,8 +264,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int tile_row = tile / token_tiles * C::kRows, tile_token = tile % token_tiles * kTokens;
     const uint32_t out_smem = base + C::kOutOffset + group_id * (C::kOutBytes / 2);
     constexpr bool kSilu = kEpilogue == Epilogue::kSiluMul;
-    constexpr int kColumns = kSilu ? 32 : 64;          // of one block's output
-    constexpr int kStride = (kColumns + 8) * 2;        // bytes
+    constexpr int kColumns = kSilu ? 32 : 64;    // of one block's output
+    constexpr int kStride = (kColumns + 8) * 2;  // bytes
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const int block_row = tile_row + (group_id * kBlocks + b) * 64;
@@ -377,7 +382,9 @@ int linear_wgmma(const LinearArgs& args, void* stream) {
   if (args.tactic < 0) {
     // Wide: whole 256-row tiles. Narrow: 128-row tiles, k shared by as many CTAs as there are SMs.
     blocks = tiles128 / 2 * token_tiles >= args.num_sms * 9 / 10 ? 2 : 1;
-    split = blocks == 2 ? 1 : static_cast<int>(std::max<int64_t>(1, args.num_sms / (tiles128 * token_tiles)));
+    split = blocks == 2
+                ? 1
+                : static_cast<int>(std::max<int64_t>(1, args.num_sms / (tiles128 * token_tiles)));
   }
   if (tiles128 % 2) blocks = 1;  // 256-row tiles come in pairs of 128
   auto go = [&](auto tokens_tag) {

@@ -45,7 +45,8 @@ void load_weight_row(const LinearOperand& w, int64_t n, float* row) {
     case WeightLayout::kCpuInt4:
     case WeightLayout::kCudaInt4: break;
   }
-  fail(ErrorKind::kUnsupported, "the reference backend cannot read weights in layout {}; rebuild with --target ref",
+  fail(ErrorKind::kUnsupported,
+       "the reference backend cannot read weights in layout {}; rebuild with --target ref",
        weight_layout_name(w.layout));
 }
 
@@ -61,22 +62,29 @@ class ReferenceBackend final : public Backend {
     return Buffer(this, data, bytes);
   }
   void free(void* data, size_t) noexcept override { std::free(data); }
-  void upload(void* device, const void* host, size_t bytes) override { std::memcpy(device, host, bytes); }
-  void download(void* host, const void* device, size_t bytes) override { std::memcpy(host, device, bytes); }
+  void upload(void* device, const void* host, size_t bytes) override {
+    std::memcpy(device, host, bytes);
+  }
+  void download(void* host, const void* device, size_t bytes) override {
+    std::memcpy(host, device, bytes);
+  }
   void sync() override {}
   const void* import_weights(const std::byte* host, size_t) override { return host; }
 
-  size_t kv_block_bytes(KvFormat format, int block_tokens, int num_kv_heads, int head_dim) const override {
+  size_t kv_block_bytes(KvFormat format, int block_tokens, int num_kv_heads,
+                        int head_dim) const override {
     return reference::kv_block_bytes(format, block_tokens, num_kv_heads, head_dim);
   }
 
   void embed(const StepBatch& batch, const LinearOperand& table, void* x) override {
     for (int t = 0; t < batch.num_tokens; ++t) {
-      load_weight_row(table, batch.token_ids[t], static_cast<float*>(x) + int64_t{t} * table.in_features);
+      load_weight_row(table, batch.token_ids[t],
+                      static_cast<float*>(x) + int64_t{t} * table.in_features);
     }
   }
 
-  void rms_norm(const void* x, const float* weight, float eps, int rows, int hidden, void* y) override {
+  void rms_norm(const void* x, const float* weight, float eps, int rows, int hidden,
+                void* y) override {
     for (int r = 0; r < rows; ++r) {
       const float* in = static_cast<const float*>(x) + int64_t{r} * hidden;
       float* out = static_cast<float*>(y) + int64_t{r} * hidden;
@@ -92,20 +100,23 @@ class ReferenceBackend final : public Backend {
     std::vector<float> scaled;
     if (w.pre_scale != nullptr) {
       scaled.assign(in, in + int64_t{rows} * w.in_features);
-      for (size_t i = 0; i < scaled.size(); ++i) scaled[i] *= w.pre_scale[i % static_cast<size_t>(w.in_features)];
+      for (size_t i = 0; i < scaled.size(); ++i)
+        scaled[i] *= w.pre_scale[i % static_cast<size_t>(w.in_features)];
       in = scaled.data();
     }
-    // A weight row is expanded once and used for every activation row; a thread owns whole output columns, so
-    // the sums do not depend on the thread count.
+    // A weight row is expanded once and used for every activation row; a thread owns whole output
+    // columns, so the sums do not depend on the thread count.
     constexpr int64_t kRowsPerChunk = 16;
     const int64_t n_count = w.out_features;
     pool_.parallel_for((n_count + kRowsPerChunk - 1) / kRowsPerChunk, [&](int64_t chunk, int) {
       std::vector<float> weight_row(static_cast<size_t>(w.in_features));
-      for (int64_t n = chunk * kRowsPerChunk; n < std::min(n_count, (chunk + 1) * kRowsPerChunk); ++n) {
+      for (int64_t n = chunk * kRowsPerChunk; n < std::min(n_count, (chunk + 1) * kRowsPerChunk);
+           ++n) {
         load_weight_row(w, n, weight_row.data());
         for (int r = 0; r < rows; ++r) {
           float* out = static_cast<float*>(y) + r * n_count + n;
-          *out = dot(in + int64_t{r} * w.in_features, weight_row.data(), w.in_features) + (add ? *out : 0.0f);
+          *out = dot(in + int64_t{r} * w.in_features, weight_row.data(), w.in_features) +
+                 (add ? *out : 0.0f);
         }
       }
     });
@@ -120,7 +131,8 @@ class ReferenceBackend final : public Backend {
     float* out = static_cast<float*>(y);
     for (size_t i = 0; i < size; ++i) {
       const float silu = out[i] / (1.0f + std::exp(-out[i]));
-      out[i] = silu * up_out[i] * (out_scale ? out_scale[i % static_cast<size_t>(up.out_features)] : 1.0f);
+      out[i] = silu * up_out[i] *
+               (out_scale ? out_scale[i % static_cast<size_t>(up.out_features)] : 1.0f);
     }
   }
 
@@ -135,13 +147,15 @@ class ReferenceBackend final : public Backend {
         for (int head = 0; head < num_heads + kv.num_kv_heads; ++head) {
           float* x = row + int64_t{head} * d_count;
           for (int d = 0; d < half; ++d) {
-            const float c = rope.cos[int64_t{position} * half + d], sn = rope.sin[int64_t{position} * half + d];
+            const float c = rope.cos[int64_t{position} * half + d],
+                        sn = rope.sin[int64_t{position} * half + d];
             const float a = x[d], b = x[d + half];
             x[d] = a * c - b * sn;
             x[d + half] = b * c + a * sn;
           }
         }
-        const int block = batch.block_tables[int64_t{s} * batch.max_blocks_per_seq + position / kv.block_tokens];
+        const int block =
+            batch.block_tables[int64_t{s} * batch.max_blocks_per_seq + position / kv.block_tokens];
         for (int g = 0; g < kv.num_kv_heads; ++g) {
           const float* k = row + int64_t{num_heads + g} * d_count;
           const float* v = k + int64_t{kv.num_kv_heads} * d_count;
@@ -158,8 +172,8 @@ class ReferenceBackend final : public Backend {
       const int begin = batch.seq_starts[s], count = batch.seq_starts[s + 1] - begin;
       const int32_t* table = batch.block_tables + int64_t{s} * batch.max_blocks_per_seq;
       pool_.parallel_for(kv.num_kv_heads, [&](int64_t g, int) {
-        attend_kv_head(batch, begin, count, batch.kv_lens[s], table, static_cast<int>(g), qkv, num_heads, kv,
-                       out_scale, static_cast<float*>(y));
+        attend_kv_head(batch, begin, count, batch.kv_lens[s], table, static_cast<int>(g), qkv,
+                       num_heads, kv, out_scale, static_cast<float*>(y));
       });
     }
   }
@@ -167,10 +181,11 @@ class ReferenceBackend final : public Backend {
   void lm_head(const StepBatch& batch, const void* x, const float* norm_weight, float eps,
                const LinearOperand& head, float* logits) override {
     const int hidden = head.in_features;
-    std::vector<float> normed(static_cast<size_t>(batch.num_logit_rows) * static_cast<size_t>(hidden));
+    std::vector<float> normed(static_cast<size_t>(batch.num_logit_rows) *
+                              static_cast<size_t>(hidden));
     for (int r = 0; r < batch.num_logit_rows; ++r) {
-      rms_norm(static_cast<const float*>(x) + int64_t{batch.logit_rows[r]} * hidden, norm_weight, eps, 1, hidden,
-               normed.data() + int64_t{r} * hidden);
+      rms_norm(static_cast<const float*>(x) + int64_t{batch.logit_rows[r]} * hidden, norm_weight,
+               eps, 1, hidden, normed.data() + int64_t{r} * hidden);
     }
     linear(normed.data(), head, batch.num_logit_rows, false, logits);
   }
@@ -182,7 +197,8 @@ class ReferenceBackend final : public Backend {
   }
 
  private:
-  // Eight partial sums: near fp64 quality for the lengths here and fast enough to run the evaluation texts.
+  // Eight partial sums: near fp64 quality for the lengths here and fast enough to run the
+  // evaluation texts.
   static float dot(const float* a, const float* b, int64_t count) {
     float partial[8] = {};
     int64_t k = 0;
@@ -195,8 +211,9 @@ class ReferenceBackend final : public Backend {
     return static_cast<float>(sum);
   }
 
-  static void attend_kv_head(const StepBatch& batch, int begin, int count, int kv_len, const int32_t* table, int g,
-                             const void* qkv, int num_heads, const KvLayer& kv, const float* out_scale, float* y) {
+  static void attend_kv_head(const StepBatch& batch, int begin, int count, int kv_len,
+                             const int32_t* table, int g, const void* qkv, int num_heads,
+                             const KvLayer& kv, const float* out_scale, float* y) {
     const int d_count = kv.head_dim, group = num_heads / kv.num_kv_heads;
     const int64_t row_size = int64_t{num_heads + 2 * kv.num_kv_heads} * d_count;
     std::vector<float> k(static_cast<size_t>(kv_len) * static_cast<size_t>(d_count)), v(k.size());
@@ -214,7 +231,8 @@ class ReferenceBackend final : public Backend {
         const float* q = static_cast<const float*>(qkv) + t * row_size + int64_t{head} * d_count;
         float maximum = -INFINITY;
         for (int p = 0; p < visible; ++p) {
-          scores[static_cast<size_t>(p)] = dot(q, k.data() + int64_t{p} * d_count, d_count) * softmax_scale;
+          scores[static_cast<size_t>(p)] =
+              dot(q, k.data() + int64_t{p} * d_count, d_count) * softmax_scale;
           maximum = std::max(maximum, scores[static_cast<size_t>(p)]);
         }
         double total = 0;
@@ -223,12 +241,14 @@ class ReferenceBackend final : public Backend {
           const float weight = std::exp(scores[static_cast<size_t>(p)] - maximum);
           total += weight;
           const float* value = v.data() + int64_t{p} * d_count;
-          for (int d = 0; d < d_count; ++d) sum[static_cast<size_t>(d)] += double{weight} * value[d];
+          for (int d = 0; d < d_count; ++d)
+            sum[static_cast<size_t>(d)] += double{weight} * value[d];
         }
         float* out = y + (int64_t{t} * num_heads + head) * d_count;
         const float* scale = out_scale ? out_scale + int64_t{head} * d_count : nullptr;
         for (int d = 0; d < d_count; ++d) {
-          out[d] = static_cast<float>(sum[static_cast<size_t>(d)] / total) * (scale ? scale[d] : 1.0f);
+          out[d] =
+              static_cast<float>(sum[static_cast<size_t>(d)] / total) * (scale ? scale[d] : 1.0f);
         }
       }
     }

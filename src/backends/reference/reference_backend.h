@@ -1,6 +1,6 @@
-// The reference backend: every op of the seam as naive fp32 loops. It is the executable specification; speed
-// is no concern here. Activations are fp32. KV block layout: see reference_kv.h.
-// SPDX-License-Identifier: Apache-2.0
+// The reference backend: every op of the seam as naive fp32 loops. It is the executable
+// specification; speed is no concern here. Activations are fp32. KV block layout: see
+// reference_kv.h. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <memory>

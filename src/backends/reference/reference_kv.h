@@ -1,6 +1,6 @@
-// The reference backend's KV block: K then V, each [G kv heads, block_tokens, D] elements, then (int8 dynamic
-// only) the scales of K and of V, each float [G, block_tokens].
-// Quantization, which every backend follows:
+// The reference backend's KV block: K then V, each [G kv heads, block_tokens, D] elements, then
+// (int8 dynamic only) the scales of K and of V, each float [G, block_tokens]. Quantization, which
+// every backend follows:
 //   dynamic: scale = amax/127 over the D channels of one token and head, 1 when amax is 0;
 //            stored = round_half_even(x / scale), read back as stored * scale.
 //   static:  the layer's calibrated scale; stored saturates at +-127.
@@ -43,7 +43,9 @@ class KvVector {
                           kv_block_bytes(kv.format, kv.block_tokens, kv.num_kv_heads, kv.head_dim);
     const size_t element = kv_element_bytes(kv.format);
     data_ = base + row_idx * static_cast<size_t>(kv.head_dim) * element;
-    scale_ = reinterpret_cast<float*>(base + 2 * rows * static_cast<size_t>(kv.head_dim) * element) + row_idx;
+    scale_ =
+        reinterpret_cast<float*>(base + 2 * rows * static_cast<size_t>(kv.head_dim) * element) +
+        row_idx;
     static_scale_ = is_v ? kv.v_scale : kv.k_scale;
   }
 
@@ -63,7 +65,9 @@ class KvVector {
           reinterpret_cast<uint16_t*>(data_)[d] = float_to_f16(x[d]);
         }
         break;
-      case KvFormat::kF32: std::memcpy(data_, x, static_cast<size_t>(kv_.head_dim) * sizeof(float)); break;
+      case KvFormat::kF32:
+        std::memcpy(data_, x, static_cast<size_t>(kv_.head_dim) * sizeof(float));
+        break;
     }
   }
 
@@ -72,9 +76,12 @@ class KvVector {
       case KvFormat::kInt8Dynamic: dequantize(x, *scale_); break;
       case KvFormat::kInt8Static: dequantize(x, static_scale_); break;
       case KvFormat::kF16:
-        for (int d = 0; d < kv_.head_dim; ++d) x[d] = f16_to_float(reinterpret_cast<uint16_t*>(data_)[d]);
+        for (int d = 0; d < kv_.head_dim; ++d)
+          x[d] = f16_to_float(reinterpret_cast<uint16_t*>(data_)[d]);
         break;
-      case KvFormat::kF32: std::memcpy(x, data_, static_cast<size_t>(kv_.head_dim) * sizeof(float)); break;
+      case KvFormat::kF32:
+        std::memcpy(x, data_, static_cast<size_t>(kv_.head_dim) * sizeof(float));
+        break;
     }
   }
 
@@ -82,7 +89,8 @@ class KvVector {
   void quantize(const float* x, float scale) {
     for (int d = 0; d < kv_.head_dim; ++d) {
       const float q = std::nearbyintf(x[d] / scale);  // half to even
-      reinterpret_cast<int8_t*>(data_)[d] = static_cast<int8_t>(std::fmin(std::fmax(q, -127.0f), 127.0f));
+      reinterpret_cast<int8_t*>(data_)[d] =
+          static_cast<int8_t>(std::fmin(std::fmax(q, -127.0f), 127.0f));
     }
   }
   void dequantize(float* x, float scale) const {

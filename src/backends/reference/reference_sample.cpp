@@ -18,7 +18,8 @@ void write_logprobs(const SampleBatch& batch, int r, const std::vector<float>& r
   double sum = 0;
   for (const float logit : raw) sum += std::exp(double{logit} - maximum);
   const double log_sum = maximum + std::log(sum);
-  if (result.logprobs != nullptr) result.logprobs[r] = static_cast<float>(raw[static_cast<size_t>(token)] - log_sum);
+  if (result.logprobs != nullptr)
+    result.logprobs[r] = static_cast<float>(raw[static_cast<size_t>(token)] - log_sum);
   if (batch.max_logprobs == 0) return;
   const int wanted = std::min(std::max(batch.rows[r].num_logprobs, 0), batch.max_logprobs);
   std::vector<int32_t> order(raw.size());
@@ -32,7 +33,9 @@ void write_logprobs(const SampleBatch& batch, int r, const std::vector<float>& r
     const int64_t at = int64_t{r} * batch.max_logprobs + j;
     result.top_tokens[at] = j < kept ? order[static_cast<size_t>(j)] : -1;
     result.top_logprobs[at] =
-        j < kept ? static_cast<float>(raw[static_cast<size_t>(order[static_cast<size_t>(j)])] - log_sum) : -INFINITY;
+        j < kept
+            ? static_cast<float>(raw[static_cast<size_t>(order[static_cast<size_t>(j)])] - log_sum)
+            : -INFINITY;
   }
 }
 
@@ -45,7 +48,8 @@ void apply_bias_and_penalties(const SampleBatch& batch, const SampleRow& row, fl
       logit -= row.presence_penalty + row.frequency_penalty * static_cast<float>(seen.output_count);
     }
   }
-  for (int i = row.bias_begin; i < row.bias_end; ++i) logits[batch.bias[i].token] += batch.bias[i].bias;
+  for (int i = row.bias_begin; i < row.bias_end; ++i)
+    logits[batch.bias[i].token] += batch.bias[i].bias;
   if (batch.allowed != nullptr) {
     for (int v = 0; v < batch.vocab_size; ++v) {
       if ((batch.allowed[v / 64] >> (v % 64) & 1) == 0) logits[v] = -INFINITY;
@@ -59,7 +63,8 @@ int32_t draw(const SampleRow& row, int vocab_size, const float* logits) {
 
   std::vector<int32_t> order(static_cast<size_t>(vocab_size));
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
   if (row.top_k > 0 && row.top_k < vocab_size) order.resize(static_cast<size_t>(row.top_k));
 
   // Probabilities relative to the best id, after temperature, over what top_k kept.
@@ -103,7 +108,8 @@ void sample_row(const SampleBatch& batch, int r, float* logits, const SampleResu
   const SampleRow& row = batch.rows[r];
   const std::vector<float> raw(logits, logits + batch.vocab_size);
   apply_bias_and_penalties(batch, row, logits);
-  const int32_t token = row.forced_token >= 0 ? row.forced_token : draw(row, batch.vocab_size, logits);
+  const int32_t token =
+      row.forced_token >= 0 ? row.forced_token : draw(row, batch.vocab_size, logits);
   result.tokens[r] = token;
   if (row.num_logprobs >= 0) write_logprobs(batch, r, raw, token, result);
 }
