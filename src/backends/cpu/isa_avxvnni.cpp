@@ -9,9 +9,12 @@
 
 namespace nibble::cpu {
 namespace {
-#include "backends/cpu/int4_avx2.h"
-#include "backends/cpu/kernel_body.h"
+// In this order: each uses what the one before it defines.
+// clang-format off
 #include "backends/cpu/vector_avx2.h"
+#include "backends/cpu/kernel_body.h"
+#include "backends/cpu/int4_avx2.h"
+// clang-format on
 }  // namespace
 
 #define NIBBLE_KERNELS kKernelsAvxVnni

@@ -4,9 +4,12 @@
 
 namespace nibble::cpu {
 namespace {
-#include "backends/cpu/int4_generic.h"
-#include "backends/cpu/kernel_body.h"
+// In this order: each uses what the one before it defines.
+// clang-format off
 #include "backends/cpu/vector_generic.h"
+#include "backends/cpu/kernel_body.h"
+#include "backends/cpu/int4_generic.h"
+// clang-format on
 }  // namespace
 
 #define NIBBLE_KERNELS kKernelsGeneric
