@@ -30,7 +30,8 @@ nibble_floor(build nibble_engine nibble_pack nibble_backends_reference nibble_ba
 nibble_floor(eval nibble_build)
 nibble_floor(quantize nibble_build)
 nibble_floor(chat nibble_build nibble_text)
-nibble_floor(cli nibble_quantize nibble_eval nibble_chat nibble_bench PkgConfig::LIBEDIT)
+nibble_floor(serve nibble_chat OpenSSL::SSL)
+nibble_floor(cli nibble_quantize nibble_eval nibble_serve nibble_bench PkgConfig::LIBEDIT)
 
 if(EXISTS ${PROJECT_SOURCE_DIR}/src/cli/main.cpp)
   add_executable(nibble $<TARGET_OBJECTS:nibble_cli>)
