@@ -312,12 +312,16 @@ class SessionOn final : public Session, public std::enable_shared_from_this<Sess
         co_await http::async_read_some(stream_, buffer_, *parser, into(ec));
         const bool fits = charge_body(parser->get().body().size());
         if (!fits) {
+          parser.reset();
+          body_charge_.release();
           co_await reject(503, "too many request bodies are being read; retry in a moment");
           co_return false;
         }
       }
     }
     if (ec) {
+      parser.reset();
+      body_charge_.release();
       co_await explain(ec);
       co_return false;
     }
