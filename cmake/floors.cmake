@@ -49,3 +49,10 @@ set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/cli/builtin_calibration.cpp APPEND
   ${PROJECT_SOURCE_DIR}/models/texts/calib.jsonl)
 # The quantizer's searches are plain loops over floats too; its reductions say so with "omp simd".
 target_compile_options(nibble_quantize PRIVATE -O3 -fopenmp-simd)
+
+# So are the files of the chat page.
+set(web_dir ${PROJECT_SOURCE_DIR}/src/serve/web)
+set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/serve/web_page.cpp APPEND PROPERTY COMPILE_DEFINITIONS
+  NIBBLE_WEB_DIR="${web_dir}")
+set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/serve/web_page.cpp APPEND PROPERTY OBJECT_DEPENDS
+  "${web_dir}/index.html;${web_dir}/app.js;${web_dir}/style.css")
