@@ -135,6 +135,8 @@ function editBox(idx) {
 
 function show() {
   const list = $("chat");
+  const main = document.querySelector("main");
+  const atEnd = main.scrollHeight - main.scrollTop - main.clientHeight < 60;
   list.replaceChildren(...messages.map((message, idx) => {
     const item = element("li", { class: message.role });
     if (editing === idx) item.append(...editBox(idx));
@@ -145,6 +147,7 @@ function show() {
   $("empty").hidden = messages.length > 0;
   $("send").hidden = !!abort;
   $("stop").hidden = !abort;
+  if (atEnd) main.scrollTop = main.scrollHeight;
   save();
 }
 
@@ -204,7 +207,7 @@ function requestBody(goOn) {
   const body = {
     messages: messages.map(({ role, content }) => ({ role, content })),
     stream: true,
-    stream_options: { include_usage: true },
+    stream_options: { continuous_usage_stats: true }, // so that a stopped answer is counted too
   };
   if ($("system").value.trim()) body.messages.unshift({ role: "system", content: $("system").value });
   if (goOn) {
@@ -251,7 +254,6 @@ async function answer(goOn) {
   } catch (error) {
     if (error.name === "AbortError") {
       stats.finish = "stopped";
-      stats.tokens = chunks; // the server's count never came
     } else {
       complain(error.message);
     }
