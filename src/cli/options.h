@@ -92,6 +92,17 @@ struct BenchFlags : CommonOptions {
   int batch = 1, prompt_tokens = 512, output_tokens = 64, context = 0, requests = 0;
 };
 
+struct BenchServeFlags : CommonOptions {
+  std::string url, model, api_key_file, text;
+  std::string prompts = "text";  // text | random-ids
+  int vocab_size = 32000, sessions = 100, turns = 1, shared_prefix = 0;
+  int input_len = 128, input_len_max = 0, output_len = 64, output_len_max = 0;  // max 0: fixed
+  int concurrency = 0;
+  double rate = 0, think_s = 0, timeout_s = 600;
+  double slo_ttft_ms = 0, slo_tpot_ms = 0, slo_e2e_ms = 0;
+  uint64_t seed = 1;
+};
+
 struct ServeFlags : CommonOptions {
   std::string model;
   std::vector<std::string> served_model_names;  // empty: the directory's name
@@ -130,6 +141,7 @@ int run_render(const RenderFlags& flags);
 int run_eval(const EvalFlags& flags);
 int run_inspect(const InspectFlags& flags);
 int run_bench(const BenchFlags& flags);
+int run_bench_serve(const BenchServeFlags& flags);
 int run_serve(const ServeFlags& flags);
 
 /// Parses argv and runs the command. Returns the exit status: 0 done, 1 failed, 2 misused, 130

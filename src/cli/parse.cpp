@@ -45,7 +45,10 @@ class Parser {
   int run(int argc, char** argv) {
     try {
       app_.parse(argc, argv);
-      for (CLI::App* command : app_.get_subcommands()) refuse_extras(command);
+      for (CLI::App* command : app_.get_subcommands()) {
+        for (CLI::App* nested : command->get_subcommands()) refuse_extras(nested);
+        refuse_extras(command);
+      }
       if (!app_.remaining().empty()) refuse_extras(&app_);
     } catch (const CLI::Success& success) {
       return app_.exit(success);
@@ -432,14 +435,67 @@ class Parser {
     add_common(c, inspect_);
   }
 
+  CLI::App* add_bench_serve(CLI::App* bench) {
+    auto& f = bench_serve_;
+    CLI::App* c = bench->add_subcommand("serve", "load an OpenAI-compatible server and measure it");
+    c->allow_extras();
+    c->get_formatter()->column_width(38);
+    c->add_option("URL", f.url, "base URL with its version, http://127.0.0.1:8000/v1")->required();
+    c->add_option("--model", f.model, "default: the first the server lists");
+    c->add_option("--api-key-file", f.api_key_file, "file whose first line is the key");
+    c->add_option("--sessions", f.sessions, "conversations in all")
+        ->check(CLI::Range(1, 10'000'000))
+        ->capture_default_str();
+    c->add_option("--turns", f.turns, "requests of a session, each with those before in it")
+        ->check(CLI::Range(1, 10'000))
+        ->capture_default_str();
+    c->add_option("--think-seconds", f.think_s, "pause between an answer and the next turn")
+        ->check(CLI::NonNegativeNumber);
+    c->add_option("--concurrency", f.concurrency, "sessions at a time; 0: no bound")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c->add_option("--rate", f.rate, "sessions begun a second, Poisson; 0: as soon as possible")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    add_choice(c, "--prompts", f.prompts, {"text", "random-ids"},
+               "chats made of words, or text completions of random token ids")
+        ->capture_default_str();
+    c->add_option("--text", f.text, "file the words come from; default: texts shipped with nibble");
+    c->add_option("--vocab-size", f.vocab_size, "random ids are drawn from 100 up to this")
+        ->capture_default_str();
+    c->add_option("--shared-prefix", f.shared_prefix, "words (ids) that every session begins with")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c->add_option("--input-len", f.input_len, "words (ids) of a turn")->capture_default_str();
+    c->add_option("--input-len-max", f.input_len_max, "draw the length from input-len up to this");
+    c->add_option("--output-len", f.output_len, "tokens of an answer")->capture_default_str();
+    c->add_option("--output-len-max", f.output_len_max, "draw it from output-len up to this");
+    c->add_option("--timeout-seconds", f.timeout_s, "of a request")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    c->add_option("--seed", f.seed, "of arrivals, lengths and ids")->capture_default_str();
+    c->add_option("--slo-ttft-ms", f.slo_ttft_ms, "a good request's first token comes within this");
+    c->add_option("--slo-tpot-ms", f.slo_tpot_ms, "its mean time per token is at most this");
+    c->add_option("--slo-e2e-ms", f.slo_e2e_ms, "it is complete within this");
+    c->add_flag("--json", f.json, "print one JSON object instead of text");
+    return c;
+  }
+
   void add_bench() {
     auto& f = bench_;
-    CLI::App* c = command("bench", "measure: latency, throughput or single ops",
+    CLI::App* c = command("bench", "measure: latency, throughput, single ops or a server",
                           [this] { return run_bench(bench_); });
+    CLI::App* serve = add_bench_serve(c);
+    c->callback([this, serve] {
+      if (serve->parsed()) {
+        action_ = [this] { return run_bench_serve(bench_serve_); };
+      } else {
+        action_ = [this] { return run_bench(bench_); };
+      }
+    });
     add_choice(c, "WHAT", f.what, {"latency", "throughput", "ops"},
                "latency: prefill and decode of one batch; throughput: many requests through the "
-               "engine; ops: kernels")
-        ->required();
+               "engine; ops: kernels (or the command serve, below)");
     CLI::Option* model =
         c->add_option("MODEL", f.model, "engine, checkpoint or Hugging Face directory");
     c->add_option("--synthetic", f.synthetic, "random weights of a named shape instead of a model")
@@ -474,6 +530,7 @@ class Parser {
   EvalFlags eval_;
   InspectFlags inspect_;
   BenchFlags bench_;
+  BenchServeFlags bench_serve_;
 };
 
 }  // namespace
