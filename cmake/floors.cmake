@@ -55,7 +55,7 @@ set(web_dir ${PROJECT_SOURCE_DIR}/src/serve/web)
 set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/serve/web_page.cpp APPEND PROPERTY COMPILE_DEFINITIONS
   NIBBLE_WEB_DIR="${web_dir}")
 set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/serve/web_page.cpp APPEND PROPERTY OBJECT_DEPENDS
-  "${web_dir}/index.html;${web_dir}/app.js;${web_dir}/style.css")
+  "${web_dir}/index.html;${web_dir}/app.js;${web_dir}/style.css;${web_dir}/openapi.json")
 
 # Asio has a fence that TSan does not model; its queues are mutexes where it matters to us (one I/O thread).
 if(NIBBLE_SANITIZE MATCHES "thread" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")

@@ -166,7 +166,7 @@ class ApiServerImpl final : public ApiServer {
       (this->*route.handler)(call);
       return;
     }
-    if (options_.web_page) {
+    if (options_.web_page || request.path == kOpenApiPath) {
       if (const WebFile* file = find_web_file(request.path)) {
         if (method != "GET") wrong_method(request, "GET");
         page(call, *file);

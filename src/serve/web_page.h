@@ -1,4 +1,4 @@
-// The chat page at "/": files embedded in the binary.
+// The chat page at "/" and the OpenAPI document: files embedded in the binary.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -12,6 +12,8 @@ struct WebFile {
   std::string_view content;
   std::string_view etag;  // quoted
 };
+
+inline constexpr std::string_view kOpenApiPath = "/openapi.json";  // served without the page too
 
 /// Nothing but this server's own files may run, load or be talked to.
 inline constexpr std::string_view kContentSecurityPolicy =
