@@ -76,7 +76,7 @@ std::string ServerTest::chat_body(const std::string& fields) {
 }
 
 bool ServerTest::eventually(const std::function<bool()>& condition) {
-  for (int i = 0; i < 1000; ++i) {
+  for (int i = 0; i < 6000; ++i) {
     if (condition()) return true;
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }
