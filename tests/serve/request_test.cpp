@@ -377,7 +377,9 @@ TEST(Metrics, TheDashboardAsksOnlyForWhatExists) {
       const std::string expr(target.at("expr").as_string());
       const std::regex name(R"((vllm|nibble):[a-z0-9_]+)");
       for (std::sregex_iterator it(expr.begin(), expr.end(), name), end; it != end; ++it, ++asked) {
-        EXPECT_NE(text.find("\n" + it->str() + "{"), text.npos) << it->str();
+        std::string family = it->str();
+        if (family.ends_with("_bucket")) family.resize(family.size() - 7);
+        EXPECT_NE(text.find("\n# TYPE " + family + " "), text.npos) << family;
       }
     }
   }
