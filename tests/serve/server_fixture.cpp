@@ -19,10 +19,8 @@ const fs::path& nano_engine() {
       fs::remove_all(path);
       const fs::path model = fs::path(NIBBLE_SOURCE_DIR) / "models" / "nano";
       BuildOptions options;
-      options.limits = {.max_batch_size = 16,
-                        .max_input_len = 1000,
-                        .max_output_len = 400,
-                        .max_num_tokens = 256};
+      options.limits = {
+          .max_batch_size = 16, .max_input_len = 1000, .max_output_len = 400, .max_num_tokens = 64};
       options.kv_block_tokens = 16;
       SilentProgress progress;
       build_engine(model, *open_hf(model), options, path, progress);
