@@ -224,6 +224,16 @@ TEST_F(EngineDirectory, KvCacheFormats) {
   const LoadedModel with_scales = load(scratch_ / "static");
   EXPECT_EQ(with_scales.plan.kv_format, KvFormat::kInt8Static);
   EXPECT_FLOAT_EQ(with_scales.weights.layers[1].v_scale, source->kv_scales()->v[1]);
+  // 24 bytes of scales: padding follows, and nothing may hide in it.
+  const fs::path path = scratch_ / "static" / "rank0.engine";
+  const SafetensorsFile file = SafetensorsFile::open(path);
+  for (const auto& entry : file.entries()) {
+    if (!entry.name.starts_with("pad.")) continue;
+    ASSERT_NO_FATAL_FAILURE(flip_byte(path, file.data_start() + entry.end - 1));
+    EXPECT_THAT(refusal(scratch_ / "static"), AllOf(HasSubstr(entry.name), HasSubstr("damaged")));
+    ASSERT_NO_FATAL_FAILURE(flip_byte(path, file.data_start() + entry.end - 1));
+  }
+  EXPECT_TRUE(file.contains("pad.0"));
 }
 
 TEST_F(EngineDirectory, OneFlippedByteInTheEngineFileIsRefused) {
