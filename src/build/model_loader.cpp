@@ -7,6 +7,7 @@
 #include "backends/reference/reference_backend.h"
 #include "base/error.h"
 #include "base/nearest.h"
+#include "build/engine_check.h"
 #include "build/tokenizer_files.h"
 
 namespace nibble {
@@ -57,7 +58,7 @@ LoadedModel load_model(const fs::path& directory, const LoadOptions& options) {
   if (kind == ModelKind::kEngine) {
     SafetensorsFile file = SafetensorsFile::open(directory / "rank0.engine");
     model.plan = read_engine_plan(file, directory);
-    if (options.verify) verify_engine(file);
+    if (options.verify) verify_engine(file, directory);
     model.tensors = std::make_unique<EngineTensors>(EngineTensors::from_file(std::move(file)));
     finish_loading(model, options);
   } else {

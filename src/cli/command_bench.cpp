@@ -47,9 +47,9 @@ LoadedModel load(const BenchFlags& flags, TerminalProgress& progress) {
     fail(ErrorKind::kUsage, "bench: give a MODEL directory or --synthetic SHAPE");
   }
   if (!flags.model.empty()) return load_model(flags.model, load_options(flags));
+  const ModelSpec& spec = synthetic_shape(flags.synthetic).spec;
   progress.note(fmt::format("making random int4 weights of shape {}", flags.synthetic));
-  return load_source(open_synthetic(synthetic_shape(flags.synthetic).spec, /*seed=*/1),
-                     load_options(flags));
+  return load_source(open_synthetic(spec, /*seed=*/1), load_options(flags));
 }
 
 struct Timeline {  // of one request
@@ -155,7 +155,8 @@ struct Share {  // of step time outside the decoder and sampling
 
 int run_latency(const BenchFlags& flags, LoadedModel model) {
   Load load(std::move(model), flags.batch);
-  load.run(flags.batch, flags.batch, std::min(flags.prompt_tokens, 64), 4);  // warm up
+  load.run(flags.batch, flags.batch, std::min(flags.prompt_tokens, 64),
+           std::min(flags.output_tokens, 4));  // warm up
   const double bandwidth = measure_read_bandwidth(flags.threads);
   const Share share{load.engine().stats()};
   const std::vector<Timeline> times =
@@ -208,7 +209,8 @@ int run_latency(const BenchFlags& flags, LoadedModel model) {
 int run_throughput(const BenchFlags& flags, LoadedModel model) {
   const int requests = flags.requests > 0 ? flags.requests : 4 * flags.batch;
   Load load(std::move(model), flags.batch);
-  load.run(flags.batch, flags.batch, std::min(flags.prompt_tokens, 64), 4);
+  load.run(flags.batch, flags.batch, std::min(flags.prompt_tokens, 64),
+           std::min(flags.output_tokens, 4));
   const double bandwidth = measure_read_bandwidth(flags.threads);
   const Share share{load.engine().stats()};
   const auto start = Clock::now();
