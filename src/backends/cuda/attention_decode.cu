@@ -350,7 +350,7 @@ int launch(const DecodeAttentionArgs& args, const DecodeParams& params, void* st
   LinearArgs common{};
   common.dependent = args.dependent;
   return launch_linear(decode_kernel<kWarps, kStages>, common, args.num_sms, kWarps * 32,
-                       kWarps * kStages * (kPairBytes + 8), stream, params);
+                       kWarps * kStages * (kPairBytes + 8), stream, 1, params);
 }
 
 }  // namespace

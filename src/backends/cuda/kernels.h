@@ -50,9 +50,15 @@ enum class SmallTactic : int {
 };
 int linear_small(const LinearArgs& args, void* stream);
 
-// linear_wgmma.cu: any M, made for 9 .. 256. tactic = 16 * blocks + split: row tiles of 128 *
-// blocks (1 or 2), each one's k shared by `split` CTAs (1: whole tiles).
-int linear_wgmma_box_rows(int tokens);
+// linear_wgmma.cu: any M, made for 9 and more. A tactic as one printable number: row blocks of 64
+// per CTA (2 or 4), CTAs per cluster (1 or 2), CTAs that share a tile's k (1 .. 8).
+struct WgmmaTactic {
+  int row_blocks, cluster, split;
+  int encode() const { return row_blocks * 100 + cluster * 10 + split; }
+  static WgmmaTactic decode(int tactic) { return {tactic / 100, tactic / 10 % 10, tactic % 10}; }
+};
+WgmmaTactic wgmma_tactic(const LinearArgs& args);
+int linear_wgmma_box_rows(int tokens);  // of x_map
 int linear_wgmma(const LinearArgs& args, void* stream);
 
 // The kernel measured best for the shape (docs/kernels.md); x_map has linear_wgmma_box_rows.

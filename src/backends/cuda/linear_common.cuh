@@ -19,6 +19,7 @@ struct LinearParams {
   int num_tiles;           // row tiles, as the kernel cuts them
   int groups;              // K / 128
   int token_tiles, split;  // linear_wgmma
+  int epilogue;            // linear_wgmma: an Epilogue
   int early_slots;         // linear_small: ring slots requested before the dependency is met
   int tokens, rows, k, x_stride, out_stride;
   const __nv_bfloat16* x;
@@ -57,7 +58,7 @@ inline LinearParams make_linear_params(const LinearArgs& args, int tile_rows) {
 
 template <typename... Parameters>
 int launch_linear(void (*kernel)(Parameters...), const LinearArgs& args, int grid, int threads,
-                  int smem_bytes, void* stream, const Parameters&... parameters) {
+                  int smem_bytes, void* stream, int cluster, const Parameters&... parameters) {
   // NOTE: once per kernel would do; the call is cheap and captures fine in a graph.
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
@@ -67,11 +68,18 @@ int launch_linear(void (*kernel)(Parameters...), const LinearArgs& args, int gri
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = args.dependent ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  config.attrs = attributes;
+  if (args.dependent) {
+    auto& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    a.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    auto& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeClusterDimension;
+    a.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
   return cudaLaunchKernelEx(&config, kernel, parameters...);
 }
 
@@ -180,44 +188,48 @@ __device__ __forceinline__ void take_over_batch(uint4* piece, int stride, float 
   }
 }
 
-// Four pairs from each of two senders (the second may be null), added in that order.
-__device__ __forceinline__ void take_over_two(uint4* first, uint4* second, int stride,
-                                              float (&sum)[8]) {
-  uint4 v[2][4];
-  bool ready;
-  do {
-    ready = true;
+// Adds two pairs (`pair_stride` apart) from each CTA but `rank` of the `split` senders, in their
+// order; the loads of four senders are in flight together.
+__device__ __forceinline__ void take_over_senders(uint4* first, int sender_stride, int pair_stride,
+                                                  int rank, int split, float (&sum)[4]) {
+  for (int n = 0; n + 1 < split; n += 4) {
+    uint4 v[4][2];
+    bool ready;
+    do {
+      ready = true;
 #pragma unroll
-    for (int s = 0; s < 2; ++s)
+      for (int s = 0; s < 4; ++s)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        v[s][i] = make_uint4(0, 1, 0, 1);
-        uint4* from = (s ? second : first) + i * stride;
-        if (s == 0 || second) {
-          asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                       : "=r"(v[s][i].x), "=r"(v[s][i].y), "=r"(v[s][i].z), "=r"(v[s][i].w)
-                       : "l"(from)
+        for (int i = 0; i < 2; ++i) {
+          v[s][i] = make_uint4(0, 1, 0, 1);
+          if (n + s + 1 < split) {
+            const int sender = n + s + (n + s >= rank);
+            asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(v[s][i].x), "=r"(v[s][i].y), "=r"(v[s][i].z), "=r"(v[s][i].w)
+                         : "l"(first + sender * sender_stride + i * pair_stride)
+                         : "memory");
+          }
+        }
+#pragma unroll
+      for (int s = 0; s < 4; ++s)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) ready = ready && v[s][i].y == 1 && v[s][i].w == 1;
+    } while (!ready);
+#pragma unroll
+    for (int s = 0; s < 4; ++s)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (n + s + 1 < split) {
+          const int sender = n + s + (n + s >= rank);
+          asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(
+                           first + sender * sender_stride + i * pair_stride),
+                       "r"(0u)
                        : "memory");
+          sum[2 * i] += __uint_as_float(v[s][i].x);
+          sum[2 * i + 1] += __uint_as_float(v[s][i].z);
         }
       }
-#pragma unroll
-    for (int s = 0; s < 2; ++s)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) ready = ready && v[s][i].y == 1 && v[s][i].w == 1;
-  } while (!ready);
-#pragma unroll
-  for (int s = 0; s < 2; ++s)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (s == 0 || second) {
-        asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(
-                         (s ? second : first) + i * stride),
-                     "r"(0u)
-                     : "memory");
-        sum[2 * i] += __uint_as_float(v[s][i].x);
-        sum[2 * i + 1] += __uint_as_float(v[s][i].z);
-      }
-    }
+  }
 }
 
 }  // namespace nibble::cuda

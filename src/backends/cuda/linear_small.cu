@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_small_kernel(const LinearP
 template <int kTokens, int kHalves, Epilogue kEpilogue>
 int launch(const LinearArgs& args, const LinearParams& params, int grid, void* stream) {
   return launch_linear(linear_small_kernel<kTokens, kHalves, kEpilogue>, args, grid, kThreads,
-                       Config<kTokens, kHalves>::kSmemBytes, stream, params);
+                       Config<kTokens, kHalves>::kSmemBytes, stream, 1, params);
 }
 
 template <int kTokens, int kHalves>
