@@ -17,7 +17,7 @@
 // Wide matrices: whole tiles per CTA, in an order that keeps the tiles in flight in a compact patch
 // (12 row tiles x all their token tiles) so that L2 serves both operands. Narrow ones: S CTAs share
 // a tile's k and reduce-scatter it: each owns some of the tokens (in eights), sends the others'
-// sums away in the tagged f32 pairs of linear_common.cuh and adds what it gets in CTA order.
+// sums away in the f32 exchange of linear_common.cuh and adds what it gets in CTA order.
 // Deterministic either way.
 //
 // Limits: K a multiple of 8, rows a multiple of 8 (16 with SiLU); sm_90a. All CTAs of a split grid
@@ -62,7 +62,7 @@ struct Config {
   static constexpr int kExchangeBytes = kRowBlocks == 4 ? 0 : kOctets * 4 * 128 * 4;
   static constexpr int kScratch = kStagingBytes > kExchangeBytes ? kStagingBytes : kExchangeBytes;
   static constexpr int kFit = (kSmemLimit - 4 * kScratch - 256) / (kXBytes + kWBytes);
-  static constexpr int kStages = kFit < 10 ? kFit : 10;
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kWOffset = kStages * kXBytes;
   static constexpr int kScratchOffset = kWOffset + kStages * kWBytes;
   static constexpr int kBarOffset = kScratchOffset + 4 * kScratch;
@@ -157,17 +157,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (; stage < early; ++stage, from += 2 * kBlockBytes) load_w(from, stage);
       ptx::grid_dependency_wait();
       for (stage = 0; stage < early; ++stage, x += 128) load_x(x, y, stage);
-      int phase = 1;
-      if (stage == C::kStages) stage = phase = 0;
+      // A tile starts at stage 0, so barriers have parities of their own.
+      uint32_t parities = ~0u << early;
+      if (stage == C::kStages) stage = 0;
       for (int t = first_tile;;) {
         for (; x < g_end * 128; x += 128, from += 2 * kBlockBytes) {
-          ptx::mbarrier_wait(empty + stage * 8, phase);
+          ptx::mbarrier_wait(empty + stage * 8, parities >> stage & 1);
+          parities ^= 1u << stage;
           load_w(from, stage);
           load_x(x, y, stage);
-          if (++stage == C::kStages) {
-            stage = 0;
-            phase ^= 1;
-          }
+          if (++stage == C::kStages) stage = 0;
         }
         t += tile_step;
         if (t >= num_tiles) break;
@@ -175,6 +174,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         from = weights_of(at);
         x = g_begin * 128;
         y = at.token * kTokens;
+        stage = 0;
       }
     }
     __syncwarp();
@@ -192,16 +192,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint32_t a[2][2][4], raw[4];
   ptx::RowScales scales;
   float acc[kTokens / 2];
-  int stage = 0, phase = 0;
+  uint32_t parities = 0;  // of the full barriers, one bit a stage
   const uint32_t nibbles_at =
-      C::kWOffset + row_block * kBlockBytes + m16 * 1024 + k_half * 512 + lane * 16;
+      base + C::kWOffset + row_block * kBlockBytes + m16 * 1024 + k_half * 512 + lane * 16;
   const uint32_t scales_at =
-      C::kWOffset + row_block * kBlockBytes + kNibbleBytes + g8 * 16 + m16 * 4;
+      base + C::kWOffset + row_block * kBlockBytes + kNibbleBytes + g8 * 16 + m16 * 4;
+  const uint32_t x_at = ptx::descriptor_address(base) + k_half * (kTokens * 128 >> 4);
+  auto arrived = [&](int s) {
+    ptx::mbarrier_wait(full + s * 8, parities >> s & 1);
+    parities ^= 1u << s;
+  };
   auto fetch = [&](int s, int k64) {
-    ptx::load_shared_16(raw, base + s * C::kWBytes + nibbles_at + k64 * 512);
+    ptx::load_shared_16(raw, nibbles_at + s * C::kWBytes + k64 * 512);
   };
   auto fetch_scales = [&](int s) {
-    scales = ptx::row_scales(ptx::load_shared_4(base + s * C::kWBytes + scales_at));
+    scales = ptx::row_scales(ptx::load_shared_4(scales_at + s * C::kWBytes));
   };
   auto release = [&](int s) {
     if (lane == 0) {
@@ -216,51 +221,56 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int t = first_tile; t < num_tiles; t += tile_step) {
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
-    ptx::mbarrier_wait(full + stage * 8, phase);
-    fetch_scales(stage);
-    fetch(stage, 0);
+    arrived(0);
+    fetch_scales(0);
+    fetch(0, 0);
     ptx::dequant(a[0][0], raw[0], scales);
     ptx::dequant(a[0][1], raw[1], scales);
 
-    int previous = -1;
+    // The stages are unrolled: every address below is a register plus a constant. (With the stage
+    // in a register, a third of the loop's instructions were address arithmetic.)
+    int left = g_end - g_begin;
+    bool first = true;
 #pragma unroll 1
-    for (int g = g_begin; g < g_end; ++g) {
-      const int next_stage = stage + 1 == C::kStages ? 0 : stage + 1;
-      const int next_phase = phase ^ (next_stage == 0);
-      const uint64_t b = ptx::descriptor_k_major(base + stage * C::kXBytes) +
-                         static_cast<uint64_t>(k_half * (kTokens * 128 >> 4));
+    do {
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        ptx::wgmma_fence();
+      for (int s = 0; s < C::kStages; ++s) {
+        constexpr int kLast = C::kStages - 1;
+        const int next = s == kLast ? 0 : s + 1, previous = s == 0 ? kLast : s - 1;
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          ptx::Wgmma<kTokens>::rs_bf16(acc, a[i & 1][k],
-                                       b + (i / 2) * (kTokens * 128 >> 4) + ((i & 1) * 2 + k) * 2);
-        }
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<1>();  // the group before: its operand buffer and its stage are free
-        if (i == 0 && previous >= 0) release(previous);
-        if (i % 2 == 0) {
-          ptx::dequant(a[1][0], raw[2], scales);
-          ptx::dequant(a[1][1], raw[3], scales);
-          if (i + 2 < kGroups) {
-            fetch(stage, 1);
-          } else if (g + 1 < g_end) {
-            ptx::mbarrier_wait(full + next_stage * 8, next_phase);
-            fetch_scales(next_stage);
-            fetch(next_stage, 0);
+        for (int i = 0; i < kGroups; ++i) {
+          ptx::wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            ptx::Wgmma<kTokens>::rs_bf16(
+                acc, a[i & 1][k],
+                ptx::descriptor_k_major(x_at + ((s * C::kXBytes + (i / 2) * kTokens * 128) >> 4) +
+                                        ((i & 1) * 2 + k) * 2));
           }
-        } else {  // after the last group of the tile these are unused
-          ptx::dequant(a[0][0], raw[0], scales);
-          ptx::dequant(a[0][1], raw[1], scales);
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<1>();  // the group before: its operand buffer and its stage are free
+          if (i == 0 && (s > 0 || !first)) release(previous);
+          if (i % 2 == 0) {
+            ptx::dequant(a[1][0], raw[2], scales);
+            ptx::dequant(a[1][1], raw[3], scales);
+            if (i + 2 < kGroups) {
+              fetch(s, 1);
+            } else if (left > 1) {
+              arrived(next);
+              fetch_scales(next);
+              fetch(next, 0);
+            }
+          } else {  // after the last group of the tile these are unused
+            ptx::dequant(a[0][0], raw[0], scales);
+            ptx::dequant(a[0][1], raw[1], scales);
+          }
         }
+        if (--left == 0) break;
       }
-      previous = stage;
-      stage = next_stage;
-      phase = next_phase;
-    }
+      first = false;
+    } while (left > 0);
     ptx::wgmma_wait<0>();
-    release(previous);
+    release((g_end - g_begin - 1) % C::kStages);
 
     // sums[i]: this warpgroup's eights of tokens; eight i is tokens 8i (4 row blocks) or
     // 8 (2i + k_half).
@@ -296,24 +306,21 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     const int own = rank * C::kOctets / split, own_end = (rank + 1) * C::kOctets / split;
     if (split > 1) {
-      // pieces: [CTA that owns][CTA that sends][eight of the owner][pair 2][thread]
+      // pieces: [CTA that owns][CTA that sends][eight of the owner][thread][4]
       const int share = (C::kOctets + split - 1) / split;
       auto place = [&](int owner, int sender, int octet) {
         return p.pieces + (blockIdx.x + (owner - rank) * kCluster) * p.piece_stride +
-               ((sender * share + octet - owner * C::kOctets / split) * 2) * 512 + tid;
+               (sender * share + octet - owner * C::kOctets / split) * 2048 + tid * 4;
       };
 #pragma unroll
       for (int i = 0; i < C::kOctets; ++i) {
         if (i >= own && i < own_end) continue;
-        const int owner = ((i + 1) * split - 1) / C::kOctets;
-        uint4* to = place(owner, rank, i);
-        hand_over<2>(to, reinterpret_cast<const float(&)[2]>(sums[i][0]));
-        hand_over<2>(to + 512, reinterpret_cast<const float(&)[2]>(sums[i][2]));
+        hand_over(place(((i + 1) * split - 1) / C::kOctets, rank, i), sums[i]);
       }
 #pragma unroll
       for (int i = 0; i < C::kOctets; ++i) {
         if (i < own || i >= own_end) continue;
-        take_over_senders(place(rank, 0, i), share * 1024, 512, rank, split, sums[i]);
+        take_over_senders(place(rank, 0, i), share * 2048, rank, split, sums[i]);
       }
     }
 
@@ -423,14 +430,14 @@ WgmmaTactic wgmma_tactic(const LinearArgs& args) {
   const int tokens = tile_tokens(args.tokens);
   const int64_t tiles128 = (args.rows + 127) / 128;
   const int64_t token_tiles = (args.tokens + tokens - 1) / tokens;
-  // Wide: whole 256-row tiles. Narrow: k shared by as many CTAs as there are SMs.
-  WgmmaTactic t{4, 1, 1};
-  if (tiles128 / 2 * token_tiles < args.num_sms * 9 / 10) {
-    t.row_blocks = tiles128 * token_tiles * 2 > args.num_sms || tokens == 16 ? 4 : 2;
-    const int64_t tiles = tiles128 * 2 / t.row_blocks * token_tiles;
-    t.split = static_cast<int>(std::max<int64_t>(1, args.num_sms / tiles));
-  }
-  return t;
+  const auto slots = static_cast<int64_t>(args.num_sms);
+  if (tiles128 / 2 * token_tiles >= slots * 9 / 10) return {4, tokens <= 32 ? 1 : 2, 1};
+  // Narrow: k shared by as many CTAs as there are SMs, where a long k pays for the exchange.
+  const bool fits = tiles128 * token_tiles * 2 <= slots, long_k = args.k >= 16384;
+  const int row_blocks = long_k && (tokens <= 32 || !fits) ? 4 : 2;
+  const int64_t tiles = tiles128 * 2 / row_blocks * token_tiles;
+  const auto split = static_cast<int>(std::max<int64_t>(1, slots / tiles));
+  return {row_blocks, 1, split};
 }
 
 int linear_wgmma(const LinearArgs& args, void* stream) {
