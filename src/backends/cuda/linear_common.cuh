@@ -184,7 +184,9 @@ __device__ __forceinline__ void take_over_senders(float* first, int sender_strid
   const float empty = __uint_as_float(kEmpty);
   const float empties[4] = {empty, empty, empty, empty};
   for (int n = 0; n + 1 < split; n += 4) {
-    uint32_t v[4][4];
+    // NOTE: initialised, though never used unread: otherwise they live from the kernel's start, and
+    // ptxas keeps 16 registers for them through the main loop.
+    uint32_t v[4][4] = {};
     bool ready;
     do {
       ready = true;

@@ -80,7 +80,7 @@ __device__ __forceinline__ Tile find_tile(int t, int row_tiles, int token_tiles,
   return {base + in % width, in / width};
 }
 
-template <int kTokens, int kRowBlocks, int kCluster>
+template <int kTokens, int kRowBlocks, int kCluster, bool kSplit>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_wgmma_kernel(const __grid_constant__ CUtensorMap x_map, const LinearParams p) {
   using C = Config<kTokens, kRowBlocks>;
@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int cluster = blockIdx.x / kCluster, num_clusters = gridDim.x / kCluster;
   // A cluster works on kCluster adjacent row tiles at a time; with split > 1 on one part of one.
   const int row_tiles = p.num_tiles / kCluster;
-  const int split = p.split, rank = cluster % split;
-  const int tile_step = split > 1 ? 1 << 29 : num_clusters, num_tiles = row_tiles * p.token_tiles;
+  const int split = kSplit ? p.split : 1, rank = kSplit ? cluster % split : 0;
+  const int tile_step = kSplit ? 1 << 29 : num_clusters, num_tiles = row_tiles * p.token_tiles;
   const int first_tile = cluster / split;
   const int g_begin = rank * p.groups / split, g_end = (rank + 1) * p.groups / split;
 
@@ -304,23 +304,27 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::named_barrier(5 + row_block, 256);  // scratch is free for the staging below
     }
 
-    const int own = rank * C::kOctets / split, own_end = (rank + 1) * C::kOctets / split;
-    if (split > 1) {
+    // NOTE: opaque copies, or the compiler computes the exchange's addresses before the main loop
+    // and has no registers left for it.
+    int part = rank, parts = split;
+    if constexpr (kSplit) asm volatile("" : "+r"(part), "+r"(parts));
+    const int own = part * C::kOctets / parts, own_end = (part + 1) * C::kOctets / parts;
+    if constexpr (kSplit) {
       // pieces: [CTA that owns][CTA that sends][eight of the owner][thread][4]
-      const int share = (C::kOctets + split - 1) / split;
+      const int share = (C::kOctets + parts - 1) / parts;
       auto place = [&](int owner, int sender, int octet) {
-        return p.pieces + (blockIdx.x + (owner - rank) * kCluster) * p.piece_stride +
-               (sender * share + octet - owner * C::kOctets / split) * 2048 + tid * 4;
+        return p.pieces + (blockIdx.x + (owner - part) * kCluster) * p.piece_stride +
+               (sender * share + octet - owner * C::kOctets / parts) * 2048 + tid * 4;
       };
 #pragma unroll
       for (int i = 0; i < C::kOctets; ++i) {
         if (i >= own && i < own_end) continue;
-        hand_over(place(((i + 1) * split - 1) / C::kOctets, rank, i), sums[i]);
+        hand_over(place(((i + 1) * parts - 1) / C::kOctets, part, i), sums[i]);
       }
 #pragma unroll
       for (int i = 0; i < C::kOctets; ++i) {
         if (i < own || i >= own_end) continue;
-        take_over_senders(place(rank, 0, i), share * 2048, rank, split, sums[i]);
+        take_over_senders(place(part, 0, i), share * 2048, part, parts, sums[i]);
       }
     }
 
@@ -414,8 +418,10 @@ int launch(const LinearArgs& args, int split, void* stream) {
   CUtensorMap map;
   static_assert(sizeof(CUtensorMap) == sizeof(TensorMap));
   std::memcpy(&map, args.x_map, sizeof map);
-  return launch_linear(linear_wgmma_kernel<kTokens, kRowBlocks, kCluster>, args,
-                       clusters * kCluster, kThreads, C::kSmemBytes, stream, kCluster, map, p);
+  auto* kernel = p.split > 1 ? linear_wgmma_kernel<kTokens, kRowBlocks, kCluster, true>
+                             : linear_wgmma_kernel<kTokens, kRowBlocks, kCluster, false>;
+  return launch_linear(kernel, args, clusters * kCluster, kThreads, C::kSmemBytes, stream, kCluster,
+                       map, p);
 }
 
 int tile_tokens(int tokens) {
