@@ -8,8 +8,8 @@
 // (multicast). Flops: 2*M*N*K with M padded to the token tile (16, 32, 64, 128).
 //
 // Work split: a CTA is 16 consumer warps (four warpgroups) and one producer warp. A tile has
-// kRowBlocks = 4 blocks of 64 rows, one per warpgroup; or 2, and then a stage's 128 k are shared
-// by two warpgroups that add up at the end of the tile (each gets every second eight of tokens).
+// kRowBlocks = 4 blocks of 64 rows, one per warpgroup; or 2, and then two warpgroups take a block's
+// stages in turn and add up at the end of the tile (each gets every second eight of tokens).
 // A warpgroup's rhythm: issue the two wgmma of 32 k, wait for the two before, dequantize the next
 // 32 k into the operand buffer that this frees. So a warpgroup always has work queued: when each
 // waited for all of its own, the four of them fell into step and the tensor cores idled while all
@@ -62,7 +62,8 @@ struct Config {
   static constexpr int kExchangeBytes = kRowBlocks == 4 ? 0 : kOctets * 4 * 128 * 4;
   static constexpr int kScratch = kStagingBytes > kExchangeBytes ? kStagingBytes : kExchangeBytes;
   static constexpr int kFit = (kSmemLimit - 4 * kScratch - 256) / (kXBytes + kWBytes);
-  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kWays = 4 / kRowBlocks;  // warpgroups that share a row block
+  static constexpr int kStages = (kFit < 8 ? kFit : 8) / kWays * kWays;
   static constexpr int kWOffset = kStages * kXBytes;
   static constexpr int kScratchOffset = kWOffset + kStages * kWBytes;
   static constexpr int kBarOffset = kScratchOffset + 4 * kScratch;
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (tid == 0) {
     for (int i = 0; i < C::kStages; ++i) {
       ptx::mbarrier_init(full + i * 8, 1);
-      ptx::mbarrier_init(empty + i * 8, kConsumerWarps * kCluster);
+      ptx::mbarrier_init(empty + i * 8, kConsumerWarps / C::kWays * kCluster);
     }
     ptx::mbarrier_init_fence();
   }
@@ -184,22 +185,22 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   ptx::registers_grow<112>();
   const int wg = warp >> 2, m16 = warp & 3, g8 = lane >> 2, t4 = lane & 3;
-  const int row_block = kRowBlocks == 4 ? wg : wg & 1, k_half = kRowBlocks == 4 ? 0 : wg >> 1;
-  // A group is 32 k: two wgmma from one of the two operand buffers. There are two or four a stage,
-  // so the buffers alternate statically.
-  constexpr int kGroups = kRowBlocks;
+  const int row_block = kRowBlocks == 4 ? wg : wg & 1, way = kRowBlocks == 4 ? 0 : wg >> 1;
   const uint32_t scratch = base + C::kScratchOffset + wg * C::kScratch;
+  // This warpgroup's stages are way, way + kWays, ... A group is 32 k: two wgmma from one of the
+  // two operand buffers; four a stage, so the buffers alternate statically.
   uint32_t a[2][2][4], raw[4];
   ptx::RowScales scales;
   float acc[kTokens / 2];
   uint32_t parities = 0;  // of the full barriers, one bit a stage
-  const uint32_t nibbles_at =
-      base + C::kWOffset + row_block * kBlockBytes + m16 * 1024 + k_half * 512 + lane * 16;
-  const uint32_t scales_at =
-      base + C::kWOffset + row_block * kBlockBytes + kNibbleBytes + g8 * 16 + m16 * 4;
-  const uint32_t x_at = ptx::descriptor_address(base) + k_half * (kTokens * 128 >> 4);
+  const uint32_t weights_at = base + C::kWOffset + way * C::kWBytes + row_block * kBlockBytes;
+  const uint32_t nibbles_at = weights_at + m16 * 1024 + lane * 16;
+  const uint32_t scales_at = weights_at + kNibbleBytes + g8 * 16 + m16 * 4;
+  const uint32_t x_at = ptx::descriptor_address(base) + way * (C::kXBytes >> 4);
+  const uint32_t my_full = full + way * 8, my_empty = empty + way * 8;
+  const int stages = (g_end - g_begin + C::kWays - 1 - way) / C::kWays;  // of this warpgroup
   auto arrived = [&](int s) {
-    ptx::mbarrier_wait(full + s * 8, parities >> s & 1);
+    ptx::mbarrier_wait(my_full + s * 8, parities >> s & 1);
     parities ^= 1u << s;
   };
   auto fetch = [&](int s, int k64) {
@@ -210,9 +211,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   auto release = [&](int s) {
     if (lane == 0) {
-      ptx::mbarrier_arrive(empty + s * 8);
+      ptx::mbarrier_arrive(my_empty + s * 8);
       if constexpr (kCluster == 2) {
-        ptx::mbarrier_arrive_remote(empty + s * 8, static_cast<uint32_t>(peer ^ 1));
+        ptx::mbarrier_arrive_remote(my_empty + s * 8, static_cast<uint32_t>(peer ^ 1));
       }
     }
   };
@@ -221,59 +222,62 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int t = first_tile; t < num_tiles; t += tile_step) {
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
-    arrived(0);
-    fetch_scales(0);
-    fetch(0, 0);
-    ptx::dequant(a[0][0], raw[0], scales);
-    ptx::dequant(a[0][1], raw[1], scales);
+    int left = stages;
+    if (left > 0) {
+      arrived(0);
+      fetch_scales(0);
+      fetch(0, 0);
+      ptx::dequant(a[0][0], raw[0], scales);
+      ptx::dequant(a[0][1], raw[1], scales);
 
-    // The stages are unrolled: every address below is a register plus a constant. (With the stage
-    // in a register, a third of the loop's instructions were address arithmetic.)
-    int left = g_end - g_begin;
-    bool first = true;
+      // The stages are unrolled: every address below is a register plus a constant. (With the stage
+      // in a register, a third of the loop's instructions were address arithmetic.)
+      bool first = true;
 #pragma unroll 1
-    do {
+      do {
 #pragma unroll
-      for (int s = 0; s < C::kStages; ++s) {
-        constexpr int kLast = C::kStages - 1;
-        const int next = s == kLast ? 0 : s + 1, previous = s == 0 ? kLast : s - 1;
+        for (int s = 0; s < C::kStages; s += C::kWays) {
+          constexpr int kLast = C::kStages - C::kWays;
+          const int next = s == kLast ? 0 : s + C::kWays;
+          const int previous = s == 0 ? kLast : s - C::kWays;
 #pragma unroll
-        for (int i = 0; i < kGroups; ++i) {
-          ptx::wgmma_fence();
+          for (int i = 0; i < 4; ++i) {
+            ptx::wgmma_fence();
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            ptx::Wgmma<kTokens>::rs_bf16(
-                acc, a[i & 1][k],
-                ptx::descriptor_k_major(x_at + ((s * C::kXBytes + (i / 2) * kTokens * 128) >> 4) +
-                                        ((i & 1) * 2 + k) * 2));
-          }
-          ptx::wgmma_commit();
-          ptx::wgmma_wait<1>();  // the group before: its operand buffer and its stage are free
-          if (i == 0 && (s > 0 || !first)) release(previous);
-          if (i % 2 == 0) {
-            ptx::dequant(a[1][0], raw[2], scales);
-            ptx::dequant(a[1][1], raw[3], scales);
-            if (i + 2 < kGroups) {
-              fetch(s, 1);
-            } else if (left > 1) {
-              arrived(next);
-              fetch_scales(next);
-              fetch(next, 0);
+            for (int k = 0; k < 2; ++k) {
+              ptx::Wgmma<kTokens>::rs_bf16(
+                  acc, a[i & 1][k],
+                  ptx::descriptor_k_major(x_at + ((s * C::kXBytes + (i / 2) * kTokens * 128) >> 4) +
+                                          ((i & 1) * 2 + k) * 2));
             }
-          } else {  // after the last group of the tile these are unused
-            ptx::dequant(a[0][0], raw[0], scales);
-            ptx::dequant(a[0][1], raw[1], scales);
+            ptx::wgmma_commit();
+            ptx::wgmma_wait<1>();  // the group before: its operand buffer and its stage are free
+            if (i == 0 && (s > 0 || !first)) release(previous);
+            if (i % 2 == 0) {
+              ptx::dequant(a[1][0], raw[2], scales);
+              ptx::dequant(a[1][1], raw[3], scales);
+              if (i == 0) {
+                fetch(s, 1);
+              } else if (left > 1) {
+                arrived(next);
+                fetch_scales(next);
+                fetch(next, 0);
+              }
+            } else {  // after the last group of the tile these are unused
+              ptx::dequant(a[0][0], raw[0], scales);
+              ptx::dequant(a[0][1], raw[1], scales);
+            }
           }
+          if (--left == 0) break;
         }
-        if (--left == 0) break;
-      }
-      first = false;
-    } while (left > 0);
-    ptx::wgmma_wait<0>();
-    release((g_end - g_begin - 1) % C::kStages);
+        first = false;
+      } while (left > 0);
+      ptx::wgmma_wait<0>();
+      release((stages - 1) * C::kWays % C::kStages);
+    }
 
     // sums[i]: this warpgroup's eights of tokens; eight i is tokens 8i (4 row blocks) or
-    // 8 (2i + k_half).
+    // 8 (2i + way).
     float sums[C::kOctets][4];
     if constexpr (kRowBlocks == 4) {
 #pragma unroll
@@ -282,14 +286,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int j = 0; j < 4; ++j) sums[i][j] = acc[i * 4 + j];
     } else {
       const uint32_t mine = scratch + (tid & 127) * 16;
-      const uint32_t other = k_half ? mine - 2 * C::kScratch : mine + 2 * C::kScratch;
+      const uint32_t other = way ? mine - 2 * C::kScratch : mine + 2 * C::kScratch;
 #pragma unroll
       for (int i = 0; i < C::kOctets; ++i) {
         float send[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          send[j] = k_half ? acc[i * 8 + j] : acc[i * 8 + 4 + j];
-          sums[i][j] = k_half ? acc[i * 8 + 4 + j] : acc[i * 8 + j];
+          send[j] = way ? acc[i * 8 + j] : acc[i * 8 + 4 + j];
+          sums[i][j] = way ? acc[i * 8 + 4 + j] : acc[i * 8 + j];
         }
         ptx::store_shared_16(mine + i * 2048, send);
       }
@@ -344,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     auto locate = [&](int pass) -> int64_t {
       const int octet = 2 * pass + (in >> 3);
       const int token =
-          at.token * kTokens + (in & 7) + 8 * (kRowBlocks == 4 ? octet : 2 * octet + k_half);
+          at.token * kTokens + (in & 7) + 8 * (kRowBlocks == 4 ? octet : 2 * octet + way);
       const bool mine =
           octet >= own && octet < own_end && token < p.tokens && column < p.out_stride;
       return mine ? static_cast<int64_t>(token) * p.out_stride + column : -1;
