@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ops/sample_operands.h"
+
 namespace nibble::cuda {
 
 // Opaque copy of a CUtensorMap.
@@ -32,7 +34,7 @@ struct LinearArgs {
   const void* residual;    // bf16 [tokens, rows] for kResidual
   const float* out_scale;  // [rows/2] for kSiluMul, or null: AWQ pre-scale of the next linear
   Epilogue epilogue;
-  void* workspace;  // linear_workspace_bytes(), zeroed once
+  void* workspace;  // linear_workspace_bytes(), every byte 0xff once
   int num_sms;
   bool dependent;  // programmatic dependent launch on the kernel before it in the stream
   int tactic;      // -1: chosen by shape
@@ -50,9 +52,15 @@ enum class SmallTactic : int {
 };
 int linear_small(const LinearArgs& args, void* stream);
 
-// linear_wgmma.cu: any M, made for 9 .. 256. tactic = 16 * blocks + split: row tiles of 128 *
-// blocks (1 or 2), each one's k shared by `split` CTAs (1: whole tiles).
-int linear_wgmma_box_rows(int tokens);
+// linear_wgmma.cu: any M, made for 9 and more. A tactic as one printable number: row blocks of 64
+// per CTA (2 or 4), CTAs per cluster (1 or 2), CTAs that share a tile's k (1 .. 8).
+struct WgmmaTactic {
+  int row_blocks, cluster, split;
+  int encode() const { return row_blocks * 100 + cluster * 10 + split; }
+  static WgmmaTactic decode(int tactic) { return {tactic / 100, tactic / 10 % 10, tactic % 10}; }
+};
+WgmmaTactic wgmma_tactic(const LinearArgs& args);
+int linear_wgmma_box_rows(int tokens);  // of x_map
 int linear_wgmma(const LinearArgs& args, void* stream);
 
 // The kernel measured best for the shape (docs/kernels.md); x_map has linear_wgmma_box_rows.
@@ -71,13 +79,77 @@ struct DecodeAttentionArgs {
   void* out;               // bf16 [sequences, 4 * kv_heads, 128]
   int64_t out_stride;
   int sequences, kv_heads;
-  float softmax_scale;  // 1 / sqrt(128)
-  void* workspace;      // decode_attention_workspace_bytes(), zeroed once
+  float softmax_scale;     // 1 / sqrt(128)
+  const float* out_scale;  // [4 * kv_heads * 128] or null: AWQ pre-scale of the next linear
+  void* workspace;         // decode_attention_workspace_bytes(), every byte 0xff once
   int num_sms;
   bool dependent;
   int tactic;  // 0: 4 warps x 3 pages, 1: 6 x 2, 2: 3 x 4
 };
 size_t decode_attention_workspace_bytes(int num_sms);
 int decode_attention(const DecodeAttentionArgs& args, void* stream);
+
+// attention_prefill.cu: the last `count` tokens of one sequence over its paged KV, causal.
+struct PrefillAttentionArgs {
+  const void* q;     // bf16, after RoPE: [count, 4 * kv_heads, 128]
+  int64_t q_stride;  // elements between tokens
+  const void* pages;
+  const int* page_table;  // of this sequence
+  int count, length;      // query tokens; tokens in the cache, these included
+  void* out;              // bf16 [count, 4 * kv_heads, 128]
+  int64_t out_stride;
+  const float* out_scale;  // [4 * kv_heads * 128] or null: AWQ pre-scale of the next linear
+  int kv_heads;
+  float softmax_scale;
+  void* workspace;  // prefill_attention_workspace_bytes()
+  bool dependent;
+};
+size_t prefill_attention_workspace_bytes(int max_length, int kv_heads);
+int prefill_attention(const PrefillAttentionArgs& args, void* stream);
+
+// elementwise.cu. Activations are bf16.
+int embed(const int* ids, const void* table /*bf16 [vocab, hidden]*/, void* x, int tokens,
+          int hidden, bool dependent, void* stream);
+
+struct RmsNormArgs {
+  const void* x;
+  const float* weight;     // [hidden]
+  const float* pre_scale;  // [hidden] or null: AWQ pre-scale of the linear that follows
+  const int* row_index;    // [rows] rows of x to take, or null: all in order
+  void* y;
+  float eps;
+  int rows, hidden;
+  bool dependent;
+};
+int rms_norm(const RmsNormArgs& args, void* stream);
+
+// Rotates q and k in place and stores k and v, quantized, into the pages. 4 query heads per KV
+// head, head_dim 128.
+struct RopeStoreArgs {
+  void* qkv;  // [tokens, 6 * kv_heads * 128]
+  int64_t qkv_stride;
+  const int* positions;    // [tokens]
+  const int* seq_starts;   // [sequences + 1]
+  const int* page_table;   // [sequences, page_table_stride]
+  const float *cos, *sin;  // [positions, 64]
+  void* pages;
+  int tokens, sequences, page_table_stride, kv_heads;
+  bool dependent;
+};
+int rope_store_kv(const RopeStoreArgs& args, void* stream);
+
+// lm_head.cu: out[rows, n] f32 = x[rows, k] weight[n, k]^T, bf16.
+struct DenseArgs {
+  const void *x, *weight;
+  float* out;
+  int rows, n, k;
+  bool dependent;
+};
+int dense_linear(const DenseArgs& args, void* stream);
+
+// sample.cu: the sampling op; every pointer of batch and result is a device pointer.
+size_t sample_workspace_bytes(int rows, int vocab);
+int sample(const SampleBatch& batch, const float* logits, const SampleResult& result,
+           void* workspace, bool dependent, void* stream);
 
 }  // namespace nibble::cuda

@@ -1,25 +1,27 @@
-// K2: out[M, N] = x[M, K] W4[N, K]^T for M from 9 to a few hundred tokens: bandwidth and tensor
-// cores at once. Weights are dequantized in registers and enter wgmma as operand A; tokens are its
-// N.
+// K2: out[M, N] = x[M, K] W4[N, K]^T for M from 9 up: bandwidth and tensor cores at once. Weights
+// are dequantized in registers and enter wgmma as operand A; tokens are its N.
 //
-// Layouts: W in layout.h's blocks; x bf16 row-major through a tensor map (boxes of kTokens x 64,
-// 128- byte swizzle); out bf16 row-major. Bytes: N*K*0.515625 of weights once per token tile; x
-// from L2: 2*kTokens/(0.5156*kRows) of that. Flops: 2*M*N*K with M padded to the token tile (16,
-// 32, 64, 128).
+// Layouts: W in layout.h's blocks; x bf16 row-major through a tensor map (boxes of kTokens/2 x 64,
+// 128-byte swizzle); out bf16 row-major. Bytes: N*K*0.515625 of weights once from device memory;
+// x from L2, 2*kTokens/(0.5156*rows that share it) of that: the L2-to-SM traffic of x is what
+// binds narrow tiles, so tiles are tall and two CTAs of a cluster may share every x box
+// (multicast). Flops: 2*M*N*K with M padded to the token tile (16, 32, 64, 128).
 //
-// Work split: a CTA is one producer warp and two consumer warpgroups, each with kBlocks 64-row
-// blocks of the CTA's row tile (128 or 256 rows) and all tokens of the token tile: weights enter
-// shared memory once, x is shared by the whole row tile. A stage is 128 k. A consumer issues the 8
-// wgmma of one block, dequantizes the next block into its other register buffer while they run, and
-// waits: the accumulators are never touched in flight and no group crosses the loop edge (ptxas
-// serialises otherwise, C7514); the other warpgroup fills the gaps.
-// Wide matrices: whole tiles per CTA. Narrow ones: S CTAs share a tile's k and reduce-scatter it:
-// each owns some of the tokens (in sixteens), sends the others' sums away and adds what it gets in
-// CTA order, in the tagged f32 pairs of linear_common.cuh. (Measured: one owner that adds whole
-// pieces costs 4 us a piece at 64 tokens.) Deterministic either way. Token tiles are the fastest
-// index of tiles, so their weights come from L2 the second time.
+// Work split: a CTA is 16 consumer warps (four warpgroups) and one producer warp. A tile has
+// kRowBlocks = 4 blocks of 64 rows, one per warpgroup; or 2, and then two warpgroups take a block's
+// stages in turn and add up at the end of the tile (each gets every second eight of tokens).
+// A warpgroup's rhythm: issue the two wgmma of 32 k, wait for the two before, dequantize the next
+// 32 k into the operand buffer that this frees. So a warpgroup always has work queued: when each
+// waited for all of its own, the four of them fell into step and the tensor cores idled while all
+// dequantized (measured: 20 %).
+// Wide matrices: whole tiles per CTA, in an order that keeps the tiles in flight in a compact patch
+// (12 row tiles x all their token tiles) so that L2 serves both operands. Narrow ones: S CTAs share
+// a tile's k and reduce-scatter it: each owns some of the tokens (in eights), sends the others'
+// sums away in the f32 exchange of linear_common.cuh and adds what it gets in CTA order.
+// Deterministic either way.
 //
-// Limits: K a multiple of 8, rows a multiple of 8; sm_90a. All CTAs resident at once.
+// Limits: K a multiple of 8, rows a multiple of 8 (16 with SiLU); sm_90a. All CTAs of a split grid
+// must be resident at once.
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -40,359 +42,430 @@
 namespace nibble::cuda {
 namespace {
 
-constexpr int kThreads = 3 * 128;  // consumers are warpgroups 0 and 1, the producer is in 2
+constexpr int kConsumerWarps = 16;
+// The producer has a warpgroup to itself for the sake of setmaxnreg; one of its warps works.
+constexpr int kThreads = (kConsumerWarps + 4) * 32;
 constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
 constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 constexpr int kSmemLimit = 232448;
 constexpr int kMaxSplit = 8;
+constexpr int kPatchRows = 12;  // row tiles of a patch
 
-template <int kTokens, int kBlocks>
+template <int kTokens, int kRowBlocks>
 struct Config {
-  static constexpr int kRows = 128 * kBlocks;  // of a CTA
+  static constexpr int kRows = 64 * kRowBlocks;  // of a CTA
   static constexpr int kXBytes = kTokens * 256;
-  static constexpr int kWBytes = 2 * kBlocks * kBlockBytes;
-  static constexpr int kStageTokens = kTokens < 64 ? kTokens : 64;  // of the output staging
-  static constexpr int kStageStride = 72;                           // bf16, 64 rows + padding
-  static constexpr int kOutBytes = 2 * kStageTokens * kStageStride * 2;
-  static constexpr int kFit = (kSmemLimit - kOutBytes - 256) / (kXBytes + kWBytes);
-  static constexpr int kStages = kFit < 10 ? kFit : 10;
+  static constexpr int kWBytes = kRowBlocks * kBlockBytes;
+  static constexpr int kOctets = kTokens / 8 / (4 / kRowBlocks);  // of tokens, of a warpgroup
+  static constexpr int kOutStride = 68;  // floats: 64 rows and padding against conflicts
+  static constexpr int kStagingBytes = 16 * kOutStride * 4;  // per warpgroup: 16 tokens
+  static constexpr int kExchangeBytes = kRowBlocks == 4 ? 0 : kOctets * 4 * 128 * 4;
+  static constexpr int kScratch = kStagingBytes > kExchangeBytes ? kStagingBytes : kExchangeBytes;
+  static constexpr int kFit = (kSmemLimit - 4 * kScratch - 256) / (kXBytes + kWBytes);
+  static constexpr int kWays = 4 / kRowBlocks;  // warpgroups that share a row block
+  static constexpr int kStages = (kFit < 8 ? kFit : 8) / kWays * kWays;
   static constexpr int kWOffset = kStages * kXBytes;
-  static constexpr int kOutOffset = kWOffset + kStages * kWBytes;
-  static constexpr int kBarOffset = kOutOffset + kOutBytes;
+  static constexpr int kScratchOffset = kWOffset + kStages * kWBytes;
+  static constexpr int kBarOffset = kScratchOffset + 4 * kScratch;
   static constexpr int kSmemBytes = kBarOffset + 2 * kStages * 8;
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 3);
 };
 
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
+// Tile t of a cluster's list: row tiles of a patch are the fastest index, then its token tiles.
+struct Tile {
+  int row, token;
+};
+__device__ __forceinline__ Tile find_tile(int t, int row_tiles, int token_tiles, int patch) {
+  const int base = t / (patch * token_tiles) * patch;
+  const int in = t - base * token_tiles, width = min(patch, row_tiles - base);
+  return {base + in % width, in / width};
 }
 
-template <int kTokens, int kBlocks, Epilogue kEpilogue>
+template <int kTokens, int kRowBlocks, int kCluster, bool kSplit>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_wgmma_kernel(const __grid_constant__ CUtensorMap x_map, const LinearParams p) {
-  using C = Config<kTokens, kBlocks>;
+  using C = Config<kTokens, kRowBlocks>;
   extern __shared__ __align__(1024) uint8_t smem[];
   const uint32_t base = ptx::smem_address(smem);
   const uint32_t full = base + C::kBarOffset, empty = full + C::kStages * 8;
   const int tid = threadIdx.x, lane = tid & 31;
   const int warp = __shfl_sync(0xffffffffu, tid >> 5, 0);
-  const int groups = p.groups, token_tiles = p.token_tiles;
-  // Contiguous units of (tile, group): whole tiles, or one of p.split parts of a tile's groups.
-  const int split = p.split, rank = split > 1 ? blockIdx.x % split : 0;
-  int u_begin, u_end;
-  if (split > 1) {
-    const int first = blockIdx.x / split * groups;
-    u_begin = first + rank * groups / split;
-    u_end = first + (rank + 1) * groups / split;
-  } else {
-    const int tiles = p.num_tiles * token_tiles;
-    u_begin = static_cast<int>(static_cast<int64_t>(blockIdx.x) * tiles / gridDim.x) * groups;
-    u_end = static_cast<int>(static_cast<int64_t>(blockIdx.x + 1) * tiles / gridDim.x) * groups;
-  }
+  const int peer = kCluster == 2 ? static_cast<int>(blockIdx.x & 1) : 0;
+  const int cluster = blockIdx.x / kCluster, num_clusters = gridDim.x / kCluster;
+  // A cluster works on kCluster adjacent row tiles at a time; with split > 1 on one part of one.
+  const int row_tiles = p.num_tiles / kCluster;
+  const int split = kSplit ? p.split : 1, rank = kSplit ? cluster % split : 0;
+  const int tile_step = kSplit ? 1 << 29 : num_clusters, num_tiles = row_tiles * p.token_tiles;
+  const int first_tile = cluster / split;
+  const int g_begin = rank * p.groups / split, g_end = (rank + 1) * p.groups / split;
 
   ptx::grid_launch_dependents();
   if (tid == 0) {
     for (int i = 0; i < C::kStages; ++i) {
       ptx::mbarrier_init(full + i * 8, 1);
-      ptx::mbarrier_init(empty + i * 8, 8);
+      ptx::mbarrier_init(empty + i * 8, kConsumerWarps / C::kWays * kCluster);
     }
     ptx::mbarrier_init_fence();
   }
-  __syncthreads();
+  if constexpr (kCluster == 2) {
+    ptx::cluster_sync();
+  } else {
+    __syncthreads();
+  }
 
-  if (warp >= 8) {
-    ptx::registers_shrink<24>();
-    if (warp == 8 && lane == 0) {
-      const uint64_t policy = ptx::policy_evict_first();
-      auto load_w = [&](int u, int stage) {
-        const int tile = u / groups, group = u - tile * groups;
-        const int row_tile = tile / token_tiles * kBlocks;  // in units of 128 rows
+  if (warp >= kConsumerWarps) {
+    ptx::registers_shrink<32>();
+    if (warp == kConsumerWarps && lane == 0) {
+      const int64_t tile128_bytes = static_cast<int64_t>(p.groups) * 2 * kBlockBytes;
+      const uint64_t policy =
+          p.token_tiles == 1 ? ptx::policy_evict_first() : ptx::policy_evict_normal();
+      // from: the first block of the tile's group; x and y: coordinates of the x box.
+      auto load_w = [&](const uint8_t* from, int stage) {
         ptx::mbarrier_expect(full + stage * 8, C::kWBytes + C::kXBytes);
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          ptx::bulk_load(
-              base + C::kWOffset + stage * C::kWBytes + b * 2 * kBlockBytes,
-              p.weights + (static_cast<int64_t>(row_tile + b) * groups + group) * 2 * kBlockBytes,
-              2 * kBlockBytes, full + stage * 8, policy);
+        for (int b = 0; b < kRowBlocks / 2; ++b) {
+          ptx::bulk_load(base + C::kWOffset + stage * C::kWBytes + b * 2 * kBlockBytes,
+                         from + b * tile128_bytes, 2 * kBlockBytes, full + stage * 8, policy);
         }
       };
-      auto load_x = [&](int u, int stage) {
-        const int tile = u / groups, k = (u - tile * groups) * 128;
-        const int token = tile % token_tiles * kTokens;
+      auto load_x = [&](int x, int y, int stage) {
         const uint32_t to = base + stage * C::kXBytes;
-        ptx::tensor_load_2d(to, &x_map, k, token, full + stage * 8);
-        ptx::tensor_load_2d(to + kTokens * 128, &x_map, k + 64, token, full + stage * 8);
+        if constexpr (kCluster == 2) {  // this CTA's half of the tokens, for both
+          const uint32_t half = to + peer * (kTokens / 2) * 128;
+          y += peer * (kTokens / 2);
+          ptx::tensor_load_2d_multicast(half, &x_map, x, y, full + stage * 8, 3);
+          ptx::tensor_load_2d_multicast(half + kTokens * 128, &x_map, x + 64, y, full + stage * 8,
+                                        3);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            ptx::tensor_load_2d(to + (i >> 1) * kTokens * 128 + (i & 1) * (kTokens / 2) * 128,
+                                &x_map, x + (i >> 1) * 64, y + (i & 1) * (kTokens / 2),
+                                full + stage * 8);
+          }
+        }
+      };
+      auto weights_of = [&](const Tile& tile) {
+        return p.weights + (tile.row * kCluster + peer) * (kRowBlocks / 2) * tile128_bytes +
+               g_begin * (2 * kBlockBytes);
       };
       ptx::prefetch_tensor_map(&x_map);
-      const int early = min(C::kStages, u_end - u_begin);
-      for (int i = 0; i < early; ++i) load_w(u_begin + i, i);
+      // Weights do not depend on the kernel before: the ring's worth of them is under way first.
+      const Tile tile = find_tile(first_tile, row_tiles, p.token_tiles, kPatchRows / kCluster);
+      const uint8_t* from = weights_of(tile);
+      int x = g_begin * 128, y = tile.token * kTokens, stage = 0;
+      const int early = min(C::kStages, g_end - g_begin);
+      for (; stage < early; ++stage, from += 2 * kBlockBytes) load_w(from, stage);
       ptx::grid_dependency_wait();
-      for (int i = 0; i < early; ++i) load_x(u_begin + i, i);
-      int stage = 0, phase = 0;
-      for (int u = u_begin + early; u < u_end; ++u) {
-        ptx::mbarrier_wait(empty + stage * 8, phase);
-        load_w(u, stage);
-        load_x(u, stage);
-        if (++stage == C::kStages) {
-          stage = 0;
-          phase ^= 1;
+      for (stage = 0; stage < early; ++stage, x += 128) load_x(x, y, stage);
+      // A tile starts at stage 0, so barriers have parities of their own.
+      uint32_t parities = ~0u << early;
+      if (stage == C::kStages) stage = 0;
+      for (int t = first_tile;;) {
+        for (; x < g_end * 128; x += 128, from += 2 * kBlockBytes) {
+          ptx::mbarrier_wait(empty + stage * 8, parities >> stage & 1);
+          parities ^= 1u << stage;
+          load_w(from, stage);
+          load_x(x, y, stage);
+          if (++stage == C::kStages) stage = 0;
         }
+        t += tile_step;
+        if (t >= num_tiles) break;
+        const Tile at = find_tile(t, row_tiles, p.token_tiles, kPatchRows / kCluster);
+        from = weights_of(at);
+        x = g_begin * 128;
+        y = at.token * kTokens;
+        stage = 0;
       }
     }
+    __syncwarp();
+    if constexpr (kCluster == 2) ptx::cluster_sync();
     return;
   }
 
-  ptx::registers_grow<240>();
-  const int group_id = warp >> 2, m16 = warp & 3, g = lane >> 2, t = lane & 3;
-  const int consumer = tid;  // 0 .. 255
-  // A step is one block's k, or half of it where registers are short or there is only one block: an
-  // even number of steps per stage, so that the two buffers alternate and a buffer is never
-  // rewritten before its wgmma have retired. NOTE: a loop-carried "next" buffer copied into the
-  // current one after the wait is not safe: the compiler takes the current one for dead once the
-  // wgmma are issued and merges the two (seen: wrong, unrepeatable results). Kept apart by force it
-  // was slower.
-  constexpr int kParts = kBlocks == 1 || kTokens >= 128 ? 2 : 1;
-  constexpr int kSteps = kBlocks * kParts, kStepK = 8 / kParts;
-  static_assert(kSteps % 2 == 0);
-  uint32_t a[2][kStepK][4];
-  float acc[kBlocks][kTokens / 2];
-  int stage = 0, phase = 0;
-
-  // Dequantizes this warp's 16 rows of step `step` in stage `s`.
-  auto prepare = [&](uint32_t(&to)[kStepK][4], int s, int step) {
-    const uint32_t block =
-        base + C::kWOffset + s * C::kWBytes + (group_id * kBlocks + step / kParts) * kBlockBytes;
-    const ptx::RowScales scales =
-        ptx::row_scales(ptx::load_shared_4(block + kNibbleBytes + g * 16 + m16 * 4));
-#pragma unroll
-    for (int i = 0; i < kStepK / 4; ++i) {
-      uint32_t w[4];
-      ptx::load_shared_16(w, block + ((m16 * 2 + step % kParts + i) * 32 + lane) * 16);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) ptx::dequant(to[i * 4 + k], w[k], scales);
-    }
+  ptx::registers_grow<112>();
+  const int wg = warp >> 2, m16 = warp & 3, g8 = lane >> 2, t4 = lane & 3;
+  const int row_block = kRowBlocks == 4 ? wg : wg & 1, way = kRowBlocks == 4 ? 0 : wg >> 1;
+  const uint32_t scratch = base + C::kScratchOffset + wg * C::kScratch;
+  // This warpgroup's stages are way, way + kWays, ... A group is 32 k: two wgmma from one of the
+  // two operand buffers; four a stage, so the buffers alternate statically.
+  uint32_t a[2][2][4], raw[4];
+  ptx::RowScales scales;
+  float acc[kTokens / 2];
+  uint32_t parities = 0;  // of the full barriers, one bit a stage
+  const uint32_t weights_at = base + C::kWOffset + way * C::kWBytes + row_block * kBlockBytes;
+  const uint32_t nibbles_at = weights_at + m16 * 1024 + lane * 16;
+  const uint32_t scales_at = weights_at + kNibbleBytes + g8 * 16 + m16 * 4;
+  const uint32_t x_at = ptx::descriptor_address(base) + way * (C::kXBytes >> 4);
+  const uint32_t my_full = full + way * 8, my_empty = empty + way * 8;
+  const int stages = (g_end - g_begin + C::kWays - 1 - way) / C::kWays;  // of this warpgroup
+  auto arrived = [&](int s) {
+    ptx::mbarrier_wait(my_full + s * 8, parities >> s & 1);
+    parities ^= 1u << s;
   };
-  auto multiply = [&](float(&d)[kTokens / 2], uint32_t(&from)[kStepK][4], int s, int step) {
-    const uint64_t b =
-        ptx::descriptor_k_major(base + s * C::kXBytes) + step % kParts * (kTokens * 128 >> 4);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kStepK; ++k) {
-      ptx::Wgmma<kTokens>::rs_bf16(d, from[k], b + (k / 4) * (kTokens * 128 >> 4) + (k % 4) * 2);
+  auto fetch = [&](int s, int k64) {
+    ptx::load_shared_16(raw, nibbles_at + s * C::kWBytes + k64 * 512);
+  };
+  auto fetch_scales = [&](int s) {
+    scales = ptx::row_scales(ptx::load_shared_4(scales_at + s * C::kWBytes));
+  };
+  auto release = [&](int s) {
+    if (lane == 0) {
+      ptx::mbarrier_arrive(my_empty + s * 8);
+      if constexpr (kCluster == 2) {
+        ptx::mbarrier_arrive_remote(my_empty + s * 8, static_cast<uint32_t>(peer ^ 1));
+      }
     }
-    ptx::wgmma_commit();
   };
 
   ptx::grid_dependency_wait();
-  if (u_begin < u_end) {
-    ptx::mbarrier_wait(full, 0);
-    prepare(a[0], 0, 0);
-  }
-  for (int tile = u_begin / groups; tile * groups < u_end; ++tile) {
-    const int tile_begin = tile * groups, tile_end = tile_begin + groups;
-    const int begin = max(tile_begin, u_begin), stop = min(tile_end, u_end);
+  for (int t = first_tile; t < num_tiles; t += tile_step) {
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) acc[b][i] = 0.0f;
+    for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
+    int left = stages;
+    if (left > 0) {
+      arrived(0);
+      fetch_scales(0);
+      fetch(0, 0);
+      ptx::dequant(a[0][0], raw[0], scales);
+      ptx::dequant(a[0][1], raw[1], scales);
 
+      // The stages are unrolled: every address below is a register plus a constant. (With the stage
+      // in a register, a third of the loop's instructions were address arithmetic.)
+      bool first = true;
 #pragma unroll 1
-    for (int u = begin; u < stop; ++u) {
-      const int next_stage = stage + 1 == C::kStages ? 0 : stage + 1;
-      const int next_phase = phase ^ (next_stage == 0);
+      do {
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {  // a[step % 2] is ready
-        multiply(acc[step / kParts], a[step % 2], stage, step);
-        if (step + 1 < kSteps) {
-          prepare(a[(step + 1) % 2], stage, step + 1);
-        } else if (u + 1 < u_end) {
-          ptx::mbarrier_wait(full + next_stage * 8, next_phase);
-          prepare(a[0], next_stage, 0);
+        for (int s = 0; s < C::kStages; s += C::kWays) {
+          constexpr int kLast = C::kStages - C::kWays;
+          const int next = s == kLast ? 0 : s + C::kWays;
+          const int previous = s == 0 ? kLast : s - C::kWays;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              ptx::Wgmma<kTokens>::rs_bf16(
+                  acc, a[i & 1][k],
+                  ptx::descriptor_k_major(x_at + ((s * C::kXBytes + (i / 2) * kTokens * 128) >> 4) +
+                                          ((i & 1) * 2 + k) * 2));
+            }
+            ptx::wgmma_commit();
+            ptx::wgmma_wait<1>();  // the group before: its operand buffer and its stage are free
+            if (i == 0 && (s > 0 || !first)) release(previous);
+            if (i % 2 == 0) {
+              ptx::dequant(a[1][0], raw[2], scales);
+              ptx::dequant(a[1][1], raw[3], scales);
+              if (i == 0) {
+                fetch(s, 1);
+              } else if (left > 1) {
+                arrived(next);
+                fetch_scales(next);
+                fetch(next, 0);
+              }
+            } else {  // after the last group of the tile these are unused
+              ptx::dequant(a[0][0], raw[0], scales);
+              ptx::dequant(a[0][1], raw[1], scales);
+            }
+          }
+          if (--left == 0) break;
         }
-        ptx::wgmma_wait<0>();
-      }
-      if (lane == 0) ptx::mbarrier_arrive(empty + stage * 8);
-      stage = next_stage;
-      phase = next_phase;
+        first = false;
+      } while (left > 0);
+      ptx::wgmma_wait<0>();
+      release((stages - 1) * C::kWays % C::kStages);
     }
 
-    // Shared tiles: sixteens of tokens [own, own_end) are this CTA's.
-    constexpr int kSixteens = kTokens / 16;
-    const int own = rank * kSixteens / split, own_end = (rank + 1) * kSixteens / split;
-    if (split > 1) {
-      // pieces: [CTA that owns][CTA that sends, of the same tile][sixteen][block][pair 4][thread]
-      auto place = [&](int owner, int sender, int sixteen, int b) {
-        const int cta = blockIdx.x - rank + owner;
-        return p.pieces + cta * p.piece_stride + consumer +
-               (((sender * (kSixteens / split + 1) + sixteen - owner * kSixteens / split) *
-                     kBlocks +
-                 b) *
-                4) *
-                   256;
+    // sums[i]: this warpgroup's eights of tokens; eight i is tokens 8i (4 row blocks) or
+    // 8 (2i + way).
+    float sums[C::kOctets][4];
+    if constexpr (kRowBlocks == 4) {
+#pragma unroll
+      for (int i = 0; i < C::kOctets; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i][j] = acc[i * 4 + j];
+    } else {
+      const uint32_t mine = scratch + (tid & 127) * 16;
+      const uint32_t other = way ? mine - 2 * C::kScratch : mine + 2 * C::kScratch;
+#pragma unroll
+      for (int i = 0; i < C::kOctets; ++i) {
+        float send[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          send[j] = way ? acc[i * 8 + j] : acc[i * 8 + 4 + j];
+          sums[i][j] = way ? acc[i * 8 + 4 + j] : acc[i * 8 + j];
+        }
+        ptx::store_shared_16(mine + i * 2048, send);
+      }
+      ptx::named_barrier(5 + row_block, 256);
+#pragma unroll
+      for (int i = 0; i < C::kOctets; ++i) {
+        uint32_t got[4];
+        ptx::load_shared_16(got, other + i * 2048);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i][j] += __uint_as_float(got[j]);
+      }
+      ptx::named_barrier(5 + row_block, 256);  // scratch is free for the staging below
+    }
+
+    // NOTE: opaque copies, or the compiler computes the exchange's addresses before the main loop
+    // and has no registers left for it.
+    int part = rank, parts = split;
+    if constexpr (kSplit) asm volatile("" : "+r"(part), "+r"(parts));
+    const int own = part * C::kOctets / parts, own_end = (part + 1) * C::kOctets / parts;
+    if constexpr (kSplit) {
+      // pieces: [CTA that owns][CTA that sends][eight of the owner][thread][4]
+      const int share = (C::kOctets + parts - 1) / parts;
+      auto place = [&](int owner, int sender, int octet) {
+        return p.pieces + (blockIdx.x + (owner - part) * kCluster) * p.piece_stride +
+               (sender * share + octet - owner * C::kOctets / parts) * 2048 + tid * 4;
       };
 #pragma unroll
-      for (int i = 0; i < kSixteens; ++i) {
+      for (int i = 0; i < C::kOctets; ++i) {
         if (i >= own && i < own_end) continue;
-        const int owner = ((i + 1) * split - 1) / kSixteens;
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float pair[2] = {acc[b][i * 8 + 2 * j], acc[b][i * 8 + 2 * j + 1]};
-            hand_over<2>(place(owner, rank, i, b) + j * 256, pair);
-          }
+        hand_over(place(((i + 1) * parts - 1) / C::kOctets, part, i), sums[i]);
       }
 #pragma unroll
-      for (int i = 0; i < kSixteens; ++i) {
+      for (int i = 0; i < C::kOctets; ++i) {
         if (i < own || i >= own_end) continue;
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          float(&part)[8] = reinterpret_cast<float(&)[8]>(acc[b][i * 8]);
-          // Senders in order, two at a time: their loads are in flight together.
-          for (int n = 0; n + 1 < split; n += 2) {
-            const int first = n + (n >= rank), second = n + 1 + (n + 1 >= rank);
-            take_over_two(place(rank, first, i, b),
-                          n + 2 < split ? place(rank, second, i, b) : nullptr, 256, part);
-          }
-        }
+        take_over_senders(place(part, 0, i), share * 2048, part, parts, sums[i]);
       }
     }
 
-    // Epilogue: transposed through shared memory to [token][row], then 16-byte stores.
-    const int tile_row = tile / token_tiles * C::kRows, tile_token = tile % token_tiles * kTokens;
-    const uint32_t out_smem = base + C::kOutOffset + group_id * (C::kOutBytes / 2);
-    constexpr bool kSilu = kEpilogue == Epilogue::kSiluMul;
-    constexpr int kColumns = kSilu ? 32 : 64;    // of one block's output
-    constexpr int kStride = (kColumns + 8) * 2;  // bytes
+    // Epilogue: [token][row] in shared memory, 16 tokens at a time; then a thread has 8 adjacent
+    // rows of one token (gate_up: 4 gates and their ups). What it reads from global memory is
+    // requested a pass ahead: the latency of one load a pass was 13 % of gate_up at 128 tokens.
+    const Tile at = find_tile(t, row_tiles, p.token_tiles, kPatchRows / kCluster);
+    const int block_row = (at.row * kCluster + peer) * C::kRows + row_block * 64;
+    const bool silu = p.epilogue == static_cast<int>(Epilogue::kSiluMul);
+    const bool residual = p.epilogue == static_cast<int>(Epilogue::kResidual);
+    const int in = (tid & 127) >> 3, chunk = tid & 7;
+    const int column = silu ? block_row / 2 + chunk * 4 : block_row + chunk * 8;
+    const uint32_t from =
+        scratch +
+        (in * C::kOutStride + (silu ? (chunk >> 1) * 16 + (chunk & 1) * 4 : chunk * 8)) * 4;
+    // Where this thread's part of a pass goes, or -1.
+    auto locate = [&](int pass) -> int64_t {
+      const int octet = 2 * pass + (in >> 3);
+      const int token =
+          at.token * kTokens + (in & 7) + 8 * (kRowBlocks == 4 ? octet : 2 * octet + way);
+      const bool mine =
+          octet >= own && octet < own_end && token < p.tokens && column < p.out_stride;
+      return mine ? static_cast<int64_t>(token) * p.out_stride + column : -1;
+    };
+    auto request = [&](int pass) {
+      const int64_t to = locate(pass);
+      return residual && to >= 0 ? *reinterpret_cast<const uint4*>(p.residual + to)
+                                 : make_uint4(0, 0, 0, 0);
+    };
+    float4 out_scale = make_float4(1, 1, 1, 1);
+    if (silu && p.out_scale && column < p.out_stride) {
+      out_scale = *reinterpret_cast<const float4*>(p.out_scale + column);
+    }
+    uint4 ahead = request(own / 2);
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const int block_row = tile_row + (group_id * kBlocks + b) * 64;
-      const int column0 = kSilu ? block_row / 2 : block_row;
-      float scale = ptx::kDequantUndo;
-      if (kSilu && p.out_scale && column0 + m16 * 8 + g < p.out_stride) {
-        scale *= p.out_scale[column0 + m16 * 8 + g];
-      }
+    for (int pass = 0; pass < (C::kOctets + 1) / 2; ++pass) {
+      if (2 * pass + 1 < own || 2 * pass >= own_end) continue;
+      const uint4 old = ahead;
+      ahead = request(pass + 1);
+      ptx::named_barrier(1 + wg, 128);
 #pragma unroll
-      for (int pass = 0; pass < kTokens / C::kStageTokens; ++pass) {
-        ptx::named_barrier(1 + group_id, 128);
+      for (int e = 0; e < 2 && 2 * pass + e < C::kOctets; ++e)
 #pragma unroll
-        for (int j = 0; j < C::kStageTokens / 8; j += 2) {  // two groups of 8 tokens
-          const int sixteen = (pass * C::kStageTokens / 8 + j) / 2;
-          if (sixteen < own || sixteen >= own_end) continue;
-          const int lane_token = j * 8 + (lane >> 4) * 8 + (lane & 7);
-          float* d = &acc[b][(pass * C::kStageTokens / 8 + j) * 4];
-          if constexpr (kSilu) {
-            uint32_t v[2];
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              float s[2];
-#pragma unroll
-              for (int i = 0; i < 2; ++i) {
-                const float gate = d[h * 4 + i] * ptx::kDequantUndo;
-                s[i] = gate / (1.0f + __expf(-gate)) * d[h * 4 + 2 + i] * scale;
-              }
-              v[h] = pack_bf16(s[0], s[1]);
-            }
-            const int row_token = j * 8 + (lane & 15);
-            ptx::stmatrix_x2_trans(out_smem + row_token * kStride + m16 * 16, v[0], v[1]);
-          } else {
-            float s[8];
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              s[i] = d[i] * ptx::kDequantUndo;
-              if constexpr (kEpilogue == Epilogue::kResidual) {
-                const int token =
-                    tile_token + pass * C::kStageTokens + (j + (i >> 2)) * 8 + 2 * t + (i & 1);
-                const int row = block_row + m16 * 16 + g + 8 * ((i >> 1) & 1);
-                if (token < p.tokens && row < p.rows) {
-                  s[i] += __bfloat162float(
-                      p.residual[static_cast<int64_t>(token) * p.out_stride + row]);
-                }
-              }
-            }
-            ptx::stmatrix_x4_trans(
-                out_smem + lane_token * kStride + m16 * 32 + ((lane >> 3) & 1) * 16,
-                pack_bf16(s[0], s[1]), pack_bf16(s[2], s[3]), pack_bf16(s[4], s[5]),
-                pack_bf16(s[6], s[7]));
-          }
+        for (int j = 0; j < 4; ++j) {
+          const int token = e * 8 + 2 * t4 + (j & 1), row = m16 * 16 + g8 + 8 * (j >> 1);
+          ptx::store_shared_f32(scratch + (token * C::kOutStride + row) * 4,
+                                sums[2 * pass + e][j] * ptx::kDequantUndo);
         }
-        ptx::named_barrier(1 + group_id, 128);
-        constexpr int kChunks = kColumns / 8;
-        for (int i = tid & 127; i < C::kStageTokens * kChunks; i += 128) {
-          const int in = i / kChunks, column = column0 + i % kChunks * 8;
-          const int token = tile_token + pass * C::kStageTokens + in;
-          const int sixteen = (pass * C::kStageTokens + in) / 16;
-          if (token < p.tokens && column < p.out_stride && sixteen >= own && sixteen < own_end) {
-            uint32_t v[4];
-            ptx::load_shared_16(v, out_smem + in * kStride + i % kChunks * 16);
-            *reinterpret_cast<uint4*>(p.out + static_cast<int64_t>(token) * p.out_stride + column) =
-                make_uint4(v[0], v[1], v[2], v[3]);
-          }
-        }
+      ptx::named_barrier(1 + wg, 128);
+      const int64_t to = locate(pass);
+      if (to < 0) continue;
+      float v[4], w[4];
+      ptx::load_shared_f32x4(v, from);
+      ptx::load_shared_f32x4(w, from + (silu ? 32 : 16));
+      if (silu) {
+        const float scale[4] = {out_scale.x, out_scale.y, out_scale.z, out_scale.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) v[j] = __fdividef(v[j], 1.0f + __expf(-v[j])) * w[j] * scale[j];
+        *reinterpret_cast<uint2*>(p.out + to) =
+            make_uint2(ptx::pack_bf16(v[0], v[1]), ptx::pack_bf16(v[2], v[3]));
+      } else {
+        auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
+        auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
+        *reinterpret_cast<uint4*>(p.out + to) =
+            make_uint4(ptx::pack_bf16(v[0] + low(old.x), v[1] + high(old.x)),
+                       ptx::pack_bf16(v[2] + low(old.y), v[3] + high(old.y)),
+                       ptx::pack_bf16(w[0] + low(old.z), w[1] + high(old.z)),
+                       ptx::pack_bf16(w[2] + low(old.w), w[3] + high(old.w)));
       }
     }
+    if constexpr (kRowBlocks == 2) ptx::named_barrier(5 + row_block, 256);  // before next exchange
   }
+  __syncwarp();
+  if constexpr (kCluster == 2) ptx::cluster_sync();  // nobody leaves while a peer may write here
 }
 
-template <int kTokens, int kBlocks, Epilogue kEpilogue>
-int launch(const LinearArgs& args, const LinearParams& params, int grid, void* stream) {
+template <int kTokens, int kRowBlocks, int kCluster>
+int launch(const LinearArgs& args, int split, void* stream) {
+  using C = Config<kTokens, kRowBlocks>;
+  LinearParams p = make_linear_params(args, C::kRows);
+  p.token_tiles = (args.tokens + kTokens - 1) / kTokens;
+  p.epilogue = static_cast<int>(args.epilogue);
+  const int tiles = p.num_tiles / kCluster * p.token_tiles, slots = args.num_sms / kCluster;
+  p.split = std::max(1, std::min({split, p.groups, kMaxSplit}));
+  while (p.split > 1 && tiles * p.split > slots) --p.split;  // all resident at once
+  int clusters = tiles * p.split;
+  if (p.split == 1) {
+    const int per_cluster = (tiles + slots - 1) / slots;
+    clusters = (tiles + per_cluster - 1) / per_cluster;
+  }
   CUtensorMap map;
   static_assert(sizeof(CUtensorMap) == sizeof(TensorMap));
   std::memcpy(&map, args.x_map, sizeof map);
-  return launch_linear(linear_wgmma_kernel<kTokens, kBlocks, kEpilogue>, args, grid, kThreads,
-                       Config<kTokens, kBlocks>::kSmemBytes, stream, map, params);
+  auto* kernel = p.split > 1 ? linear_wgmma_kernel<kTokens, kRowBlocks, kCluster, true>
+                             : linear_wgmma_kernel<kTokens, kRowBlocks, kCluster, false>;
+  return launch_linear(kernel, args, clusters * kCluster, kThreads, C::kSmemBytes, stream, kCluster,
+                       map, p);
 }
 
-template <int kTokens, int kBlocks>
-int launch_epilogue(const LinearArgs& args, int split, void* stream) {
-  LinearParams p = make_linear_params(args, 128 * kBlocks);
-  p.token_tiles = (args.tokens + kTokens - 1) / kTokens;
-  const int tiles = p.num_tiles * p.token_tiles;
-  p.split = std::min({split, p.groups, kMaxSplit});
-  while (p.split > 1 && tiles * p.split > args.num_sms) --p.split;  // all resident at once
-  int grid = tiles * p.split;
-  if (p.split == 1) {
-    const int per_cta = (tiles + args.num_sms - 1) / args.num_sms;
-    grid = (tiles + per_cta - 1) / per_cta;
-  }
-  switch (args.epilogue) {
-    case Epilogue::kPlain: return launch<kTokens, kBlocks, Epilogue::kPlain>(args, p, grid, stream);
-    case Epilogue::kResidual:
-      return launch<kTokens, kBlocks, Epilogue::kResidual>(args, p, grid, stream);
-    case Epilogue::kSiluMul:
-      return launch<kTokens, kBlocks, Epilogue::kSiluMul>(args, p, grid, stream);
-  }
-  return cudaErrorInvalidValue;
+int tile_tokens(int tokens) {
+  return tokens <= 16 ? 16 : tokens <= 32 ? 32 : tokens <= 64 ? 64 : 128;
 }
 
 }  // namespace
 
-int linear_wgmma_box_rows(int tokens) {
-  return tokens <= 16 ? 16 : tokens <= 32 ? 32 : tokens <= 64 ? 64 : 128;
+int linear_wgmma_box_rows(int tokens) { return tile_tokens(tokens) / 2; }
+
+WgmmaTactic wgmma_tactic(const LinearArgs& args) {
+  const int tokens = tile_tokens(args.tokens);
+  const int64_t tiles128 = (args.rows + 127) / 128;
+  const int64_t token_tiles = (args.tokens + tokens - 1) / tokens;
+  const auto slots = static_cast<int64_t>(args.num_sms);
+  if (tiles128 / 2 * token_tiles >= slots * 9 / 10) return {4, 2, 1};
+  // Narrow: k shared by as many CTAs as there are SMs, where a long k pays for the exchange.
+  const bool fits = tiles128 * token_tiles * 2 <= slots, long_k = args.k >= 16384;
+  const int row_blocks = long_k && (tokens <= 64 || !fits) ? 4 : 2;
+  const int64_t tiles = tiles128 * 2 / row_blocks * token_tiles;
+  const auto split = static_cast<int>(std::max<int64_t>(1, slots / tiles));
+  return {row_blocks, 1, split};
 }
 
 int linear_wgmma(const LinearArgs& args, void* stream) {
-  if (args.tokens < 1 || args.k % 8 || args.rows % 16) return cudaErrorInvalidValue;
-  const int box = linear_wgmma_box_rows(args.tokens);
+  if (args.tokens < 1 || args.k % 8 || args.rows % 8) return cudaErrorInvalidValue;
+  WgmmaTactic t = args.tactic < 0 ? wgmma_tactic(args) : WgmmaTactic::decode(args.tactic);
   const int64_t tiles128 = (args.rows + 127) / 128;
-  const int64_t token_tiles = (args.tokens + box - 1) / box;
-  int blocks = args.tactic / 16, split = args.tactic % 16;
-  if (args.tactic < 0) {
-    // Wide: whole 256-row tiles. Narrow: 128-row tiles, k shared by as many CTAs as there are SMs.
-    blocks = tiles128 / 2 * token_tiles >= args.num_sms * 9 / 10 ? 2 : 1;
-    split = blocks == 2
-                ? 1
-                : static_cast<int>(std::max<int64_t>(1, args.num_sms / (tiles128 * token_tiles)));
-  }
-  if (tiles128 % 2) blocks = 1;  // 256-row tiles come in pairs of 128
+  if (tiles128 % 2) t.row_blocks = 2;  // 256-row tiles come in pairs of 128
+  if (tiles128 * 2 / t.row_blocks % 2) t.cluster = 1;
   auto go = [&](auto tokens_tag) {
     constexpr int kTokens = decltype(tokens_tag)::value;
-    return blocks == 2 ? launch_epilogue<kTokens, 2>(args, split, stream)
-                       : launch_epilogue<kTokens, 1>(args, split, stream);
+    if (t.row_blocks == 4) {
+      return t.cluster == 2 ? launch<kTokens, 4, 2>(args, t.split, stream)
+                            : launch<kTokens, 4, 1>(args, t.split, stream);
+    }
+    return t.cluster == 2 ? launch<kTokens, 2, 2>(args, t.split, stream)
+                          : launch<kTokens, 2, 1>(args, t.split, stream);
   };
-  switch (box) {
+  switch (tile_tokens(args.tokens)) {
     case 16: return go(std::integral_constant<int, 16>{});
     case 32: return go(std::integral_constant<int, 32>{});
     case 64: return go(std::integral_constant<int, 64>{});

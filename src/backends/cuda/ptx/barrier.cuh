@@ -47,6 +47,26 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Thread block clusters. A barrier address of this CTA names the same barrier in its neighbour.
+// NOTE: not .release.cluster: ptxas makes that a MEMBAR.ALL.GPU, which cost half the speed of a
+// main loop. The reads this arrival reports are complete by then: their values have been used.
+__device__ __forceinline__ void mbarrier_arrive_remote(uint32_t bar, uint32_t cta) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(bar),
+      "r"(cta)
+      : "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
+}
+
 // Programmatic dependent launch. Every kernel of a chain must execute wait, also one that needs
 // nothing: its successor's wait otherwise says nothing about the grandparent.
 __device__ __forceinline__ void grid_dependency_wait() {

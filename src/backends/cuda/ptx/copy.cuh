@@ -15,6 +15,12 @@ __device__ __forceinline__ uint64_t policy_evict_first() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+// Bytes read again soon.
+__device__ __forceinline__ uint64_t policy_evict_normal() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 
 // 1-D bulk copy; addresses and bytes are multiples of 16.
 __device__ __forceinline__ void bulk_load(uint32_t smem, const void* global, uint32_t bytes,
@@ -33,6 +39,17 @@ __device__ __forceinline__ void tensor_load_2d(uint32_t smem, const CUtensorMap*
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3}], [%4];" ::"r"(smem),
       "l"(map), "r"(x), "r"(y), "r"(bar)
+      : "memory");
+}
+
+// The same box into this place of every CTA in `ctas`, completing on each one's own barrier.
+__device__ __forceinline__ void tensor_load_2d_multicast(uint32_t smem, const CUtensorMap* map,
+                                                         int x, int y, uint32_t bar,
+                                                         uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(smem),
+      "l"(map), "r"(x), "r"(y), "r"(bar), "h"(ctas)
       : "memory");
 }
 
