@@ -180,7 +180,9 @@ TEST_F(EngineDirectory, EveryCpuTargetAgreesWithTheReference) {
       continue;  // not on this machine
     }
     ++num_targets;
-    const LoadedModel model = load(build("engine-" + target.substr(4), small_options(target)));
+    BuildOptions options = small_options(target);
+    options.activation_precision = ActivationPrecision::kF32;  // int8 is another function
+    const LoadedModel model = load(build("engine-" + target.substr(4), options));
     EXPECT_EQ(model.plan.target, target);
     const Greedy actual = generate(model, 24, expected.tokens);
     for (size_t i = 0; i < expected.tokens.size(); ++i) {
@@ -334,10 +336,10 @@ TEST_F(EngineDirectory, ForeignPlansAreRefusedWithTheCommandThatRebuilds) {
                                 [](json::object& plan) {
                                   plan["nibble_version"] = "0.0.1";
                                   plan["kv_format"] = "f16";
-                                  plan["activation_precision"] = "int8";
+                                  plan["activation_precision"] = "f32";
                                   plan["limits"].as_object()["max_num_tokens"] = 100;
                                 })),
-              command("kv", limits + " --max-num-tokens 100 --kv-cache f16 --activations int8"));
+              command("kv", limits + " --max-num-tokens 100 --kv-cache f16 --activations f32"));
   // Weights of other sizes than the plan says are found before a kernel reads them.
   EXPECT_THAT(refusal(with_plan("group", [](json::object& plan) { plan["group_size"] = 64; })),
               AllOf(HasSubstr("layers.0.qkv.weight"), HasSubstr("rebuild")));
