@@ -92,6 +92,12 @@ struct BenchFlags : CommonOptions {
   int batch = 1, prompt_tokens = 512, output_tokens = 64, context = 0, requests = 0;
 };
 
+struct SynthesizeFlags : CommonOptions {
+  std::string shape, out, tokenizer;
+  int layers = 0, shards = 0;  // 0: the shape's own
+  uint64_t seed = 1;
+};
+
 int run_quantize(const QuantizeFlags& flags);
 int run_build(const BuildFlags& flags);
 int run_chat(const RunFlags& flags);
@@ -101,6 +107,7 @@ int run_render(const RenderFlags& flags);
 int run_eval(const EvalFlags& flags);
 int run_inspect(const InspectFlags& flags);
 int run_bench(const BenchFlags& flags);
+int run_synthesize(const SynthesizeFlags& flags);
 
 /// Parses argv and runs the command. Returns the exit status: 0 done, 1 failed, 2 misused, 130
 /// interrupted.

@@ -38,6 +38,7 @@ class Parser {
     add_eval();
     add_inspect();
     add_bench();
+    add_synthesize();
   }
 
   int run(int argc, char** argv) {
@@ -66,8 +67,8 @@ class Parser {
         return fmt::format("unknown command {}; did you mean {}?", extras.front(),
                            nearest_name(extras.front(), names));
       }
-      return "a command is needed: quantize, build, chat, run, tokenize, render, eval, inspect or "
-             "bench";
+      return "a command is needed: quantize, build, chat, run, tokenize, render, eval, inspect, "
+             "bench or synthesize";
     }
     return error.what();
   }
@@ -320,6 +321,22 @@ class Parser {
     add_common(c, f);
   }
 
+  void add_synthesize() {
+    auto& f = synthesize_;
+    CLI::App* c = command("synthesize", "write a Hugging Face checkpoint of random weights",
+                          [this] { return run_synthesize(synthesize_); });
+    c->add_option("SHAPE", f.shape, "nano-like, bench-1.1b, mistral-7b or mistral-24b")->required();
+    c->add_option("--out", f.out, "directory to create")->required();
+    c->add_option("--layers", f.layers, "this many layers instead of the shape's")
+        ->check(CLI::Range(1, 1000));
+    c->add_option("--shards", f.shards, "this many files instead of the shape's")
+        ->check(CLI::Range(1, 1000));
+    c->add_option("--seed", f.seed, "same shape and seed, same weights")->capture_default_str();
+    c->add_option("--tokenizer", f.tokenizer,
+                  "directory whose tokenizer, chat template and generation config are copied");
+    add_common(c, f);
+  }
+
   CLI::App app_;
   std::function<int()> action_;
   QuantizeFlags quantize_;
@@ -330,6 +347,7 @@ class Parser {
   EvalFlags eval_;
   InspectFlags inspect_;
   BenchFlags bench_;
+  SynthesizeFlags synthesize_;
 };
 
 }  // namespace

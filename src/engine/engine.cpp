@@ -308,12 +308,14 @@ class EngineImpl final : public Engine {
       counters_.generated_tokens += scheduled.draws;
     }
     counters_.run_us += ran_us - run_us;
-    counters_.forward_us += result.forward_us;
+    const int64_t forward_us = result.forward_us;
     publish_stats();  // before the sinks, so that who hears of an end sees the blocks back
 
     deliver(plan, result, ran_us);
     for (const RequestId id : doomed_) cancel_request({id});
     doomed_.clear();
+    // Together: readers take the difference for the engine's own time.
+    counters_.forward_us += forward_us;
     counters_.step_us += now_us() - begin_us;
     publish_stats();
   }

@@ -319,8 +319,11 @@ std::string describe_model(const json::object& report) {
                   report.contains("directory") ? text_of(report.at("directory")) : "in memory");
   if (const json::value* spec = report.if_contains("spec")) {
     ObjectReader in(spec->as_object(), "report");
-    out += fmt::format("{}, {:.4g} B parameters, {} ({:.3g} bits each)\n",
-                       in.string("architecture"), report.at("parameters").to_number<double>() / 1e9,
+    const double parameters = report.at("parameters").to_number<double>();
+    const bool billions = parameters >= 1e9;
+    out += fmt::format("{}, {:.4g} {} parameters, {} ({:.3g} bits each)\n",
+                       in.string("architecture"), parameters / (billions ? 1e9 : 1e6),
+                       billions ? "billion" : "million",
                        human_bytes(report.at("bytes").to_number<uint64_t>()),
                        report.at("bits_per_parameter").to_number<double>());
     out += fmt::format(

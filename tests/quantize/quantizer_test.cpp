@@ -74,7 +74,10 @@ class Quantize : public testing::Test {
 
 TEST_F(Quantize, WritesACheckpointWhoseWeightsAreCloseToTheModels) {
   const fs::path out = fresh();
-  const QuantizeReport report = run(out, {.sequential = false});
+  // Nearest: compensation trades closeness of the weights for closeness of the outputs, and 105
+  // tokens leave most directions of the input free.
+  const QuantizeReport report =
+      run(out, {.rounding = awq::Rounding::kNearest, .sequential = false});
   const auto checkpoint = open_checkpoint(out);
   EXPECT_EQ(checkpoint->spec().hidden_size, 128);
   size_t rows = 0;
