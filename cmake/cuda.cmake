@@ -55,5 +55,5 @@ if(NOT NIBBLE_CUDA STREQUAL "OFF")
     COMMAND ${NIBBLE_NVCC} -cudart static -gencode arch=compute_90a,code=sm_90a ${bench_objects}
             -o ${PROJECT_BINARY_DIR}/nibble_cuda_bench
     DEPENDS ${bench_objects} COMMENT "link nibble_cuda_bench" VERBATIM)
-  add_custom_target(cuda_bench DEPENDS ${PROJECT_BINARY_DIR}/nibble_cuda_bench)
+  add_custom_target(cuda_bench ALL DEPENDS ${PROJECT_BINARY_DIR}/nibble_cuda_bench)
 endif()

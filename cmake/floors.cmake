@@ -30,7 +30,8 @@ nibble_floor(build nibble_engine nibble_pack nibble_backends_reference nibble_ba
 nibble_floor(eval nibble_build)
 nibble_floor(quantize nibble_build)
 nibble_floor(chat nibble_build nibble_text)
-nibble_floor(cli nibble_quantize nibble_eval nibble_chat nibble_bench PkgConfig::LIBEDIT)
+nibble_floor(serve nibble_chat OpenSSL::SSL CURL::libcurl)
+nibble_floor(cli nibble_quantize nibble_eval nibble_serve nibble_bench PkgConfig::LIBEDIT)
 
 if(EXISTS ${PROJECT_SOURCE_DIR}/src/cli/main.cpp)
   add_executable(nibble $<TARGET_OBJECTS:nibble_cli>)
@@ -48,3 +49,15 @@ set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/cli/builtin_calibration.cpp APPEND
   ${PROJECT_SOURCE_DIR}/models/texts/calib.jsonl)
 # The quantizer's searches are plain loops over floats too; its reductions say so with "omp simd".
 target_compile_options(nibble_quantize PRIVATE -O3 -fopenmp-simd)
+
+# So are the files of the chat page.
+set(web_dir ${PROJECT_SOURCE_DIR}/src/serve/web)
+set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/serve/web_page.cpp APPEND PROPERTY COMPILE_DEFINITIONS
+  NIBBLE_WEB_DIR="${web_dir}")
+set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/serve/web_page.cpp APPEND PROPERTY OBJECT_DEPENDS
+  "${web_dir}/index.html;${web_dir}/app.js;${web_dir}/style.css;${web_dir}/openapi.json")
+
+# Asio has a fence that TSan does not model; its queues are mutexes where it matters to us (one I/O thread).
+if(NIBBLE_SANITIZE MATCHES "thread" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/serve/http_server.cpp APPEND PROPERTY COMPILE_OPTIONS -Wno-tsan)
+endif()

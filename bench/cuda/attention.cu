@@ -217,6 +217,76 @@ int check(const char* name, const std::vector<int>& lengths, void* workspace, in
   return !ok;
 }
 
+// A chunk of `count` tokens at the end of `length`: the reference sees one sequence per token.
+int check_prefill(int count, int length, bool scaled, cudaStream_t stream) {
+  Case c = make_case({length}, static_cast<uint64_t>(count + 7 * length), stream);
+  auto* pages = device_alloc<uint8_t>(pair_offset(c.total_pages, kKvHeads, 0));
+  fill_pages<<<1056, 256, 0, stream>>>(pages, c.total_pages, 5);
+  poison_tails<<<dim3(1, kKvHeads), 64, 0, stream>>>(pages, c.table, c.max_pages, c.device_lengths);
+  const size_t out_count = static_cast<size_t>(count) * kHeads * kHeadDim;
+  auto* q = device_alloc<__nv_bfloat16>(out_count);
+  auto* out = device_alloc<__nv_bfloat16>(out_count + 512);
+  auto* workspace =
+      device_alloc<uint8_t>(cuda::prefill_attention_workspace_bytes(length, kKvHeads));
+  BENCH_CHECK(cudaMemsetAsync(workspace, 0xff,
+                              cuda::prefill_attention_workspace_bytes(length, kKvHeads), stream));
+  auto* ones = device_alloc<float>(kHeads * kHeadDim);
+  fill_uniform<<<16, 256, 0, stream>>>(ones, kHeads * kHeadDim, 1.0f, 1.0f, 1);
+  fill_normal<<<256, 256, 0, stream>>>(q, out_count, kHeadDim, 1.0f, 9);
+  const cuda::PrefillAttentionArgs args{.q = q,
+                                        .q_stride = kHeads * kHeadDim,
+                                        .pages = pages,
+                                        .page_table = c.table,
+                                        .count = count,
+                                        .length = length,
+                                        .out = out,
+                                        .out_stride = kHeads * kHeadDim,
+                                        .out_scale = scaled ? ones : nullptr,
+                                        .kv_heads = kKvHeads,
+                                        .softmax_scale = 1.0f / std::sqrt(128.0f),
+                                        .workspace = workspace,
+                                        .dependent = false};
+  std::vector<uint16_t> first(out_count + 512), again(first.size());
+  bool same = true, canaries = true;
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    BENCH_CHECK(cudaMemsetAsync(out, 0xff, first.size() * 2, stream));
+    BENCH_CHECK(cuda::prefill_attention(args, stream));
+    BENCH_CHECK(cudaStreamSynchronize(stream));
+    BENCH_CHECK(
+        cudaMemcpy((repeat ? again : first).data(), out, first.size() * 2, cudaMemcpyDeviceToHost));
+    same = same && (repeat == 0 || again == first);
+  }
+  for (size_t i = out_count; i < first.size(); ++i) canaries = canaries && first[i] == 0xffff;
+  std::vector<int> lengths;
+  for (int i = 0; i < count; ++i) lengths.push_back(length - count + i + 1);
+  auto* device_lengths = device_alloc<int>(lengths.size());
+  BENCH_CHECK(
+      cudaMemcpy(device_lengths, lengths.data(), lengths.size() * 4, cudaMemcpyHostToDevice));
+  auto* scores =
+      device_alloc<double>(static_cast<size_t>(count) * kHeads * static_cast<size_t>(length));
+  auto* acc = device_alloc<double>(3);
+  BENCH_CHECK(cudaMemsetAsync(acc, 0, 24, stream));
+  reference<<<dim3(static_cast<unsigned>(count), kHeads), 256, 0, stream>>>(
+      q, kHeads * kHeadDim, pages, c.table, 0, device_lengths,
+      static_cast<double>(args.softmax_scale), out, scores, length, acc);
+  double host[3];
+  BENCH_CHECK(cudaMemcpyAsync(host, acc, 24, cudaMemcpyDeviceToHost, stream));
+  BENCH_CHECK(cudaStreamSynchronize(stream));
+  const double relative = std::sqrt(host[0] / host[1]);
+  const bool ok = relative < 4e-3 && host[2] == 0 && same && canaries;
+  std::printf("check prefill %4d of %4d: error %.2e, wild %.0f, repeatable %s, canaries %s  %s\n",
+              count, length, relative, host[2], same ? "yes" : "NO", canaries ? "yes" : "NO",
+              ok ? "ok" : "FAILED");
+  for (void* pointer :
+       {static_cast<void*>(pages), static_cast<void*>(q), static_cast<void*>(out),
+        static_cast<void*>(workspace), static_cast<void*>(ones), static_cast<void*>(device_lengths),
+        static_cast<void*>(scores), static_cast<void*>(acc)}) {
+    BENCH_CHECK(cudaFree(pointer));
+  }
+  free_case(c);
+  return !ok;
+}
+
 }  // namespace
 
 int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** argv) {
@@ -243,7 +313,7 @@ int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** 
   BENCH_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
   const size_t workspace_bytes = cuda::decode_attention_workspace_bytes(sms);
   auto* workspace = device_alloc<uint8_t>(workspace_bytes);
-  BENCH_CHECK(cudaMemset(workspace, 0, workspace_bytes));
+  BENCH_CHECK(cudaMemset(workspace, 0xff, workspace_bytes));
   int failures = 0;
   if (checks) {
     failures += check("1 x 1", {1}, workspace, sms, tactic, stream);
@@ -287,6 +357,61 @@ int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** 
     free_case(c);
   }
   BENCH_CHECK(cudaFree(workspace));
+  return failures;
+}
+
+// prefill [--odd-only]: checks, then whole prompts and a chunk behind a cached prefix.
+int bench_prefill(cudaStream_t stream, int argc, char** argv) {
+  int failures = 0;
+  for (const auto& [count, length] : std::vector<std::pair<int, int>>{
+           {1, 1}, {5, 5}, {64, 64}, {128, 128}, {200, 200}, {100, 333}, {130, 700}, {257, 1000}}) {
+    failures += check_prefill(count, length, count % 2 == 0, stream);
+  }
+  if (argc > 0 && std::string(argv[0]) == "--odd-only") return failures;
+  for (const auto& [count, length] :
+       std::vector<std::pair<int, int>>{{5525, 5525}, {2048, 5525}, {500, 5500}, {1024, 1024}}) {
+    Case c = make_case({length}, 7, stream);
+    const size_t out_count = static_cast<size_t>(count) * kHeads * kHeadDim;
+    auto* q = device_alloc<__nv_bfloat16>(out_count);
+    auto* out = device_alloc<__nv_bfloat16>(out_count);
+    fill_normal<<<256, 256, 0, stream>>>(q, out_count, kHeadDim, 1.0f, 9);
+    auto* workspace =
+        device_alloc<uint8_t>(cuda::prefill_attention_workspace_bytes(length, kKvHeads));
+    constexpr int kLayers = 4;
+    uint8_t* pages[kLayers];
+    for (int i = 0; i < kLayers; ++i) {
+      pages[i] = device_alloc<uint8_t>(pair_offset(c.total_pages, kKvHeads, 0));
+      fill_pages<<<1056, 256, 0, stream>>>(pages[i], c.total_pages, static_cast<uint64_t>(i));
+    }
+    const Timing t = time_graph(stream, kLayers, [&] {
+      for (int i = 0; i < kLayers; ++i) {
+        BENCH_CHECK(cuda::prefill_attention({.q = q,
+                                             .q_stride = kHeads * kHeadDim,
+                                             .pages = pages[i],
+                                             .page_table = c.table,
+                                             .count = count,
+                                             .length = length,
+                                             .out = out,
+                                             .out_stride = kHeads * kHeadDim,
+                                             .out_scale = nullptr,
+                                             .kv_heads = kKvHeads,
+                                             .softmax_scale = 1.0f / std::sqrt(128.0f),
+                                             .workspace = workspace,
+                                             .dependent = false},
+                                            stream));
+      }
+    });
+    double pairs = 0;
+    for (int i = 0; i < count; ++i) pairs += length - count + i + 1;
+    std::printf(
+        "prefill attention %4d of %4d tokens (pages expanded too): %8.2f us  %6.1f TFLOPS\n", count,
+        length, t.median_us, 4.0 * kHeadDim * kHeads * pairs / t.median_us * 1e-6);
+    for (auto* p : pages) BENCH_CHECK(cudaFree(p));
+    BENCH_CHECK(cudaFree(q));
+    BENCH_CHECK(cudaFree(out));
+    BENCH_CHECK(cudaFree(workspace));
+    free_case(c);
+  }
   return failures;
 }
 

@@ -111,5 +111,6 @@ Limits measure_limits(cudaStream_t stream, bool print);
 void bench_launch(cudaStream_t stream);
 int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** argv);
 int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** argv);
+int bench_prefill(cudaStream_t stream, int argc, char** argv);
 
 }  // namespace nibble::bench

@@ -382,7 +382,7 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
   BENCH_CHECK(cudaDeviceGetAttribute(&sizes.sms, cudaDevAttrMultiProcessorCount, 0));
   const size_t workspace_bytes = cuda::linear_workspace_bytes(sizes.sms);
   sizes.workspace = device_alloc<uint8_t>(workspace_bytes);
-  BENCH_CHECK(cudaMemset(sizes.workspace, 0, workspace_bytes));
+  BENCH_CHECK(cudaMemset(sizes.workspace, 0xff, workspace_bytes));
   int failures = 0;
   const Matrix matrices[4] = {{"qkv", {6144, 5120}, Epilogue::kPlain},
                               {"o", {5120, 4096}, Epilogue::kResidual},
@@ -390,12 +390,10 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
                               {"down", {5120, 32768}, Epilogue::kResidual}};
   if (o.check) {
     failures += check_pack(stream);
-    const Matrix odd[] = {{"odd", {272, 320}, Epilogue::kPlain},
-                          {"odd", {1040, 1152}, Epilogue::kResidual},
-                          {"odd", {2080, 192}, Epilogue::kSiluMul},
-                          {"odd", {128, 128}, Epilogue::kPlain},
-                          {"odd", {1000, 1152}, Epilogue::kResidual},
-                          {"odd", {2032, 960}, Epilogue::kSiluMul}};
+    const Matrix odd[] = {
+        {"odd", {272, 320}, Epilogue::kPlain},      {"odd", {1040, 1152}, Epilogue::kResidual},
+        {"odd", {2080, 192}, Epilogue::kSiluMul},   {"odd", {128, 128}, Epilogue::kPlain},
+        {"odd", {1000, 1152}, Epilogue::kResidual}, {"odd", {2032, 960}, Epilogue::kSiluMul}};
     for (const Matrix& m : odd) {
       Weights w = make_weights(m, 1, true, 3, stream);
       for (int tokens : o.tokens)
@@ -426,81 +424,84 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
   fill_normal<<<1056, 256, 0, stream>>>(x, static_cast<size_t>(max_tokens) * 32768, 5120, 1.0f, 1);
   for (int tokens : o.tokens)
     for (int tactic : o.tactics) {
-    cuda::LinearArgs args{.tokens = tokens,
-                          .workspace = sizes.workspace,
-                          .num_sms = sizes.sms,
-                          .dependent = true,
-                          .tactic = tactic,
-                          .early = o.early};
-    double sum_us = 0, bytes = 0, flops = 0;
-    if (o.shapes)
-      for (int i = 0; i < 4; ++i) {
-        const Shape& s = matrices[i].shape;
-        cuda::TensorMap map;
-        BENCH_CHECK(cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2,
-                                          cuda::linear_wgmma_box_rows(tokens)));
-        args.rows = s.rows, args.k = s.k, args.x = x, args.x_stride = s.k, args.x_map = &map;
-        args.out = out;
-        args.residual = h, args.epilogue = matrices[i].epilogue;
-        const int calls = (tokens > 512 ? 1 : 4) * kLayers;
-        const Timing t = time_graph(stream, calls, [&] {
-          for (int c = 0; c < calls; ++c) {
-            args.weights = weights[i].packed[c % kLayers];
-            BENCH_CHECK(run(o, args, stream));
-          }
-        });
-        const double b = static_cast<double>(s.packed_bytes());
-        const double f = 2.0 * tokens * static_cast<double>(s.rows) * static_cast<double>(s.k);
-        std::printf("M=%-4d tactic %3d %-8s %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS\n",
-                    tokens, tactic, matrices[i].name, t.median_us, b / t.median_us * 1e-3,
-                    b / t.median_us * 0.1 / limits.read_gbps, f / t.median_us * 1e-6);
-        sum_us += t.median_us, bytes += b, flops += f;
-        if (o.trace) trace(o, args, weights[i], sizes, stream);
-      }
-    if (o.shapes) {
-      std::printf("M=%-4d tactic %3d sum      %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS\n", tokens,
-                  tactic, sum_us, bytes / sum_us * 1e-3, bytes / sum_us * 0.1 / limits.read_gbps,
-                  flops / sum_us * 1e-6);
-    }
-    if (!o.layer) continue;
-    // The chain of a layer: h -> qkv -> (its q columns as o's input) -> +h -> gate_up -> down + h.
-    bytes = flops = 0;
-    for (const Matrix& m : matrices) {
-      bytes += static_cast<double>(m.shape.packed_bytes());
-      flops += 2.0 * tokens * static_cast<double>(m.shape.rows) * static_cast<double>(m.shape.k);
-    }
-    const int box = cuda::linear_wgmma_box_rows(tokens);
-    cuda::TensorMap h_map, q_map, act_map;
-    BENCH_CHECK(cuda::make_tensor_map(&h_map, h, tokens, 5120, 5120 * 2, box));
-    BENCH_CHECK(cuda::make_tensor_map(&q_map, qkv, tokens, 4096, 6144 * 2, box));
-    BENCH_CHECK(cuda::make_tensor_map(&act_map, act, tokens, 32768, 32768 * 2, box));
-    const cuda::TensorMap* maps[4] = {&h_map, &q_map, &h_map, &act_map};
-    const void* inputs[4] = {h, qkv, h, act};
-    const int64_t strides[4] = {5120, 6144, 5120, 32768};
-    void* outputs[4] = {qkv, h, act, h};
-    const Timing t = time_graph(
-        stream, kLayers,
-        [&] {
-          fill_normal<<<256, 256, 0, stream>>>(h, static_cast<size_t>(tokens) * 5120, 5120, 1.0f,
-                                               7);
-          for (int layer = 0; layer < kLayers; ++layer) {
-            for (int i = 0; i < 4; ++i) {
-              args.rows = matrices[i].shape.rows, args.k = matrices[i].shape.k;
-              args.x = inputs[i], args.x_stride = strides[i], args.x_map = maps[i],
-              args.out = outputs[i], args.residual = h;
-              args.epilogue = matrices[i].epilogue, args.weights = weights[i].packed[layer];
-              args.dependent = layer + i > 0;
+      cuda::LinearArgs args{.tokens = tokens,
+                            .workspace = sizes.workspace,
+                            .num_sms = sizes.sms,
+                            .dependent = true,
+                            .tactic = tactic,
+                            .early = o.early};
+      double sum_us = 0, bytes = 0, flops = 0;
+      if (o.shapes)
+        for (int i = 0; i < 4; ++i) {
+          const Shape& s = matrices[i].shape;
+          cuda::TensorMap map;
+          BENCH_CHECK(cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2,
+                                            cuda::linear_wgmma_box_rows(tokens)));
+          args.rows = s.rows, args.k = s.k, args.x = x, args.x_stride = s.k, args.x_map = &map;
+          args.out = out;
+          args.residual = h, args.epilogue = matrices[i].epilogue;
+          const int calls = (tokens > 512 ? 1 : 4) * kLayers;
+          const Timing t = time_graph(stream, calls, [&] {
+            for (int c = 0; c < calls; ++c) {
+              args.weights = weights[i].packed[c % kLayers];
               BENCH_CHECK(run(o, args, stream));
             }
-          }
-        },
-        41);
-    std::printf(
-        "M=%-4d tactic %3d layer    %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS  "
-        "[best %.2f, worst %.2f]\n",
-        tokens, tactic, t.median_us, bytes / t.median_us * 1e-3,
-        bytes / t.median_us * 0.1 / limits.read_gbps, flops / t.median_us * 1e-6, t.best_us,
-        t.worst_us);
+          });
+          const double b = static_cast<double>(s.packed_bytes());
+          const double f = 2.0 * tokens * static_cast<double>(s.rows) * static_cast<double>(s.k);
+          std::printf(
+              "M=%-4d tactic %3d %-8s %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS\n",
+              tokens, tactic, matrices[i].name, t.median_us, b / t.median_us * 1e-3,
+              b / t.median_us * 0.1 / limits.read_gbps, f / t.median_us * 1e-6);
+          sum_us += t.median_us, bytes += b, flops += f;
+          if (o.trace) trace(o, args, weights[i], sizes, stream);
+        }
+      if (o.shapes) {
+        std::printf(
+            "M=%-4d tactic %3d sum      %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS\n",
+            tokens, tactic, sum_us, bytes / sum_us * 1e-3, bytes / sum_us * 0.1 / limits.read_gbps,
+            flops / sum_us * 1e-6);
+      }
+      if (!o.layer) continue;
+      // The chain of a layer: h -> qkv -> (its q columns as o's input) -> +h -> gate_up -> down +
+      // h.
+      bytes = flops = 0;
+      for (const Matrix& m : matrices) {
+        bytes += static_cast<double>(m.shape.packed_bytes());
+        flops += 2.0 * tokens * static_cast<double>(m.shape.rows) * static_cast<double>(m.shape.k);
+      }
+      const int box = cuda::linear_wgmma_box_rows(tokens);
+      cuda::TensorMap h_map, q_map, act_map;
+      BENCH_CHECK(cuda::make_tensor_map(&h_map, h, tokens, 5120, 5120 * 2, box));
+      BENCH_CHECK(cuda::make_tensor_map(&q_map, qkv, tokens, 4096, 6144 * 2, box));
+      BENCH_CHECK(cuda::make_tensor_map(&act_map, act, tokens, 32768, 32768 * 2, box));
+      const cuda::TensorMap* maps[4] = {&h_map, &q_map, &h_map, &act_map};
+      const void* inputs[4] = {h, qkv, h, act};
+      const int64_t strides[4] = {5120, 6144, 5120, 32768};
+      void* outputs[4] = {qkv, h, act, h};
+      const Timing t = time_graph(
+          stream, kLayers,
+          [&] {
+            fill_normal<<<256, 256, 0, stream>>>(h, static_cast<size_t>(tokens) * 5120, 5120, 1.0f,
+                                                 7);
+            for (int layer = 0; layer < kLayers; ++layer) {
+              for (int i = 0; i < 4; ++i) {
+                args.rows = matrices[i].shape.rows, args.k = matrices[i].shape.k;
+                args.x = inputs[i], args.x_stride = strides[i], args.x_map = maps[i],
+                args.out = outputs[i], args.residual = h;
+                args.epilogue = matrices[i].epilogue, args.weights = weights[i].packed[layer];
+                args.dependent = layer + i > 0;
+                BENCH_CHECK(run(o, args, stream));
+              }
+            }
+          },
+          41);
+      std::printf(
+          "M=%-4d tactic %3d layer    %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS  "
+          "[best %.2f, worst %.2f]\n",
+          tokens, tactic, t.median_us, bytes / t.median_us * 1e-3,
+          bytes / t.median_us * 0.1 / limits.read_gbps, flops / t.median_us * 1e-6, t.best_us,
+          t.worst_us);
     }
   for (auto& w : weights) free_weights(w);
   for (auto* p : {x, h, qkv, act, out}) BENCH_CHECK(cudaFree(p));

@@ -1,5 +1,5 @@
 // nibble_cuda_bench: the Hopper kernels against references and against this card's own limits.
-//   nibble_cuda_bench limits | launch | linear [options] | attention [options] ...
+//   nibble_cuda_bench limits | launch | linear [options] | attention [options] | prefill ...
 // Several commands may follow one another, separated by "--". Every run measures the read limit
 // first, so each percentage belongs to the card that gave the time.
 // SPDX-License-Identifier: Apache-2.0
@@ -125,8 +125,10 @@ int main(int argc, char** argv) {
       failures += bench_linear(stream, limits, end - i - 1, argv + i + 1);
     } else if (command == "attention") {
       failures += bench_attention(stream, limits, end - i - 1, argv + i + 1);
+    } else if (command == "prefill") {
+      failures += bench_prefill(stream, end - i - 1, argv + i + 1);
     } else if (command != "limits") {
-      std::fprintf(stderr, "unknown command \"%s\": limits, launch, linear or attention\n",
+      std::fprintf(stderr, "unknown command \"%s\": limits, launch, linear, attention or prefill\n",
                    command.c_str());
       return 2;
     }

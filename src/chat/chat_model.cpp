@@ -27,14 +27,22 @@ uint64_t available_memory_bytes() {
   return uint64_t{2} << 30;
 }
 
-int choose_num_blocks(const LoadedModel& model, uint64_t wanted_bytes, uint64_t* bytes) {
+int choose_num_blocks(const LoadedModel& model, const ChatModelOptions& options, uint64_t* bytes) {
+  uint64_t wanted_bytes = options.kv_cache_bytes;
+  if (wanted_bytes == 0 && options.kv_cache_free_fraction > 0) {
+    wanted_bytes = static_cast<uint64_t>(options.kv_cache_free_fraction *
+                                         static_cast<double>(available_memory_bytes()));
+  }
   const uint64_t per_block = KvCache::bytes_per_block(*model.backend, model.plan);
   const int tokens = model.plan.kv_block_tokens;
   const auto per_sequence =
       static_cast<uint64_t>((model.plan.limits.max_seq_len() + tokens - 1) / tokens);
   uint64_t blocks = wanted_bytes / per_block;
   if (wanted_bytes == 0) {
-    blocks = std::min(4 * per_sequence, available_memory_bytes() / 2 / per_block);
+    const auto sequences =
+        static_cast<uint64_t>(options.kv_cache_sequences > 0 ? options.kv_cache_sequences
+                                                             : model.plan.limits.max_batch_size);
+    blocks = std::min(sequences * per_sequence, available_memory_bytes() / 2 / per_block);
     blocks = std::max(blocks, per_sequence);
   }
   if (blocks < per_sequence) {
@@ -76,8 +84,9 @@ std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory,
         "{} has no tokenizer.json, so nobody can talk to it; build the engine with --tokenizer DIR",
         model.directory.string());
   }
-  auto chat = std::unique_ptr<ChatModel>(new ChatModel(
-      Tokenizer::load(model.directory, options.tokenizer), ChatTemplate::load(model.directory)));
+  auto chat = std::unique_ptr<ChatModel>(
+      new ChatModel(Tokenizer::load(model.directory, options.tokenizer),
+                    ChatTemplate::load(model.directory, options.chat_template)));
   if (chat->tokenizer_.vocab_size() > model.plan.spec.vocab_size) {
     fail(ErrorKind::kInput,
          "{}/tokenizer.json has ids up to {}, the model's vocabulary ends at {}: they do not "
@@ -95,7 +104,7 @@ std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory,
   }
   EngineParts parts;
   parts.plan = model.plan;
-  parts.num_kv_blocks = choose_num_blocks(model, options.kv_cache_bytes, &chat->kv_cache_bytes_);
+  parts.num_kv_blocks = choose_num_blocks(model, options, &chat->kv_cache_bytes_);
   parts.allowed_tokens =
       allowed_tokens(chat->tokenizer_, model.plan.spec.vocab_size, model.plan.spec.eos_token_ids);
   parts.max_queue = options.max_queue;

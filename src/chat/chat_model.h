@@ -20,7 +20,12 @@ struct ChatModelOptions {
   LoadOptions load;
   TokenizerOptions tokenizer;
   RolePolicy roles = RolePolicy::kTolerant;
-  uint64_t kv_cache_bytes = 0;  // 0: four sequences of full length, at most half of the free memory
+  fs::path chat_template;       // a .jinja file instead of the model's own; empty: the model's
+  uint64_t kv_cache_bytes = 0;  // 0: by the two below
+  /// Of the memory that is free once the weights are loaded; 0: `kv_cache_sequences` sequences of
+  /// full length, at most half of the free memory.
+  double kv_cache_free_fraction = 0;
+  int kv_cache_sequences = 4;  // 0: the engine's max_batch_size
   int max_queue = 256;
 };
 

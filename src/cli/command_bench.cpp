@@ -284,6 +284,9 @@ int run_ops(const BenchFlags& flags, TerminalProgress& progress) {
 
 int run_bench(const BenchFlags& flags) {
   TerminalProgress progress;
+  if (flags.what.empty()) {
+    fail(ErrorKind::kUsage, "bench: say what to measure: latency, throughput, ops or serve");
+  }
   if (flags.what == "ops") return run_ops(flags, progress);
   LoadedModel model = load(flags, progress);
   return flags.what == "latency" ? run_latency(flags, std::move(model))

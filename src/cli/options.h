@@ -98,6 +98,46 @@ struct SynthesizeFlags : CommonOptions {
   uint64_t seed = 1;
 };
 
+struct BenchServeFlags : CommonOptions {
+  std::string url, model, api_key_file, text;
+  std::string prompts = "text";  // text | random-ids
+  int vocab_size = 32000, sessions = 100, turns = 1, shared_prefix = 0;
+  int input_len = 128, input_len_max = 0, output_len = 64, output_len_max = 0;  // max 0: fixed
+  int concurrency = 0;
+  double rate = 0, think_s = 0, timeout_s = 600;
+  double slo_ttft_ms = 0, slo_tpot_ms = 0, slo_e2e_ms = 0;
+  uint64_t seed = 1;
+};
+
+struct ServeFlags : CommonOptions {
+  std::string model;
+  std::vector<std::string> served_model_names;  // empty: the directory's name
+  std::string chat_template, roles = "tolerant", tokenizer_regex = "shipped";
+  std::string sampling_defaults = "model";  // model | neutral
+  // Network.
+  std::string host = "127.0.0.1", tls_cert, tls_key, api_key_file;
+  int port = 8000;
+  std::vector<std::string> cors_origins;
+  int max_connections = 4096;
+  uint64_t max_body_bytes = 4 << 20, max_pending_body_bytes = 256 << 20,
+           max_header_bytes = 32 << 10;
+  double header_timeout_s = 10, body_timeout_s = 60, idle_timeout_s = 75, write_timeout_s = 10,
+         ping_s = 15;
+  // Work.
+  int max_queue = 256, max_choices = 128, workers = 2;
+  uint64_t kv_cache_bytes = 0;
+  double kv_cache_free_fraction = 0;
+  // Operation.
+  double drain_s = 30;
+  std::string access_log = "-";  // -: standard error; off; a file
+  bool web_page = true;
+  // What DIR becomes when it is not an engine.
+  std::string work_dir;          // empty: beside DIR
+  std::string quantize = "awq";  // awq | rtn | none
+  std::string target = "cpu:native", kv_cache = "int8";
+  int max_batch_size = 64, max_input_len = 0, max_output_len = 0;  // 0: by the model
+};
+
 int run_quantize(const QuantizeFlags& flags);
 int run_build(const BuildFlags& flags);
 int run_chat(const RunFlags& flags);
@@ -108,6 +148,8 @@ int run_eval(const EvalFlags& flags);
 int run_inspect(const InspectFlags& flags);
 int run_bench(const BenchFlags& flags);
 int run_synthesize(const SynthesizeFlags& flags);
+int run_bench_serve(const BenchServeFlags& flags);
+int run_serve(const ServeFlags& flags);
 
 /// Parses argv and runs the command. Returns the exit status: 0 done, 1 failed, 2 misused, 130
 /// interrupted.

@@ -30,10 +30,12 @@ class Parser {
         "  nibble quantize HF_DIR --out model          4-bit checkpoint, calibrated\n"
         "  nibble build model --out engine             engine for this machine\n"
         "  nibble chat engine                          talk to it\n"
+        "  nibble serve engine                         OpenAI-compatible server\n"
         "`nibble COMMAND --help` shows a command's flags.");
     add_quantize();
     add_build();
     add_chat_and_run();
+    add_serve();
     add_text();
     add_eval();
     add_inspect();
@@ -44,7 +46,10 @@ class Parser {
   int run(int argc, char** argv) {
     try {
       app_.parse(argc, argv);
-      for (CLI::App* command : app_.get_subcommands()) refuse_extras(command);
+      for (CLI::App* command : app_.get_subcommands()) {
+        for (CLI::App* nested : command->get_subcommands()) refuse_extras(nested);
+        refuse_extras(command);
+      }
       if (!app_.remaining().empty()) refuse_extras(&app_);
     } catch (const CLI::Success& success) {
       return app_.exit(success);
@@ -67,8 +72,8 @@ class Parser {
         return fmt::format("unknown command {}; did you mean {}?", extras.front(),
                            nearest_name(extras.front(), names));
       }
-      return "a command is needed: quantize, build, chat, run, tokenize, render, eval, inspect, "
-             "bench or synthesize";
+      return "a command is needed: quantize, build, serve, chat, run, tokenize, render, eval, "
+             "inspect, bench or synthesize";
     }
     return error.what();
   }
@@ -239,6 +244,146 @@ class Parser {
     add_run_flags(run, run_);
   }
 
+  void add_serve() {
+    auto& f = serve_;
+    CLI::App* c =
+        command("serve", "OpenAI-compatible HTTP server", [this] { return run_serve(serve_); });
+    c->add_option("DIR", f.model,
+                  "engine; a checkpoint or Hugging Face directory is made into one first")
+        ->required();
+    const std::string model = "Model";
+    c->add_option("--served-model-name", f.served_model_names,
+                  "name clients call the model by (may be repeated); default: DIR's name")
+        ->group(model);
+    c->add_option("--chat-template", f.chat_template, "template file instead of the model's own")
+        ->group(model);
+    add_choice(c, "--roles", f.roles, {"strict", "tolerant"},
+               "what to do with unusual message orders")
+        ->capture_default_str()
+        ->group(model);
+    add_choice(c, "--sampling-defaults", f.sampling_defaults, {"model", "neutral"},
+               "for what a request leaves out: generation_config.json's, or plain temperature 1")
+        ->capture_default_str()
+        ->group(model);
+    add_choice(c, "--tokenizer-regex", f.tokenizer_regex, {"shipped", "tekken"},
+               "split pattern: the one in tokenizer.json, or Mistral's own")
+        ->group(model);
+    c->add_option("--threads", f.threads,
+                  "threads of the engine; 0 takes what affinity and cgroup allow")
+        ->check(CLI::Range(0, 1024))
+        ->group(model);
+
+    const std::string memory = "Memory and load";
+    CLI::Option* bytes = c->add_option("--kv-cache-bytes", f.kv_cache_bytes,
+                                       "memory of the KV cache (2GiB, 500MB, ...)")
+                             ->transform(CLI::AsSizeValue(false))
+                             ->group(memory);
+    c->add_option(
+         "--kv-cache-free-mem-fraction", f.kv_cache_free_fraction,
+         "of the memory free after loading; default: enough for a full batch, at most half")
+        ->check(CLI::Range(0.01, 0.95))
+        ->excludes(bytes)
+        ->group(memory);
+    c->add_option("--max-queue", f.max_queue, "requests that may wait; more are answered 429")
+        ->check(CLI::Range(1, 1 << 20))
+        ->capture_default_str()
+        ->group(memory);
+    c->add_option("--max-choices", f.max_choices, "prompts x n of one request")
+        ->check(CLI::Range(1, 1 << 16))
+        ->capture_default_str()
+        ->group(memory);
+    c->add_option("--workers", f.workers, "threads that parse, template and tokenize")
+        ->check(CLI::Range(1, 64))
+        ->capture_default_str()
+        ->group(memory);
+
+    add_serve_network(c, f);
+
+    const std::string operation = "Operation";
+    c->add_option("--drain-seconds", f.drain_s, "how long running answers may take after SIGTERM")
+        ->check(CLI::Range(0.0, 86400.0))
+        ->capture_default_str()
+        ->group(operation);
+    c->add_option("--access-log", f.access_log, "file, - for standard error, or off")
+        ->capture_default_str()
+        ->group(operation);
+    c->add_flag("!--no-web-page", f.web_page, "do not serve the chat page at /")->group(operation);
+
+    const std::string make = "When DIR is not an engine";
+    c->add_option("--work-dir", f.work_dir,
+                  "where the checkpoint and engine go; default: beside DIR")
+        ->group(make);
+    add_choice(c, "--quantize", f.quantize, {"awq", "rtn", "none"},
+               "how a Hugging Face model becomes 4-bit")
+        ->capture_default_str()
+        ->group(make);
+    c->add_option("--target", f.target, kTargets)->capture_default_str()->group(make);
+    add_choice(c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16"},
+               "format of the KV cache")
+        ->capture_default_str()
+        ->group(make);
+    c->add_option("--max-batch-size", f.max_batch_size, "sequences in one step")
+        ->capture_default_str()
+        ->group(make);
+    c->add_option("--max-input-len", f.max_input_len,
+                  "tokens of a prompt; default: 8192, or three quarters of the model's context")
+        ->group(make);
+    c->add_option("--max-output-len", f.max_output_len,
+                  "tokens of an answer; default: 2048, or a quarter of the model's context")
+        ->group(make);
+  }
+
+  void add_serve_network(CLI::App* c, ServeFlags& f) {
+    const std::string network = "Network";
+    const auto seconds = [&](const char* name, double& value, const char* description) {
+      c->add_option(name, value, description)
+          ->check(CLI::Range(0.1, 86400.0))
+          ->capture_default_str()
+          ->group(network);
+    };
+    const auto size = [&](const char* name, uint64_t& value, const char* description) {
+      c->add_option(name, value, description)
+          ->transform(CLI::AsSizeValue(false) & CLI::Range(uint64_t{1024}, uint64_t{1} << 40))
+          ->capture_default_str()
+          ->group(network);
+    };
+    c->add_option("--host", f.host, "address to listen on; 0.0.0.0 or :: for all")
+        ->capture_default_str()
+        ->group(network);
+    c->add_option("--port", f.port, "0: any free one")
+        ->check(CLI::Range(0, 65535))
+        ->capture_default_str()
+        ->group(network);
+    c->add_option("--api-key-file", f.api_key_file,
+                  "file with one key a line; default: no key needed")
+        ->group(network);
+    c->add_option("--cors-origin", f.cors_origins,
+                  "origin whose pages may call (may be repeated), or *; default: none")
+        ->group(network);
+    CLI::Option* cert =
+        c->add_option("--tls-cert", f.tls_cert, "PEM certificate chain: serve HTTPS")
+            ->group(network);
+    c->add_option("--tls-key", f.tls_key, "its PEM private key")->needs(cert)->group(network);
+    c->add_option("--max-connections", f.max_connections, "more are answered 503")
+        ->check(CLI::Range(1, 1 << 20))
+        ->capture_default_str()
+        ->group(network);
+    size("--max-body-bytes", f.max_body_bytes, "of a request; larger ones are answered 413");
+    size("--max-pending-body-bytes", f.max_pending_body_bytes,
+         "of all request bodies being read; beyond it 503");
+    size("--max-header-bytes", f.max_header_bytes, "of a request's head; larger ones get 431");
+    seconds("--header-timeout", f.header_timeout_s, "seconds for a request's head to arrive");
+    seconds("--body-timeout", f.body_timeout_s, "seconds for its body");
+    seconds("--idle-timeout", f.idle_timeout_s, "seconds a connection may sit between requests");
+    seconds("--write-timeout", f.write_timeout_s,
+            "seconds a reader may take none of 64 KiB before it is cut");
+    c->add_option("--ping-seconds", f.ping_s,
+                  "comment lines into streams silent this long; 0: none")
+        ->check(CLI::Range(0.0, 86400.0))
+        ->capture_default_str()
+        ->group(network);
+  }
+
   void add_text() {
     CLI::App* t = command("tokenize", "JSON lines of strings -> JSON lines of token ids, or back",
                           [this] { return run_tokenize(tokenize_); });
@@ -290,14 +435,67 @@ class Parser {
     add_common(c, inspect_);
   }
 
+  CLI::App* add_bench_serve(CLI::App* bench) {
+    auto& f = bench_serve_;
+    CLI::App* c = bench->add_subcommand("serve", "load an OpenAI-compatible server and measure it");
+    c->allow_extras();
+    c->get_formatter()->column_width(38);
+    c->add_option("URL", f.url, "base URL with its version, http://127.0.0.1:8000/v1")->required();
+    c->add_option("--model", f.model, "default: the first the server lists");
+    c->add_option("--api-key-file", f.api_key_file, "file whose first line is the key");
+    c->add_option("--sessions", f.sessions, "conversations in all")
+        ->check(CLI::Range(1, 10'000'000))
+        ->capture_default_str();
+    c->add_option("--turns", f.turns, "requests of a session, each with those before in it")
+        ->check(CLI::Range(1, 10'000))
+        ->capture_default_str();
+    c->add_option("--think-seconds", f.think_s, "pause between an answer and the next turn")
+        ->check(CLI::NonNegativeNumber);
+    c->add_option("--concurrency", f.concurrency, "sessions at a time; 0: no bound")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c->add_option("--rate", f.rate, "sessions begun a second, Poisson; 0: as soon as possible")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    add_choice(c, "--prompts", f.prompts, {"text", "random-ids"},
+               "chats made of words, or text completions of random token ids")
+        ->capture_default_str();
+    c->add_option("--text", f.text, "file the words come from; default: texts shipped with nibble");
+    c->add_option("--vocab-size", f.vocab_size, "random ids are drawn from 100 up to this")
+        ->capture_default_str();
+    c->add_option("--shared-prefix", f.shared_prefix, "words (ids) that every session begins with")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c->add_option("--input-len", f.input_len, "words (ids) of a turn")->capture_default_str();
+    c->add_option("--input-len-max", f.input_len_max, "draw the length from input-len up to this");
+    c->add_option("--output-len", f.output_len, "tokens of an answer")->capture_default_str();
+    c->add_option("--output-len-max", f.output_len_max, "draw it from output-len up to this");
+    c->add_option("--timeout-seconds", f.timeout_s, "of a request")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    c->add_option("--seed", f.seed, "of arrivals, lengths and ids")->capture_default_str();
+    c->add_option("--slo-ttft-ms", f.slo_ttft_ms, "a good request's first token comes within this");
+    c->add_option("--slo-tpot-ms", f.slo_tpot_ms, "its mean time per token is at most this");
+    c->add_option("--slo-e2e-ms", f.slo_e2e_ms, "it is complete within this");
+    c->add_flag("--json", f.json, "print one JSON object instead of text");
+    return c;
+  }
+
   void add_bench() {
     auto& f = bench_;
-    CLI::App* c = command("bench", "measure: latency, throughput or single ops",
+    CLI::App* c = command("bench", "measure: latency, throughput, single ops or a server",
                           [this] { return run_bench(bench_); });
+    CLI::App* serve = add_bench_serve(c);
+    c->callback([this, serve] {
+      if (serve->parsed()) {
+        action_ = [this] { return run_bench_serve(bench_serve_); };
+      } else {
+        action_ = [this] { return run_bench(bench_); };
+      }
+    });
     add_choice(c, "WHAT", f.what, {"latency", "throughput", "ops"},
                "latency: prefill and decode of one batch; throughput: many requests through the "
-               "engine; ops: kernels")
-        ->required();
+               "engine; ops: kernels (or the command serve, below)");
     CLI::Option* model =
         c->add_option("MODEL", f.model, "engine, checkpoint or Hugging Face directory");
     c->add_option("--synthetic", f.synthetic, "random weights of a named shape instead of a model")
@@ -342,12 +540,14 @@ class Parser {
   QuantizeFlags quantize_;
   BuildFlags build_;
   RunFlags chat_, run_;
+  ServeFlags serve_;
   TokenizeFlags tokenize_;
   RenderFlags render_;
   EvalFlags eval_;
   InspectFlags inspect_;
   BenchFlags bench_;
   SynthesizeFlags synthesize_;
+  BenchServeFlags bench_serve_;
 };
 
 }  // namespace

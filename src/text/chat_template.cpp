@@ -320,7 +320,7 @@ json::array normalize_messages(const json::array& messages, int level) {
   return out;
 }
 
-ChatTemplate ChatTemplate::load(const fs::path& model_dir) {
+ChatTemplate ChatTemplate::load(const fs::path& model_dir, const fs::path& instead) {
   ChatTemplate out;
   json::object config;
   std::vector<std::string> special_strings;
@@ -343,7 +343,10 @@ ChatTemplate ChatTemplate::load(const fs::path& model_dir) {
       std::find(special_strings.begin(), special_strings.end(), "[THINK]") != special_strings.end();
 
   const auto* in_config = config.if_contains("chat_template");
-  if (const fs::path file = model_dir / "chat_template.jinja"; fs::exists(file)) {
+  if (!instead.empty()) {
+    out.origin_ = instead.string();
+    out.templates_.emplace_back("default", compile_from(read_file(instead), instead.string()));
+  } else if (const fs::path file = model_dir / "chat_template.jinja"; fs::exists(file)) {
     out.origin_ = "chat_template.jinja";
     out.templates_.emplace_back("default", compile_from(read_file(file), file.string()));
   } else if (in_config != nullptr && in_config->is_string()) {

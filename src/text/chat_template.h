@@ -32,8 +32,10 @@ class ChatTemplate {
  public:
   /// chat_template.jinja wins over tokenizer_config.json's "chat_template" (a string, or a list of
   /// named ones: "default", and "tool_use" when tools are given), then chat_template.json; without
-  /// any of them the built-in format. Throws Error{kInput} for a template that does not compile.
-  static ChatTemplate load(const fs::path& model_dir);
+  /// any of them the built-in format. `instead`, when not empty, is a template file that wins over
+  /// all of them. Throws Error{kInput} for a template that does not compile, {kIo} for a file that
+  /// cannot be read.
+  static ChatTemplate load(const fs::path& model_dir, const fs::path& instead = {});
   static ChatTemplate from_source(std::string_view source, json::object special_tokens,
                                   std::span<const std::string> special_strings = {});
   static ChatTemplate built_in(MistralVersion version, std::string bos = "<s>",

@@ -50,6 +50,9 @@ TEST_P(CpuSample, MatchesReference) {
               row.history_end = std::min(vocab, 5);
               row.bias_end = std::min(vocab, 2);
             }
+            if (rows.size() % 6 == 4) {  // log-probs of a given text; 4 is also a scored row
+              row.forced_token = static_cast<int32_t>(rows.size()) % vocab;
+            }
             rows.push_back(row);
           }
         }

@@ -222,7 +222,7 @@ void sample_row(const Kernels& kernels, const SampleBatch& batch, int r, float* 
   const bool logprobs = row.num_logprobs >= 0;
   if (logprobs) std::copy(logits, logits + n, s.raw.begin());
   apply_bias_and_penalties(batch, row, logits);
-  const int32_t token = draw(kernels, row, n, logits, s);
+  const int32_t token = row.forced_token >= 0 ? row.forced_token : draw(kernels, row, n, logits, s);
   result.tokens[r] = token;
   if (!logprobs) return;
 

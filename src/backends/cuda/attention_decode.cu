@@ -10,8 +10,8 @@
 // resident warps takes [w*P/W, (w+1)*P/W): equal bytes for everyone whatever the lengths. A warp
 // streams its pages through its own ring (one 16640-byte bulk copy per page and head) and never
 // waits for a neighbour. A (sequence, head) cut by a border belongs to the warp with its first
-// page; the others hand over (max, sum, O) in the tagged f32 pairs of linear_common.cuh, merged in
-// warp order: run-to- run deterministic for a given batch. NOTE: where the cuts fall depends on the
+// page; the others hand over (max, sum, O) in the f32 exchange of linear_common.cuh, merged in
+// warp order: run-to-run deterministic for a given batch. NOTE: where the cuts fall depends on the
 // whole batch.
 //
 // No transposes anywhere: the token order inside a page is free, so column g of score tile j is
@@ -32,6 +32,7 @@
 #include "backends/cuda/kv_layout.h"
 #include "backends/cuda/linear_common.cuh"
 #include "backends/cuda/ptx/barrier.cuh"
+#include "backends/cuda/ptx/convert.cuh"
 #include "backends/cuda/ptx/copy.cuh"
 #include "backends/cuda/ptx/mma.cuh"
 
@@ -42,7 +43,7 @@ using namespace kv_layout;
 
 constexpr int kMaxWarps = 6;
 constexpr int kMinPages = 6;
-constexpr int kPiece = 17 * 16;  // uint4 per warp: {m, l} and 16 pairs of O, for 16 lanes
+constexpr int kPiece = 17 * 16 * 2;  // floats of a warp: (m, l) and 16 pairs of O, for 16 lanes
 
 struct DecodeParams {
   const __nv_bfloat16* q;
@@ -51,28 +52,16 @@ struct DecodeParams {
   const int* lengths;
   const int* page_starts;
   __nv_bfloat16* out;
-  uint4* pieces;
+  float* pieces;
   int64_t q_stride, out_stride;
   int page_table_stride, sequences, kv_heads;
   float scale_log2;
+  const float* out_scale;
 };
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 __device__ __forceinline__ uint32_t half2_bits(__half2 h) {
   return *reinterpret_cast<const uint32_t*>(&h);
 }
-// Four offset-binary bytes -> two half2 of (byte - 128).
-__device__ __forceinline__ void bytes_to_half(uint32_t bytes, uint32_t& low, uint32_t& high) {
-  const uint32_t magic = 0x64646464u, bias = 0xe480e480u;  // 1024 + u; -1152
-  const uint32_t a = __byte_perm(bytes, magic, 0x4140), b = __byte_perm(bytes, magic, 0x4342);
-  asm("add.f16x2 %0, %1, %2;" : "=r"(low) : "r"(a), "r"(bias));
-  asm("add.f16x2 %0, %1, %2;" : "=r"(high) : "r"(b), "r"(bias));
-}
-
 template <int kWarps, int kStages>
 __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodeParams p) {
   extern __shared__ __align__(128) uint8_t smem[];
@@ -195,7 +184,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           uint32_t b0, b1;
-          bytes_to_half(w[i / 4][i % 4], b0, b1);
+          ptx::bytes_to_half(w[i / 4][i % 4], b0, b1);
           const uint32_t a[4] = {q[i][0], 0, q[i][1], 0};
           ptx::mma_f16(s[j], a, b0, b1);
         }
@@ -224,7 +213,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
       peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 1));
       peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 2));
       if (__any_sync(0xffffffffu, peak > m)) {
-        const float m_new = fmaxf(m, peak), factor = exp2_fast(m - m_new);
+        const float m_new = fmaxf(m, peak), factor = ptx::exp2_fast(m - m_new);
         m = m_new;
         l *= factor;
 #pragma unroll
@@ -243,7 +232,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&scales[j]));
-        const float p0 = exp2_fast(s[j][0] - m), p1 = exp2_fast(s[j][1] - m);
+        const float p0 = ptx::exp2_fast(s[j][0] - m), p1 = ptx::exp2_fast(s[j][1] - m);
         l += p0 + p1;  // 0 for tokens that do not exist
         const float v0 = 2 * j < valid ? p0 * (f.x * 256.0f) : 0.0f;
         const float v1 = 2 * j + 1 < valid ? p1 * (f.y * 256.0f) : 0.0f;
@@ -256,7 +245,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           uint32_t b0, b1;
-          bytes_to_half(w[i], b0, b1);
+          ptx::bytes_to_half(w[i], b0, b1);
           const uint32_t a[4] = {prob[2 * i], 0, prob[2 * i + 1], 0};
           ptx::mma_f16(o[n], a, b0, b1);
         }
@@ -271,15 +260,15 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
     l += __shfl_xor_sync(0xffffffffu, l, 1);
     l += __shfl_xor_sync(0xffffffffu, l, 2);
 
-    uint4* piece = p.pieces + static_cast<int64_t>(me) * kPiece + (lane & 15);
+    float* piece = p.pieces + static_cast<int64_t>(me) * kPiece + (lane & 15) * 2;
     if (head_part) {
       if (lane < 16) {
         const float ml[2] = {m, l};
-        hand_over<2>(piece, ml);
+        hand_over(piece, ml);
 #pragma unroll
         for (int n = 0; n < 16; ++n) {
           const float pair[2] = {o[n][0], o[n][1]};
-          hand_over<2>(piece + (n + 1) * 16, pair);
+          hand_over(piece + (n + 1) * 32, pair);
         }
       }
     } else {
@@ -297,9 +286,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
         }
         for (int other = me + 1 + (lane >> 4); other < others_end; other += 2) {
           float add[34] = {};
-          take_over_batch<17>(piece + static_cast<int64_t>(other - me) * kPiece, 16, add);
+          take_over<2, 17>(piece + static_cast<int64_t>(other - me) * kPiece, 32, add);
           const float m_new = fmaxf(m, add[0]);
-          const float mine = exp2_fast(m - m_new), theirs = exp2_fast(add[0] - m_new);
+          const float mine = ptx::exp2_fast(m - m_new), theirs = ptx::exp2_fast(add[0] - m_new);
           m = m_new;
           l = l * mine + add[1] * theirs;
 #pragma unroll
@@ -312,7 +301,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
         const float m_other = __shfl_xor_sync(0xffffffffu, m, 16);
         const float l_other = __shfl_xor_sync(0xffffffffu, l, 16);
         const float m_new = fmaxf(m, m_other);
-        const float mine = exp2_fast(m - m_new), theirs = exp2_fast(m_other - m_new);
+        const float mine = ptx::exp2_fast(m - m_new), theirs = ptx::exp2_fast(m_other - m_new);
         l = l * mine + l_other * theirs;
 #pragma unroll
         for (int n = 0; n < 16; ++n)
@@ -327,8 +316,13 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
         __nv_bfloat16* to = p.out + sequence * p.out_stride + (head * 4 + g) * kHeadDim + 2 * t;
 #pragma unroll
         for (int n = 0; n < 16; ++n) {
-          *reinterpret_cast<__nv_bfloat162*>(to + n * 8) =
-              __floats2bfloat162_rn(o[n][0] * norm, o[n][1] * norm);
+          float v0 = o[n][0] * norm, v1 = o[n][1] * norm;
+          if (p.out_scale) {
+            const float2 scale = *reinterpret_cast<const float2*>(
+                p.out_scale + (head * 4 + g) * kHeadDim + n * 8 + 2 * t);
+            v0 *= scale.x, v1 *= scale.y;
+          }
+          *reinterpret_cast<__nv_bfloat162*>(to + n * 8) = __floats2bfloat162_rn(v0, v1);
         }
       }
     }
@@ -356,7 +350,7 @@ int launch(const DecodeAttentionArgs& args, const DecodeParams& params, void* st
 }  // namespace
 
 size_t decode_attention_workspace_bytes(int num_sms) {
-  return static_cast<size_t>(num_sms) * kMaxWarps * kPiece * sizeof(uint4);
+  return static_cast<size_t>(num_sms) * kMaxWarps * kPiece * sizeof(float);
 }
 
 int decode_attention(const DecodeAttentionArgs& args, void* stream) {
@@ -366,13 +360,14 @@ int decode_attention(const DecodeAttentionArgs& args, void* stream) {
                             .lengths = args.lengths,
                             .page_starts = args.page_starts,
                             .out = static_cast<__nv_bfloat16*>(args.out),
-                            .pieces = static_cast<uint4*>(args.workspace),
+                            .pieces = static_cast<float*>(args.workspace),
                             .q_stride = args.q_stride,
                             .out_stride = args.out_stride,
                             .page_table_stride = args.page_table_stride,
                             .sequences = args.sequences,
                             .kv_heads = args.kv_heads,
-                            .scale_log2 = args.softmax_scale * 1.44269504f};
+                            .scale_log2 = args.softmax_scale * 1.44269504f,
+                            .out_scale = args.out_scale};
   switch (args.tactic) {
     case 1: return launch<6, 2>(args, params, stream);
     case 2: return launch<3, 4>(args, params, stream);

@@ -36,7 +36,7 @@ int make_tensor_map(TensorMap* map, const void* base, int64_t rows, int64_t colu
 }
 
 size_t linear_workspace_bytes(int num_sms) {
-  return static_cast<size_t>(num_sms) * kPieceFloats * 2 * sizeof(float);
+  return static_cast<size_t>(num_sms) * kPieceFloats * sizeof(float);
 }
 
 // Measured on one H100 (docs/performance.md); the plan's tuner will replace this table.

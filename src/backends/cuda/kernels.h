@@ -32,7 +32,7 @@ struct LinearArgs {
   const void* residual;    // bf16 [tokens, rows] for kResidual
   const float* out_scale;  // [rows/2] for kSiluMul, or null: AWQ pre-scale of the next linear
   Epilogue epilogue;
-  void* workspace;  // linear_workspace_bytes(), zeroed once
+  void* workspace;  // linear_workspace_bytes(), every byte 0xff once
   int num_sms;
   bool dependent;  // programmatic dependent launch on the kernel before it in the stream
   int tactic;      // -1: chosen by shape
@@ -77,13 +77,32 @@ struct DecodeAttentionArgs {
   void* out;               // bf16 [sequences, 4 * kv_heads, 128]
   int64_t out_stride;
   int sequences, kv_heads;
-  float softmax_scale;  // 1 / sqrt(128)
-  void* workspace;      // decode_attention_workspace_bytes(), zeroed once
+  float softmax_scale;     // 1 / sqrt(128)
+  const float* out_scale;  // [4 * kv_heads * 128] or null: AWQ pre-scale of the next linear
+  void* workspace;         // decode_attention_workspace_bytes(), every byte 0xff once
   int num_sms;
   bool dependent;
   int tactic;  // 0: 4 warps x 3 pages, 1: 6 x 2, 2: 3 x 4
 };
 size_t decode_attention_workspace_bytes(int num_sms);
 int decode_attention(const DecodeAttentionArgs& args, void* stream);
+
+// attention_prefill.cu: the last `count` tokens of one sequence over its paged KV, causal.
+struct PrefillAttentionArgs {
+  const void* q;     // bf16, after RoPE: [count, 4 * kv_heads, 128]
+  int64_t q_stride;  // elements between tokens
+  const void* pages;
+  const int* page_table;  // of this sequence
+  int count, length;      // query tokens; tokens in the cache, these included
+  void* out;              // bf16 [count, 4 * kv_heads, 128]
+  int64_t out_stride;
+  const float* out_scale;  // [4 * kv_heads * 128] or null: AWQ pre-scale of the next linear
+  int kv_heads;
+  float softmax_scale;
+  void* workspace;  // prefill_attention_workspace_bytes()
+  bool dependent;
+};
+size_t prefill_attention_workspace_bytes(int max_length, int kv_heads);
+int prefill_attention(const PrefillAttentionArgs& args, void* stream);
 
 }  // namespace nibble::cuda

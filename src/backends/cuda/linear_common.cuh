@@ -26,7 +26,7 @@ struct LinearParams {
   __nv_bfloat16* out;
   const __nv_bfloat16* residual;
   const float* out_scale;
-  uint4* pieces;  // [CTAs][piece_stride] {value, tag, value, tag}; tags are 0 between calls
+  float* pieces;  // [CTAs][piece_stride], all kEmpty between calls
   int64_t piece_stride;
   long long* trace;  // [CTAs][8] clock stamps of a NIBBLE_TRACE build, or null
 };
@@ -50,8 +50,8 @@ inline LinearParams make_linear_params(const LinearArgs& args, int tile_rows) {
   p.out = static_cast<__nv_bfloat16*>(args.out);
   p.residual = static_cast<const __nv_bfloat16*>(args.residual);
   p.out_scale = args.out_scale;
-  p.pieces = static_cast<uint4*>(args.workspace);
-  p.piece_stride = kPieceFloats / 2;
+  p.pieces = static_cast<float*>(args.workspace);
+  p.piece_stride = kPieceFloats;
   p.trace = static_cast<long long*>(args.trace);
   return p;
 }
@@ -125,110 +125,88 @@ __device__ __forceinline__ void store_rows(const LinearParams& p, int token, int
   }
 }
 
-// One-way exchange of f32 sums between CTAs of one grid: each 8-byte half of a 16-byte store
-// carries its own tag, so whoever sees a tag sees the value: no fence, no flag. The reader clears
-// the tags; the next kernel that uses the buffer is ordered after this one.
-template <int kPer>
-__device__ __forceinline__ void hand_over(uint4* piece, const float (&value)[kPer]) {
-#pragma unroll
-  for (int i = 0; i < kPer; i += 2) {
-    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(piece + i / 2),
-                 "r"(__float_as_uint(value[i])), "r"(1u), "r"(__float_as_uint(value[i + 1]))
-                 : "memory");
-  }
+// One-way exchange of f32 sums between CTAs of one grid. An empty place holds a bit pattern that no
+// arithmetic gives (its NaN is 0x7fffffff), so whoever sees another one sees the value: no fence,
+// no flag, no bytes but the sums. The reader empties the place; the next kernel that uses it is
+// ordered after this one.
+inline constexpr uint32_t kEmpty = 0xffffffffu;
+
+__device__ __forceinline__ void hand_over(float* piece, const float (&v)[2]) {
+  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(piece), "f"(v[0]), "f"(v[1])
+               : "memory");
 }
-template <int kPer>
-__device__ __forceinline__ void take_over(uint4* piece, float (&sum)[kPer]) {
+__device__ __forceinline__ void hand_over(float* piece, const float (&v)[4]) {
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(piece), "f"(v[0]),
+               "f"(v[1]), "f"(v[2]), "f"(v[3])
+               : "memory");
+}
+__device__ __forceinline__ bool peek(const float* piece, uint32_t (&v)[2]) {
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v[0]), "=r"(v[1])
+               : "l"(piece)
+               : "memory");
+  return v[0] != kEmpty && v[1] != kEmpty;
+}
+__device__ __forceinline__ bool peek(const float* piece, uint32_t (&v)[4]) {
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "l"(piece)
+               : "memory");
+  return v[0] != kEmpty && v[1] != kEmpty && v[2] != kEmpty && v[3] != kEmpty;
+}
+
+// Adds kCount vectors of kPer floats, `stride` floats apart: all loads in flight at once, again
+// until the last is there; then empties the places.
+template <int kPer, int kCount, int kSums>
+__device__ __forceinline__ void take_over(float* piece, int stride, float (&sum)[kSums]) {
+  static_assert(kPer * kCount <= kSums);
+  const float empty = __uint_as_float(kEmpty);
+  const float empties[4] = {empty, empty, empty, empty};
+  uint32_t v[kCount][kPer];
+  bool ready;
+  do {
+    ready = true;
 #pragma unroll
-  for (int i = 0; i < kPer; i += 2) {
-    uint4 v;
-    do {
-      asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                   : "l"(piece + i / 2)
-                   : "memory");
-    } while (v.y != 1 || v.w != 1);
-    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(piece + i / 2),
-                 "r"(0u)
-                 : "memory");
-    sum[i] += __uint_as_float(v.x);
-    sum[i + 1] += __uint_as_float(v.z);
+    for (int i = 0; i < kCount; ++i) ready &= peek(piece + i * stride, v[i]);
+  } while (!ready);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    hand_over(piece + i * stride, reinterpret_cast<const float(&)[kPer]>(empties));
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) sum[i * kPer + j] += __uint_as_float(v[i][j]);
   }
 }
 
-// kPairs pairs, `stride` apart: all loads in flight at once, then the stragglers again.
-template <int kPairs, int kSums>
-__device__ __forceinline__ void take_over_batch(uint4* piece, int stride, float (&sum)[kSums]) {
-  constexpr int kBatch = kPairs <= 17 ? kPairs : 8;
-#pragma unroll
-  for (int i0 = 0; i0 < kPairs; i0 += kBatch) {
-    uint4 v[kBatch];
-    bool ready;
-    do {
-      ready = true;
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(v[i].x), "=r"(v[i].y), "=r"(v[i].z), "=r"(v[i].w)
-                     : "l"(piece + (i0 + i) * stride)
-                     : "memory");
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) ready = ready && v[i].y == 1 && v[i].w == 1;
-    } while (!ready);
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      asm volatile(
-          "st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(piece + (i0 + i) * stride),
-          "r"(0u)
-          : "memory");
-      sum[2 * (i0 + i)] += __uint_as_float(v[i].x);
-      sum[2 * (i0 + i) + 1] += __uint_as_float(v[i].z);
-    }
-  }
-}
-
-// Adds two pairs (`pair_stride` apart) from each CTA but `rank` of the `split` senders, in their
-// order; the loads of four senders are in flight together.
-__device__ __forceinline__ void take_over_senders(uint4* first, int sender_stride, int pair_stride,
-                                                  int rank, int split, float (&sum)[4]) {
+// Adds four floats from each CTA but `rank` of the `split` senders, in their order; the loads of
+// four senders are in flight together.
+__device__ __forceinline__ void take_over_senders(float* first, int sender_stride, int rank,
+                                                  int split, float (&sum)[4]) {
+  const float empty = __uint_as_float(kEmpty);
+  const float empties[4] = {empty, empty, empty, empty};
   for (int n = 0; n + 1 < split; n += 4) {
-    uint4 v[4][2];
+    // NOTE: initialised, though never used unread: otherwise they live from the kernel's start, and
+    // ptxas keeps 16 registers for them through the main loop.
+    uint32_t v[4][4] = {};
     bool ready;
     do {
       ready = true;
 #pragma unroll
-      for (int s = 0; s < 4; ++s)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          v[s][i] = make_uint4(0, 1, 0, 1);
-          if (n + s + 1 < split) {
-            const int sender = n + s + (n + s >= rank);
-            asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(v[s][i].x), "=r"(v[s][i].y), "=r"(v[s][i].z), "=r"(v[s][i].w)
-                         : "l"(first + sender * sender_stride + i * pair_stride)
-                         : "memory");
-          }
-        }
-#pragma unroll
-      for (int s = 0; s < 4; ++s)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) ready = ready && v[s][i].y == 1 && v[s][i].w == 1;
-    } while (!ready);
-#pragma unroll
-    for (int s = 0; s < 4; ++s)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int s = 0; s < 4; ++s) {
         if (n + s + 1 < split) {
           const int sender = n + s + (n + s >= rank);
-          asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(
-                           first + sender * sender_stride + i * pair_stride),
-                       "r"(0u)
-                       : "memory");
-          sum[2 * i] += __uint_as_float(v[s][i].x);
-          sum[2 * i + 1] += __uint_as_float(v[s][i].z);
+          ready &= peek(first + sender * sender_stride, v[s]);
         }
       }
+    } while (!ready);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      if (n + s + 1 < split) {
+        const int sender = n + s + (n + s >= rank);
+        hand_over(first + sender * sender_stride, empties);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[j] += __uint_as_float(v[s][j]);
+      }
+    }
   }
 }
 

@@ -11,8 +11,8 @@
 // the 8 warps take units round-robin and each runs its own ring of bulk copies (own barriers, no
 // producer warp, nobody waits for a neighbour); warps meet only where a row tile ends, to add their
 // accumulators in shared memory in warp order. A tile cut by CTA borders belongs to the CTA that
-// has its first k; the others hand over f32 sums in {value, tag} pairs (one store, polled by the
-// owner: no fence, no atomic, one trip through L2), added in CTA order: run-to-run deterministic.
+// has its first k; the others hand over f32 sums (one store, polled by the owner: no fence, no
+// atomic, one trip through L2), added in CTA order: run-to-run deterministic.
 //
 // x goes through cp.async, not the bulk copy engine: the engine serves in order, and an x request
 // would wait behind the whole weight ring (measured: 2.7 us instead of 0.6).
@@ -252,12 +252,12 @@ __global__ void __launch_bounds__(kThreads, 1) linear_small_kernel(const LinearP
         for (int i = 0; i < kPer; ++i) sum[i] += from[i];
       }
       const int token = n * 8 + warp;
-      uint4* piece = p.pieces + blockIdx.x * p.piece_stride + (token * C::kRows + row) / 2;
+      float* piece = p.pieces + blockIdx.x * p.piece_stride + token * C::kRows + row;
       if (head) {
-        hand_over<kPer>(piece, sum);
+        hand_over(piece, sum);
       } else {
         for (int other = 1; other <= others; ++other) {
-          take_over<kPer>(piece + other * p.piece_stride, sum);
+          take_over<kPer, 1>(piece + other * p.piece_stride, 0, sum);
         }
         store_rows<kEpilogue, kPer>(p, token, tile * C::kRows, row, sum);
       }

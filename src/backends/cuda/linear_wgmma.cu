@@ -8,8 +8,8 @@
 // (multicast). Flops: 2*M*N*K with M padded to the token tile (16, 32, 64, 128).
 //
 // Work split: a CTA is 16 consumer warps (four warpgroups) and one producer warp. A tile has
-// kRowBlocks = 4 blocks of 64 rows, one per warpgroup; or 2, and then a stage's 128 k are shared
-// by two warpgroups that add up at the end of the tile (each gets every second eight of tokens).
+// kRowBlocks = 4 blocks of 64 rows, one per warpgroup; or 2, and then two warpgroups take a block's
+// stages in turn and add up at the end of the tile (each gets every second eight of tokens).
 // A warpgroup's rhythm: issue the two wgmma of 32 k, wait for the two before, dequantize the next
 // 32 k into the operand buffer that this frees. So a warpgroup always has work queued: when each
 // waited for all of its own, the four of them fell into step and the tensor cores idled while all
@@ -17,7 +17,7 @@
 // Wide matrices: whole tiles per CTA, in an order that keeps the tiles in flight in a compact patch
 // (12 row tiles x all their token tiles) so that L2 serves both operands. Narrow ones: S CTAs share
 // a tile's k and reduce-scatter it: each owns some of the tokens (in eights), sends the others'
-// sums away in the tagged f32 pairs of linear_common.cuh and adds what it gets in CTA order.
+// sums away in the f32 exchange of linear_common.cuh and adds what it gets in CTA order.
 // Deterministic either way.
 //
 // Limits: K a multiple of 8, rows a multiple of 8 (16 with SiLU); sm_90a. All CTAs of a split grid
@@ -62,7 +62,8 @@ struct Config {
   static constexpr int kExchangeBytes = kRowBlocks == 4 ? 0 : kOctets * 4 * 128 * 4;
   static constexpr int kScratch = kStagingBytes > kExchangeBytes ? kStagingBytes : kExchangeBytes;
   static constexpr int kFit = (kSmemLimit - 4 * kScratch - 256) / (kXBytes + kWBytes);
-  static constexpr int kStages = kFit < 10 ? kFit : 10;
+  static constexpr int kWays = 4 / kRowBlocks;  // warpgroups that share a row block
+  static constexpr int kStages = (kFit < 8 ? kFit : 8) / kWays * kWays;
   static constexpr int kWOffset = kStages * kXBytes;
   static constexpr int kScratchOffset = kWOffset + kStages * kWBytes;
   static constexpr int kBarOffset = kScratchOffset + 4 * kScratch;
@@ -80,7 +81,7 @@ __device__ __forceinline__ Tile find_tile(int t, int row_tiles, int token_tiles,
   return {base + in % width, in / width};
 }
 
-template <int kTokens, int kRowBlocks, int kCluster>
+template <int kTokens, int kRowBlocks, int kCluster, bool kSplit>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_wgmma_kernel(const __grid_constant__ CUtensorMap x_map, const LinearParams p) {
   using C = Config<kTokens, kRowBlocks>;
@@ -93,8 +94,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int cluster = blockIdx.x / kCluster, num_clusters = gridDim.x / kCluster;
   // A cluster works on kCluster adjacent row tiles at a time; with split > 1 on one part of one.
   const int row_tiles = p.num_tiles / kCluster;
-  const int split = p.split, rank = cluster % split;
-  const int tile_step = split > 1 ? 1 << 29 : num_clusters, num_tiles = row_tiles * p.token_tiles;
+  const int split = kSplit ? p.split : 1, rank = kSplit ? cluster % split : 0;
+  const int tile_step = kSplit ? 1 << 29 : num_clusters, num_tiles = row_tiles * p.token_tiles;
   const int first_tile = cluster / split;
   const int g_begin = rank * p.groups / split, g_end = (rank + 1) * p.groups / split;
 
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (tid == 0) {
     for (int i = 0; i < C::kStages; ++i) {
       ptx::mbarrier_init(full + i * 8, 1);
-      ptx::mbarrier_init(empty + i * 8, kConsumerWarps * kCluster);
+      ptx::mbarrier_init(empty + i * 8, kConsumerWarps / C::kWays * kCluster);
     }
     ptx::mbarrier_init_fence();
   }
@@ -157,17 +158,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (; stage < early; ++stage, from += 2 * kBlockBytes) load_w(from, stage);
       ptx::grid_dependency_wait();
       for (stage = 0; stage < early; ++stage, x += 128) load_x(x, y, stage);
-      int phase = 1;
-      if (stage == C::kStages) stage = phase = 0;
+      // A tile starts at stage 0, so barriers have parities of their own.
+      uint32_t parities = ~0u << early;
+      if (stage == C::kStages) stage = 0;
       for (int t = first_tile;;) {
         for (; x < g_end * 128; x += 128, from += 2 * kBlockBytes) {
-          ptx::mbarrier_wait(empty + stage * 8, phase);
+          ptx::mbarrier_wait(empty + stage * 8, parities >> stage & 1);
+          parities ^= 1u << stage;
           load_w(from, stage);
           load_x(x, y, stage);
-          if (++stage == C::kStages) {
-            stage = 0;
-            phase ^= 1;
-          }
+          if (++stage == C::kStages) stage = 0;
         }
         t += tile_step;
         if (t >= num_tiles) break;
@@ -175,6 +175,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         from = weights_of(at);
         x = g_begin * 128;
         y = at.token * kTokens;
+        stage = 0;
       }
     }
     __syncwarp();
@@ -184,30 +185,35 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   ptx::registers_grow<112>();
   const int wg = warp >> 2, m16 = warp & 3, g8 = lane >> 2, t4 = lane & 3;
-  const int row_block = kRowBlocks == 4 ? wg : wg & 1, k_half = kRowBlocks == 4 ? 0 : wg >> 1;
-  // A group is 32 k: two wgmma from one of the two operand buffers. There are two or four a stage,
-  // so the buffers alternate statically.
-  constexpr int kGroups = kRowBlocks;
+  const int row_block = kRowBlocks == 4 ? wg : wg & 1, way = kRowBlocks == 4 ? 0 : wg >> 1;
   const uint32_t scratch = base + C::kScratchOffset + wg * C::kScratch;
+  // This warpgroup's stages are way, way + kWays, ... A group is 32 k: two wgmma from one of the
+  // two operand buffers; four a stage, so the buffers alternate statically.
   uint32_t a[2][2][4], raw[4];
   ptx::RowScales scales;
   float acc[kTokens / 2];
-  int stage = 0, phase = 0;
-  const uint32_t nibbles_at =
-      C::kWOffset + row_block * kBlockBytes + m16 * 1024 + k_half * 512 + lane * 16;
-  const uint32_t scales_at =
-      C::kWOffset + row_block * kBlockBytes + kNibbleBytes + g8 * 16 + m16 * 4;
+  uint32_t parities = 0;  // of the full barriers, one bit a stage
+  const uint32_t weights_at = base + C::kWOffset + way * C::kWBytes + row_block * kBlockBytes;
+  const uint32_t nibbles_at = weights_at + m16 * 1024 + lane * 16;
+  const uint32_t scales_at = weights_at + kNibbleBytes + g8 * 16 + m16 * 4;
+  const uint32_t x_at = ptx::descriptor_address(base) + way * (C::kXBytes >> 4);
+  const uint32_t my_full = full + way * 8, my_empty = empty + way * 8;
+  const int stages = (g_end - g_begin + C::kWays - 1 - way) / C::kWays;  // of this warpgroup
+  auto arrived = [&](int s) {
+    ptx::mbarrier_wait(my_full + s * 8, parities >> s & 1);
+    parities ^= 1u << s;
+  };
   auto fetch = [&](int s, int k64) {
-    ptx::load_shared_16(raw, base + s * C::kWBytes + nibbles_at + k64 * 512);
+    ptx::load_shared_16(raw, nibbles_at + s * C::kWBytes + k64 * 512);
   };
   auto fetch_scales = [&](int s) {
-    scales = ptx::row_scales(ptx::load_shared_4(base + s * C::kWBytes + scales_at));
+    scales = ptx::row_scales(ptx::load_shared_4(scales_at + s * C::kWBytes));
   };
   auto release = [&](int s) {
     if (lane == 0) {
-      ptx::mbarrier_arrive(empty + s * 8);
+      ptx::mbarrier_arrive(my_empty + s * 8);
       if constexpr (kCluster == 2) {
-        ptx::mbarrier_arrive_remote(empty + s * 8, static_cast<uint32_t>(peer ^ 1));
+        ptx::mbarrier_arrive_remote(my_empty + s * 8, static_cast<uint32_t>(peer ^ 1));
       }
     }
   };
@@ -216,54 +222,62 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int t = first_tile; t < num_tiles; t += tile_step) {
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
-    ptx::mbarrier_wait(full + stage * 8, phase);
-    fetch_scales(stage);
-    fetch(stage, 0);
-    ptx::dequant(a[0][0], raw[0], scales);
-    ptx::dequant(a[0][1], raw[1], scales);
+    int left = stages;
+    if (left > 0) {
+      arrived(0);
+      fetch_scales(0);
+      fetch(0, 0);
+      ptx::dequant(a[0][0], raw[0], scales);
+      ptx::dequant(a[0][1], raw[1], scales);
 
-    int previous = -1;
+      // The stages are unrolled: every address below is a register plus a constant. (With the stage
+      // in a register, a third of the loop's instructions were address arithmetic.)
+      bool first = true;
 #pragma unroll 1
-    for (int g = g_begin; g < g_end; ++g) {
-      const int next_stage = stage + 1 == C::kStages ? 0 : stage + 1;
-      const int next_phase = phase ^ (next_stage == 0);
-      const uint64_t b = ptx::descriptor_k_major(base + stage * C::kXBytes) +
-                         static_cast<uint64_t>(k_half * (kTokens * 128 >> 4));
+      do {
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        ptx::wgmma_fence();
+        for (int s = 0; s < C::kStages; s += C::kWays) {
+          constexpr int kLast = C::kStages - C::kWays;
+          const int next = s == kLast ? 0 : s + C::kWays;
+          const int previous = s == 0 ? kLast : s - C::kWays;
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          ptx::Wgmma<kTokens>::rs_bf16(acc, a[i & 1][k],
-                                       b + (i / 2) * (kTokens * 128 >> 4) + ((i & 1) * 2 + k) * 2);
-        }
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<1>();  // the group before: its operand buffer and its stage are free
-        if (i == 0 && previous >= 0) release(previous);
-        if (i % 2 == 0) {
-          ptx::dequant(a[1][0], raw[2], scales);
-          ptx::dequant(a[1][1], raw[3], scales);
-          if (i + 2 < kGroups) {
-            fetch(stage, 1);
-          } else if (g + 1 < g_end) {
-            ptx::mbarrier_wait(full + next_stage * 8, next_phase);
-            fetch_scales(next_stage);
-            fetch(next_stage, 0);
+          for (int i = 0; i < 4; ++i) {
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              ptx::Wgmma<kTokens>::rs_bf16(
+                  acc, a[i & 1][k],
+                  ptx::descriptor_k_major(x_at + ((s * C::kXBytes + (i / 2) * kTokens * 128) >> 4) +
+                                          ((i & 1) * 2 + k) * 2));
+            }
+            ptx::wgmma_commit();
+            ptx::wgmma_wait<1>();  // the group before: its operand buffer and its stage are free
+            if (i == 0 && (s > 0 || !first)) release(previous);
+            if (i % 2 == 0) {
+              ptx::dequant(a[1][0], raw[2], scales);
+              ptx::dequant(a[1][1], raw[3], scales);
+              if (i == 0) {
+                fetch(s, 1);
+              } else if (left > 1) {
+                arrived(next);
+                fetch_scales(next);
+                fetch(next, 0);
+              }
+            } else {  // after the last group of the tile these are unused
+              ptx::dequant(a[0][0], raw[0], scales);
+              ptx::dequant(a[0][1], raw[1], scales);
+            }
           }
-        } else {  // after the last group of the tile these are unused
-          ptx::dequant(a[0][0], raw[0], scales);
-          ptx::dequant(a[0][1], raw[1], scales);
+          if (--left == 0) break;
         }
-      }
-      previous = stage;
-      stage = next_stage;
-      phase = next_phase;
+        first = false;
+      } while (left > 0);
+      ptx::wgmma_wait<0>();
+      release((stages - 1) * C::kWays % C::kStages);
     }
-    ptx::wgmma_wait<0>();
-    release(previous);
 
     // sums[i]: this warpgroup's eights of tokens; eight i is tokens 8i (4 row blocks) or
-    // 8 (2i + k_half).
+    // 8 (2i + way).
     float sums[C::kOctets][4];
     if constexpr (kRowBlocks == 4) {
 #pragma unroll
@@ -272,14 +286,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int j = 0; j < 4; ++j) sums[i][j] = acc[i * 4 + j];
     } else {
       const uint32_t mine = scratch + (tid & 127) * 16;
-      const uint32_t other = k_half ? mine - 2 * C::kScratch : mine + 2 * C::kScratch;
+      const uint32_t other = way ? mine - 2 * C::kScratch : mine + 2 * C::kScratch;
 #pragma unroll
       for (int i = 0; i < C::kOctets; ++i) {
         float send[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          send[j] = k_half ? acc[i * 8 + j] : acc[i * 8 + 4 + j];
-          sums[i][j] = k_half ? acc[i * 8 + 4 + j] : acc[i * 8 + j];
+          send[j] = way ? acc[i * 8 + j] : acc[i * 8 + 4 + j];
+          sums[i][j] = way ? acc[i * 8 + 4 + j] : acc[i * 8 + j];
         }
         ptx::store_shared_16(mine + i * 2048, send);
       }
@@ -294,26 +308,27 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::named_barrier(5 + row_block, 256);  // scratch is free for the staging below
     }
 
-    const int own = rank * C::kOctets / split, own_end = (rank + 1) * C::kOctets / split;
-    if (split > 1) {
-      // pieces: [CTA that owns][CTA that sends][eight of the owner][pair 2][thread]
-      const int share = (C::kOctets + split - 1) / split;
+    // NOTE: opaque copies, or the compiler computes the exchange's addresses before the main loop
+    // and has no registers left for it.
+    int part = rank, parts = split;
+    if constexpr (kSplit) asm volatile("" : "+r"(part), "+r"(parts));
+    const int own = part * C::kOctets / parts, own_end = (part + 1) * C::kOctets / parts;
+    if constexpr (kSplit) {
+      // pieces: [CTA that owns][CTA that sends][eight of the owner][thread][4]
+      const int share = (C::kOctets + parts - 1) / parts;
       auto place = [&](int owner, int sender, int octet) {
-        return p.pieces + (blockIdx.x + (owner - rank) * kCluster) * p.piece_stride +
-               ((sender * share + octet - owner * C::kOctets / split) * 2) * 512 + tid;
+        return p.pieces + (blockIdx.x + (owner - part) * kCluster) * p.piece_stride +
+               (sender * share + octet - owner * C::kOctets / parts) * 2048 + tid * 4;
       };
 #pragma unroll
       for (int i = 0; i < C::kOctets; ++i) {
         if (i >= own && i < own_end) continue;
-        const int owner = ((i + 1) * split - 1) / C::kOctets;
-        uint4* to = place(owner, rank, i);
-        hand_over<2>(to, reinterpret_cast<const float(&)[2]>(sums[i][0]));
-        hand_over<2>(to + 512, reinterpret_cast<const float(&)[2]>(sums[i][2]));
+        hand_over(place(((i + 1) * parts - 1) / C::kOctets, part, i), sums[i]);
       }
 #pragma unroll
       for (int i = 0; i < C::kOctets; ++i) {
         if (i < own || i >= own_end) continue;
-        take_over_senders(place(rank, 0, i), share * 1024, 512, rank, split, sums[i]);
+        take_over_senders(place(part, 0, i), share * 2048, part, parts, sums[i]);
       }
     }
 
@@ -333,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     auto locate = [&](int pass) -> int64_t {
       const int octet = 2 * pass + (in >> 3);
       const int token =
-          at.token * kTokens + (in & 7) + 8 * (kRowBlocks == 4 ? octet : 2 * octet + k_half);
+          at.token * kTokens + (in & 7) + 8 * (kRowBlocks == 4 ? octet : 2 * octet + way);
       const bool mine =
           octet >= own && octet < own_end && token < p.tokens && column < p.out_stride;
       return mine ? static_cast<int64_t>(token) * p.out_stride + column : -1;
@@ -407,8 +422,10 @@ int launch(const LinearArgs& args, int split, void* stream) {
   CUtensorMap map;
   static_assert(sizeof(CUtensorMap) == sizeof(TensorMap));
   std::memcpy(&map, args.x_map, sizeof map);
-  return launch_linear(linear_wgmma_kernel<kTokens, kRowBlocks, kCluster>, args,
-                       clusters * kCluster, kThreads, C::kSmemBytes, stream, kCluster, map, p);
+  auto* kernel = p.split > 1 ? linear_wgmma_kernel<kTokens, kRowBlocks, kCluster, true>
+                             : linear_wgmma_kernel<kTokens, kRowBlocks, kCluster, false>;
+  return launch_linear(kernel, args, clusters * kCluster, kThreads, C::kSmemBytes, stream, kCluster,
+                       map, p);
 }
 
 int tile_tokens(int tokens) {
@@ -423,14 +440,14 @@ WgmmaTactic wgmma_tactic(const LinearArgs& args) {
   const int tokens = tile_tokens(args.tokens);
   const int64_t tiles128 = (args.rows + 127) / 128;
   const int64_t token_tiles = (args.tokens + tokens - 1) / tokens;
-  // Wide: whole 256-row tiles. Narrow: k shared by as many CTAs as there are SMs.
-  WgmmaTactic t{4, 1, 1};
-  if (tiles128 / 2 * token_tiles < args.num_sms * 9 / 10) {
-    t.row_blocks = tiles128 * token_tiles * 2 > args.num_sms || tokens == 16 ? 4 : 2;
-    const int64_t tiles = tiles128 * 2 / t.row_blocks * token_tiles;
-    t.split = static_cast<int>(std::max<int64_t>(1, args.num_sms / tiles));
-  }
-  return t;
+  const auto slots = static_cast<int64_t>(args.num_sms);
+  if (tiles128 / 2 * token_tiles >= slots * 9 / 10) return {4, tokens <= 32 ? 1 : 2, 1};
+  // Narrow: k shared by as many CTAs as there are SMs, where a long k pays for the exchange.
+  const bool fits = tiles128 * token_tiles * 2 <= slots, long_k = args.k >= 16384;
+  const int row_blocks = long_k && (tokens <= 32 || !fits) ? 4 : 2;
+  const int64_t tiles = tiles128 * 2 / row_blocks * token_tiles;
+  const auto split = static_cast<int>(std::max<int64_t>(1, slots / tiles));
+  return {row_blocks, 1, split};
 }
 
 int linear_wgmma(const LinearArgs& args, void* stream) {

@@ -1,0 +1,23 @@
+// Number conversions the attention kernels share.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+namespace nibble::ptx {
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Four offset-binary bytes -> two half2 of (byte - 128), exact.
+__device__ __forceinline__ void bytes_to_half(uint32_t bytes, uint32_t& low, uint32_t& high) {
+  const uint32_t magic = 0x64646464u, bias = 0xe480e480u;  // 1024 + u; -1152
+  const uint32_t a = __byte_perm(bytes, magic, 0x4140), b = __byte_perm(bytes, magic, 0x4342);
+  asm("add.f16x2 %0, %1, %2;" : "=r"(low) : "r"(a), "r"(bias));
+  asm("add.f16x2 %0, %1, %2;" : "=r"(high) : "r"(b), "r"(bias));
+}
+
+}  // namespace nibble::ptx
