@@ -112,5 +112,6 @@ void bench_launch(cudaStream_t stream);
 int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** argv);
 int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** argv);
 int bench_prefill(cudaStream_t stream, int argc, char** argv);
+int bench_ops(cudaStream_t stream, const Limits& limits, int argc, char** argv);
 
 }  // namespace nibble::bench

@@ -1,5 +1,5 @@
 // nibble_cuda_bench: the Hopper kernels against references and against this card's own limits.
-//   nibble_cuda_bench limits | launch | linear [options] | attention [options] | prefill ...
+//   nibble_cuda_bench limits | launch | linear [options] | attention [options] | prefill | ops ...
 // Several commands may follow one another, separated by "--". Every run measures the read limit
 // first, so each percentage belongs to the card that gave the time.
 // SPDX-License-Identifier: Apache-2.0
@@ -127,8 +127,11 @@ int main(int argc, char** argv) {
       failures += bench_attention(stream, limits, end - i - 1, argv + i + 1);
     } else if (command == "prefill") {
       failures += bench_prefill(stream, end - i - 1, argv + i + 1);
+    } else if (command == "ops") {
+      failures += bench_ops(stream, limits, end - i - 1, argv + i + 1);
     } else if (command != "limits") {
-      std::fprintf(stderr, "unknown command \"%s\": limits, launch, linear, attention or prefill\n",
+      std::fprintf(stderr,
+                   "unknown command \"%s\": limits, launch, linear, attention, prefill or ops\n",
                    command.c_str());
       return 2;
     }

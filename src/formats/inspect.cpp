@@ -321,11 +321,11 @@ std::string describe_model(const json::object& report) {
     ObjectReader in(spec->as_object(), "report");
     const double parameters = report.at("parameters").to_number<double>();
     const bool billions = parameters >= 1e9;
-    out += fmt::format("{}, {:.4g} {} parameters, {} ({:.3g} bits each)\n",
-                       in.string("architecture"), parameters / (billions ? 1e9 : 1e6),
-                       billions ? "billion" : "million",
-                       human_bytes(report.at("bytes").to_number<uint64_t>()),
-                       report.at("bits_per_parameter").to_number<double>());
+    out +=
+        fmt::format("{}, {:.4g} {} parameters, {} ({:.3g} bits each)\n", in.string("architecture"),
+                    parameters / (billions ? 1e9 : 1e6), billions ? "billion" : "million",
+                    human_bytes(report.at("bytes").to_number<uint64_t>()),
+                    report.at("bits_per_parameter").to_number<double>());
     out += fmt::format(
         "layers {}, hidden {}, heads {} x {}, kv heads {}, ffn {}, vocabulary {}, positions {}, "
         "rope {}{}\n",

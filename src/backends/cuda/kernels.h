@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ops/sample_operands.h"
+
 namespace nibble::cuda {
 
 // Opaque copy of a CUtensorMap.
@@ -104,5 +106,50 @@ struct PrefillAttentionArgs {
 };
 size_t prefill_attention_workspace_bytes(int max_length, int kv_heads);
 int prefill_attention(const PrefillAttentionArgs& args, void* stream);
+
+// elementwise.cu. Activations are bf16.
+int embed(const int* ids, const void* table /*bf16 [vocab, hidden]*/, void* x, int tokens,
+          int hidden, bool dependent, void* stream);
+
+struct RmsNormArgs {
+  const void* x;
+  const float* weight;     // [hidden]
+  const float* pre_scale;  // [hidden] or null: AWQ pre-scale of the linear that follows
+  const int* row_index;    // [rows] rows of x to take, or null: all in order
+  void* y;
+  float eps;
+  int rows, hidden;
+  bool dependent;
+};
+int rms_norm(const RmsNormArgs& args, void* stream);
+
+// Rotates q and k in place and stores k and v, quantized, into the pages. 4 query heads per KV
+// head, head_dim 128.
+struct RopeStoreArgs {
+  void* qkv;  // [tokens, 6 * kv_heads * 128]
+  int64_t qkv_stride;
+  const int* positions;    // [tokens]
+  const int* seq_starts;   // [sequences + 1]
+  const int* page_table;   // [sequences, page_table_stride]
+  const float *cos, *sin;  // [positions, 64]
+  void* pages;
+  int tokens, sequences, page_table_stride, kv_heads;
+  bool dependent;
+};
+int rope_store_kv(const RopeStoreArgs& args, void* stream);
+
+// lm_head.cu: out[rows, n] f32 = x[rows, k] weight[n, k]^T, bf16.
+struct DenseArgs {
+  const void *x, *weight;
+  float* out;
+  int rows, n, k;
+  bool dependent;
+};
+int dense_linear(const DenseArgs& args, void* stream);
+
+// sample.cu: the sampling op; every pointer of batch and result is a device pointer.
+size_t sample_workspace_bytes(int rows, int vocab);
+int sample(const SampleBatch& batch, const float* logits, const SampleResult& result,
+           void* workspace, bool dependent, void* stream);
 
 }  // namespace nibble::cuda
