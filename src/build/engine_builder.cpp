@@ -43,11 +43,43 @@ std::vector<SafetensorsWriter::Declaration> declarations(const WeightSource& sou
   return out;
 }
 
-std::string rebuild_command(const fs::path& engine_dir) {
-  return fmt::format("nibble build CHECKPOINT --out {}", engine_dir.string());
+// What the cuda kernels are made for; everything else is refused here, before anything is packed.
+void plan_cuda(EnginePlan& plan, const BuildOptions& options) {
+  constexpr int kHeadDim = 128, kGroup = 128, kPageTokens = 64;
+  const auto refuse = [&](const std::string& what, int seen, const std::string& wanted) {
+    fail(ErrorKind::kUnsupported,
+         "target {}: {} is {}, wanted {}; use --target cpu:native for this model", plan.target,
+         what, seen, wanted);
+  };
+  const ModelSpec& spec = plan.spec;
+  if (spec.head_dim != kHeadDim) refuse("head_dim", spec.head_dim, "128");
+  if (spec.num_heads / spec.num_kv_heads > 64)
+    refuse("query heads per KV head", spec.num_heads / spec.num_kv_heads, "at most 64");
+  if (spec.hidden_size % 8 != 0) refuse("hidden_size", spec.hidden_size, "a multiple of 8");
+  if (spec.ffn_size % 8 != 0) refuse("the ffn size", spec.ffn_size, "a multiple of 8");
+  if (plan.linear_layout == WeightLayout::kCudaInt4 && plan.group_size != kGroup)
+    refuse("the quantization group", plan.group_size, "128 (nibble quantize --group-size 128)");
+  if (options.activation_precision) {
+    fail(ErrorKind::kUsage,
+         "--activations {} is a choice of the cpu targets; {} computes with bf16 activations: "
+         "leave the flag out",
+         activation_precision_name(*options.activation_precision), plan.target);
+  }
+  if (plan.kv_format == KvFormat::kF32) {
+    fail(ErrorKind::kUsage, "--kv-cache f32: {} keeps an int8, int8-static or f16 cache",
+         plan.target);
+  }
+  plan.activation_precision = ActivationPrecision::kBf16;
+  plan.kv_block_tokens = kPageTokens;
+  plan.dense_layout = WeightLayout::kBf16Rows;
+  if (plan.linear_layout != WeightLayout::kCudaInt4) plan.linear_layout = WeightLayout::kBf16Rows;
 }
 
 }  // namespace
+
+std::string rebuild_command(const fs::path& engine_dir) {
+  return fmt::format("nibble build CHECKPOINT --out {}", engine_dir.string());
+}
 
 EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options) {
   EnginePlan plan;
@@ -76,15 +108,18 @@ EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options) 
   }
   plan.dense_layout = dense_layout_of(plan.spec.dtype);
   plan.linear_layout = plan.dense_layout;
-  const bool on_cpu = plan.target.starts_with("cpu:");
+  const bool on_cpu = plan.target.starts_with("cpu:"), on_cuda = plan.target.starts_with("cuda:");
   for (const WeightRow& row : weight_table(plan.spec)) {
     if (!row.quantizable || !source.is_quantized(row)) continue;
     plan.group_size = source.load_int4(row).group_size;
-    plan.linear_layout = on_cpu ? WeightLayout::kCpuInt4 : WeightLayout::kInt4Portable;
+    plan.linear_layout = on_cpu    ? WeightLayout::kCpuInt4
+                         : on_cuda ? WeightLayout::kCudaInt4
+                                   : WeightLayout::kInt4Portable;
     break;
   }
   plan.activation_precision = options.activation_precision.value_or(
       on_cpu ? kDefaultCpuActivationPrecision : ActivationPrecision::kF32);
+  if (on_cuda) plan_cuda(plan, options);
   return plan;
 }
 

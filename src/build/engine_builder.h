@@ -12,10 +12,10 @@
 namespace nibble {
 
 struct BuildOptions {
-  std::string target = "cpu:native";  // cpu:native|cpu:avx512|cpu:avx2|cpu:generic|ref
+  std::string target = "cpu:native";  // cpu:native|cpu:avx512|cpu:avx2|cpu:generic|cuda:sm_90|ref
   EngineLimits limits;
   KvFormat kv_format = KvFormat::kInt8Dynamic;
-  int kv_block_tokens = 32;
+  int kv_block_tokens = 32;                                 // cuda: 64 always
   std::optional<ActivationPrecision> activation_precision;  // default: by target
   std::optional<fs::path> tokenizer_dir;  // when the checkpoint directory has no tokenizer
 };
@@ -30,6 +30,9 @@ void build_engine(const fs::path& model_dir, const WeightSource& source,
 /// The engine file's plan, checked against this binary: version, target available here, tp. The
 /// message of a refusal holds the exact command that rebuilds.
 EnginePlan read_engine_plan(const SafetensorsFile& file, const fs::path& engine_dir);
+
+/// The command that makes an engine for this machine at the same place.
+std::string rebuild_command(const fs::path& engine_dir);
 
 /// Compares every tensor's XXH3 with the one recorded at build time. Throws Error{kInput} naming
 /// the tensor.

@@ -153,10 +153,15 @@ struct Share {  // of step time outside the decoder and sampling
   }
 };
 
+double read_bandwidth(const LoadedModel& model, const BenchFlags& flags) {
+  const double device = model.backend->measure_read_gb_per_s();
+  return device > 0 ? device : measure_read_bandwidth(flags.threads);
+}
+
 int run_latency(const BenchFlags& flags, LoadedModel model) {
+  const double bandwidth = read_bandwidth(model, flags);
   Load load(std::move(model), flags.batch);
   load.run(flags.batch, flags.batch, std::min(flags.prompt_tokens, 64), 4);  // warm up
-  const double bandwidth = measure_read_bandwidth(flags.threads);
   const Share share{load.engine().stats()};
   const std::vector<Timeline> times =
       load.run(flags.batch, flags.batch, flags.prompt_tokens, flags.output_tokens);
@@ -206,10 +211,10 @@ int run_latency(const BenchFlags& flags, LoadedModel model) {
 }
 
 int run_throughput(const BenchFlags& flags, LoadedModel model) {
+  const double bandwidth = read_bandwidth(model, flags);
   const int requests = flags.requests > 0 ? flags.requests : 4 * flags.batch;
   Load load(std::move(model), flags.batch);
   load.run(flags.batch, flags.batch, std::min(flags.prompt_tokens, 64), 4);
-  const double bandwidth = measure_read_bandwidth(flags.threads);
   const Share share{load.engine().stats()};
   const auto start = Clock::now();
   const std::vector<Timeline> times =

@@ -13,7 +13,7 @@
 namespace nibble::cli {
 namespace {
 
-constexpr const char* kTargets = "cpu:native, cpu:avx512, cpu:avx2, cpu:generic or ref";
+constexpr const char* kTargets = "cpu:native, cpu:avx512, cpu:avx2, cpu:generic, cuda:sm_90 or ref";
 
 class Parser {
  public:

@@ -28,29 +28,29 @@ size_t page_bytes(PageFormat format, int kv_heads);
 
 // generic_rope.cu: rotates q and k in place, stores k and v.
 struct GenericRopeArgs {
-  void* qkv;                // bf16 [tokens, (heads + 2 kv_heads) 128]
-  const int* positions;     // [tokens]
-  const int* seq_starts;    // [sequences + 1]
-  const int* kv_lens;       // [sequences]
-  const int* page_table;    // [sequences, page_table_stride]
-  const float *cos, *sin;   // [positions, 64]
-  void* pages;              // format's
-  int* page_starts;         // [sequences + 1] written: prefix sums of ceil(kv_len / 64)
-  PageFormat format;        //
-  float k_scale, v_scale;   // kInt8: 0: dynamic, per token and head; else static
+  void* qkv;               // bf16 [tokens, (heads + 2 kv_heads) 128]
+  const int* positions;    // [tokens]
+  const int* seq_starts;   // [sequences + 1]
+  const int* kv_lens;      // [sequences]
+  const int* page_table;   // [sequences, page_table_stride]
+  const float *cos, *sin;  // [positions, 64]
+  void* pages;             // format's
+  int* page_starts;        // [sequences + 1] written: prefix sums of ceil(kv_len / 64)
+  PageFormat format;       //
+  float k_scale, v_scale;  // kInt8: 0: dynamic, per token and head; else static
   int tokens, sequences, page_table_stride, heads, kv_heads;
 };
 int generic_rope_store(const GenericRopeArgs& args, void* stream);
 
 // generic_attention.cu: causal attention of every token over its sequence's pages.
 struct GenericAttentionArgs {
-  const void* q;         // bf16 [tokens, q_stride]
-  int64_t q_stride;      // elements
+  const void* q;     // bf16 [tokens, q_stride]
+  int64_t q_stride;  // elements
   const void* pages;
-  const int* positions;   // [tokens]
-  const int* seq_starts;  // [sequences + 1]
-  const int* kv_lens;     // [sequences]
-  const int* page_table;  // [sequences, page_table_stride]
+  const int* positions;    // [tokens]
+  const int* seq_starts;   // [sequences + 1]
+  const int* kv_lens;      // [sequences]
+  const int* page_table;   // [sequences, page_table_stride]
   const float* out_scale;  // [heads 128] or null
   void* out;               // bf16 [tokens, heads 128]
   PageFormat format;

@@ -96,8 +96,10 @@ __device__ void load_f16(Shared& s, const __half* pair, int valid, int tid) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int token0 = group * 8 + 2 * j;
-      if (token0 >= valid) words[j] = 0;
-      else if (token0 + 1 >= valid) words[j] &= 0xffffu;
+      if (token0 >= valid)
+        words[j] = 0;
+      else if (token0 + 1 >= valid)
+        words[j] &= 0xffffu;
     }
     store_chunk(s.v + chunk_at<8>(d, group), words);
   }
@@ -157,8 +159,8 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const GenericAttent
       const int r = i & 1, d = k16 * 16 + 2 * t + 8 * (i >> 1);
       q[k16][i] = 0;
       if (token[r] >= 0) {
-        const auto* from = static_cast<const __nv_bfloat16*>(p.q) + token[r] * p.q_stride +
-                           head[r] * kHeadDim + d;
+        const auto* from =
+            static_cast<const __nv_bfloat16*>(p.q) + token[r] * p.q_stride + head[r] * kHeadDim + d;
         q[k16][i] = to_half(*reinterpret_cast<const uint32_t*>(from));
       }
     }
@@ -188,8 +190,8 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const GenericAttent
 #pragma unroll
       for (int k32 = 0; k32 < 4; ++k32) {
         uint32_t b[4];
-        ptx::ldmatrix_x4(b, ptx::smem_address(s.k + chunk_at<16>(j * 8 + (lane & 7),
-                                                                 k32 * 4 + (lane >> 3))));
+        ptx::ldmatrix_x4(
+            b, ptx::smem_address(s.k + chunk_at<16>(j * 8 + (lane & 7), k32 * 4 + (lane >> 3))));
         ptx::mma_f16(score[j], q[2 * k32], b[0], b[1]);
         ptx::mma_f16(score[j], q[2 * k32 + 1], b[2], b[3]);
       }

@@ -57,8 +57,8 @@ int launch_multiply(const void* a, const void* b, const float* scale, void* y, i
   return cudaGetLastError();
 }
 
-__global__ void __launch_bounds__(1024) read_kernel(const float4* from, size_t chunks,
-                                                    float* sink) {
+__global__ void __launch_bounds__(1024)
+    read_kernel(const float4* from, size_t chunks, float* sink) {
   const size_t stride = static_cast<size_t>(gridDim.x) * blockDim.x;
   size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x;
   float sum = 0.0f;
