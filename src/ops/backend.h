@@ -80,7 +80,9 @@ class Backend {
   virtual uint64_t free_memory_bytes() { return 0; }
   /// Read bandwidth of that memory, measured; 0: measure the host's.
   virtual double measure_read_gb_per_s() { return 0; }
-  /// Runs `step`; cuda captures it as a graph once per key and replays it.
+  /// Runs `step`. Steps of one key (not 0) give the ops the same arguments, pointers and host
+  /// arrays included; only device memory differs. cuda records such a step as a graph and replays
+  /// it.
   virtual void run(uint64_t key, const std::function<void()>& step) {
     (void)key;
     step();

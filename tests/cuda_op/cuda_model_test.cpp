@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "base/file.h"
 #include "build/model_loader.h"
 #include "formats/synthetic.h"
 #include "model/single_sequence.h"
@@ -123,6 +124,39 @@ TEST_P(CudaModel, ChunksAndDecodeGiveThePrefillsLogits) {
   if (!GetParam().int4 && GetParam().kv == KvFormat::kF16) {  // kernels that promise the same bits
     EXPECT_TRUE(ops::same_bits(got.data(), want.data(), want.size()));
   }
+}
+
+// The real model of the repository, unquantized, against the cpu backend.
+TEST(CudaNano, LogitsAreTheCpus) {
+  fs::path root = NIBBLE_SOURCE_DIR;
+  if (!fs::exists(root / "models/nano")) root = ".";  // a binary carried to another machine
+  ASSERT_TRUE(fs::exists(root / "models/nano")) << "run this from the repository's root";
+  LoadOptions options;
+  options.build.limits.max_input_len = 600;
+  options.build.limits.max_output_len = 1;
+  options.build.limits.max_num_tokens = 512;
+  options.build.target = "cuda:sm_90";
+  LoadedModel cuda;
+  try {
+    cuda = load_model(root / "models/nano", options);
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::kDevice) throw;
+    GTEST_SKIP() << error.what();
+  }
+  options.build.target = "cpu:native";
+  const LoadedModel cpu = load_model(root / "models/nano", options);
+  const std::string text = read_file(root / "tests/data/nano/eval_wiki.u16");
+  std::vector<int32_t> ids;
+  for (size_t i = 0; i < 512; ++i) {
+    ids.push_back(static_cast<uint8_t>(text[2 * i]) | static_cast<uint8_t>(text[2 * i + 1]) << 8);
+  }
+  SingleSequence want(*cpu.backend, cpu.plan, cpu.weights, 512, 512);
+  SingleSequence got(*cuda.backend, cuda.plan, cuda.weights, 512, 512);
+  const auto expected = want.extend(ids, SingleSequence::Logits::kAll);
+  const auto result = got.extend(ids, SingleSequence::Logits::kAll);
+  const std::vector<float> a(result.begin(), result.end()), b(expected.begin(), expected.end());
+  EXPECT_LT(ops::rms_error(a, b), 0.02);
+  EXPECT_LT(mean_kl(b, a, static_cast<size_t>(cpu.plan.spec.vocab_size)), 1e-3);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <unordered_map>
 #include <vector>
 
 #include "backends/cuda/generic.h"
@@ -18,8 +19,8 @@ namespace {
 constexpr int kHeadDim = 128, kPageTokens = 64, kFastGroup = 4;
 constexpr size_t kActBytes = 2;
 
-// Programmatic dependent launch of the kernels that know it. The generic ones are launched plainly
-// and wait for all before them.
+// Programmatic dependent launch of the kernels that know it. The other generic ones are launched
+// plainly and wait for all before them.
 #ifdef NIBBLE_CUDA_NO_PDL
 constexpr bool kDependent = false;
 #else
@@ -100,6 +101,9 @@ class CudaBackend final : public Backend {
 
   ~CudaBackend() override {
     stream_sync(stream_);
+    for (const auto& [key, graph] : graphs_) {
+      if (graph != nullptr) graph_destroy(graph);
+    }
     for (void* data : owned_) memory_free(data);
     stream_destroy(stream_);
   }
@@ -149,6 +153,34 @@ class CudaBackend final : public Backend {
     check(copy_to_device(data, host, bytes, stream_), "copying weights to the device");
     return data;
   }
+  /// The first step of a key runs directly, so that every scratch buffer has its size; the second
+  /// is recorded. A key that comes once, as most do while prompts are read, costs no graph.
+  void run(uint64_t key, const std::function<void()>& step) override {
+    if (key == 0) {
+      step();
+      return;
+    }
+    auto [it, is_new] = graphs_.try_emplace(key, nullptr);
+    if (is_new) {
+      forget_graphs(key);
+      step();
+      return;
+    }
+    if (it->second == nullptr) {
+      check(capture_begin(stream_), "beginning a graph");
+      try {
+        step();
+      } catch (...) {
+        void* unfinished = nullptr;
+        capture_end(stream_, &unfinished);
+        if (unfinished != nullptr) graph_destroy(unfinished);
+        throw;
+      }
+      check(capture_end(stream_, &it->second), "ending a graph");
+    }
+    check(graph_launch(it->second, stream_), "launching a graph");
+  }
+
   uint64_t free_memory_bytes() override {
     uint64_t bytes = 0;
     check(memory_free_bytes(&bytes), "asking for free memory");
@@ -351,6 +383,22 @@ class CudaBackend final : public Backend {
   }
 
  private:
+  static constexpr size_t kMaxGraphs = 256;
+
+  /// Keeps the table small: past kMaxGraphs keys everything but `kept` goes.
+  void forget_graphs(uint64_t kept) {
+    if (graphs_.size() <= kMaxGraphs) return;
+    check(stream_sync(stream_), "waiting for the stream");
+    for (auto it = graphs_.begin(); it != graphs_.end();) {
+      if (it->first == kept) {
+        ++it;
+        continue;
+      }
+      if (it->second != nullptr) graph_destroy(it->second);
+      it = graphs_.erase(it);
+    }
+  }
+
   static constexpr int kSkinnyRows = 64;  // lm_head.cu reads the weights once up to here
 
   static PageFormat page_format(KvFormat format, int block_tokens, int head_dim) {
@@ -490,7 +538,8 @@ class CudaBackend final : public Backend {
   const Device device_;
   void* stream_ = nullptr;
   int max_logit_rows_ = 0;
-  std::vector<void*> owned_;  // weights and workspaces, freed with the backend
+  std::unordered_map<uint64_t, void*> graphs_;  // null: seen once
+  std::vector<void*> owned_;                    // weights and workspaces, freed with the backend
   void *linear_workspace_ = nullptr, *decode_workspace_ = nullptr;
   // scratch_: pre-scaled or normed rows; halves_: up's output of an unfused gate_up.
   Scratch scratch_, halves_, page_starts_, prefill_, sampling_;

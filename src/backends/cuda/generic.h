@@ -36,9 +36,10 @@ struct GenericRopeArgs {
   const float *cos, *sin;  // [positions, 64]
   void* pages;             // format's
   int* page_starts;        // [sequences + 1] written: prefix sums of ceil(kv_len / 64)
-  PageFormat format;       //
+  PageFormat format;
   float k_scale, v_scale;  // kInt8: 0: dynamic, per token and head; else static
   int tokens, sequences, page_table_stride, heads, kv_heads;
+  bool dependent;  // programmatic dependent launch, as in kernels.h
 };
 int generic_rope_store(const GenericRopeArgs& args, void* stream);
 

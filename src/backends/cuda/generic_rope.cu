@@ -17,6 +17,7 @@
 
 #include "backends/cuda/generic.h"
 #include "backends/cuda/kv_layout.h"
+#include "backends/cuda/ptx/barrier.cuh"
 #include "backends/cuda/ptx/mma.cuh"
 
 namespace nibble::cuda {
@@ -91,6 +92,8 @@ __device__ void store_f16(__half* pair, int row, bool is_v, int lane, const floa
 }
 
 __global__ void __launch_bounds__(kThreads) rope_store_kernel(const GenericRopeArgs p) {
+  ptx::grid_launch_dependents();
+  ptx::grid_dependency_wait();
   const int lane = threadIdx.x % 32;
   if (blockIdx.x == 0 && threadIdx.x < 32) write_page_starts(p, lane);
   const int heads = p.heads + 2 * p.kv_heads;
@@ -146,9 +149,16 @@ size_t page_bytes(PageFormat format, int kv_heads) {
 
 int generic_rope_store(const GenericRopeArgs& args, void* stream) {
   const int64_t threads = int64_t{args.tokens} * (args.heads + 2 * args.kv_heads) * 32;
-  const auto grid = static_cast<unsigned>((threads + kThreads - 1) / kThreads);
-  rope_store_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = args.dependent ? 1 : 0;
+  return cudaLaunchKernelEx(&config, rope_store_kernel, args);
 }
 
 }  // namespace nibble::cuda

@@ -45,6 +45,25 @@ int stream_create(void** stream) {
 void stream_destroy(void* stream) { cudaStreamDestroy(as_stream(stream)); }
 int stream_sync(void* stream) { return cudaStreamSynchronize(as_stream(stream)); }
 
+int capture_begin(void* stream) {
+  return cudaStreamBeginCapture(as_stream(stream), cudaStreamCaptureModeThreadLocal);
+}
+int capture_end(void* stream, void** graph) {
+  *graph = nullptr;
+  cudaGraph_t recorded = nullptr;
+  cudaError_t status = cudaStreamEndCapture(as_stream(stream), &recorded);
+  if (status != cudaSuccess) return status;
+  cudaGraphExec_t executable = nullptr;
+  status = cudaGraphInstantiate(&executable, recorded, 0);
+  cudaGraphDestroy(recorded);
+  *graph = executable;
+  return status;
+}
+int graph_launch(void* graph, void* stream) {
+  return cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), as_stream(stream));
+}
+void graph_destroy(void* graph) { cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph)); }
+
 int memory_alloc(void** data, size_t bytes) {
   const cudaError_t status = cudaMalloc(data, bytes);
   if (status != cudaSuccess) cudaGetLastError();  // not sticky: the caller reports it

@@ -27,6 +27,12 @@ int stream_create(void** stream);
 void stream_destroy(void* stream);
 int stream_sync(void* stream);
 
+// Records what the stream is given between the two instead of running it.
+int capture_begin(void* stream);
+int capture_end(void* stream, void** graph);
+int graph_launch(void* graph, void* stream);
+void graph_destroy(void* graph);
+
 int memory_alloc(void** data, size_t bytes);
 void memory_free(void* data);
 int memory_free_bytes(uint64_t* bytes);
