@@ -1,10 +1,53 @@
+# torch's bf16 on this card: the limit (8192^3) and the peer (the four linears of a 24B layer, CUDA
+# graphs, three layers' weights in turn, medians). Run it beside nibble_cuda_bench.
+# SPDX-License-Identifier: Apache-2.0
 import torch
-a=torch.randn(8192,8192,device='cuda',dtype=torch.bfloat16);b=torch.randn(8192,8192,device='cuda',dtype=torch.bfloat16)
-for _ in range(5): a@b
-e=[torch.cuda.Event(enable_timing=True) for _ in range(22)]
-for i in range(22):
-    e[i].record()
-    if i<21: a@b
-torch.cuda.synchronize()
-t=sorted(e[i].elapsed_time(e[i+1]) for i in range(21))[10]
-print('torch bf16 8192^3: %.0f TFLOPS'%(2*8192**3/t*1e-9))
+
+
+def time_graph(body, calls, replays=15):
+    """Microseconds per call of a captured body."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        body()
+        body()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            body()
+        for _ in range(3):
+            graph.replay()
+        times = []
+        for _ in range(replays):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(stop))
+    return sorted(times)[len(times) // 2] * 1e3 / calls
+
+
+def random(*shape, scale=1.0):
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * scale
+
+
+torch.manual_seed(0)
+a, b = random(8192, 8192), random(8192, 8192)
+us = time_graph(lambda: [a @ b for _ in range(4)], 4)
+print(f"torch bf16 8192^3: {2 * 8192**3 / us * 1e-6:.0f} TFLOPS")
+del a, b
+
+SHAPES = [(6144, 5120), (5120, 4096), (65536, 5120), (5120, 32768)]
+layers = [[random(n, k, scale=0.02) for n, k in SHAPES] for _ in range(3)]
+for tokens in (64, 128, 256, 5525):
+    inputs = [random(tokens, k) for _, k in SHAPES]
+    outputs = [torch.empty(tokens, n, device="cuda", dtype=torch.bfloat16) for n, _ in SHAPES]
+
+    def run():
+        for layer in layers:
+            for x, w, y in zip(inputs, layer, outputs):
+                torch.mm(x, w.t(), out=y)
+
+    us = time_graph(run, len(layers))
+    flops = 2 * tokens * sum(n * k for n, k in SHAPES)
+    print(f"torch bf16 layer, M = {tokens}: {us:.1f} us, {flops / us * 1e-6:.0f} TFLOPS")

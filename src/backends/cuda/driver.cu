@@ -39,13 +39,13 @@ size_t linear_workspace_bytes(int num_sms) {
   return static_cast<size_t>(num_sms) * kPieceFloats * sizeof(float);
 }
 
-// Measured on one H100 (docs/performance.md); the plan's tuner will replace this table.
+// Measured on H100 and H200 (docs/performance.md); the plan's tuner will replace this table.
 int linear(const LinearArgs& args, void* stream) {
   LinearArgs a = args;
   a.tactic = -1;
-  const bool wide = args.rows >= 32768;
-  if (args.tokens <= 8 || (args.tokens <= 16 && !wide)) {
-    a.early = args.tokens <= 8 ? (args.k <= 8192 && !wide ? 3 : 0) : (args.k <= 8192 ? 2 : 3);
+  const bool wide = args.rows >= 32768, long_k = args.k >= 16384;
+  if (args.tokens <= 8 || (args.tokens <= 16 && !wide && !long_k)) {
+    a.early = args.tokens <= 8 ? 2 : 1;
     return linear_small(a, stream);
   }
   return linear_wgmma(a, stream);

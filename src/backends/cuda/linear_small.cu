@@ -7,12 +7,13 @@
 //
 // Work split: "units" of R rows x 128 k in memory order (row tile major). CTA c of one per SM takes
 // the units [c*U/grid, (c+1)*U/grid): equal bytes for everyone, whatever the shape; where whole
-// tiles come out even (qkv, o, gate_up) the grid is chosen so that no tile is cut. Inside a CTA
-// the 8 warps take units round-robin and each runs its own ring of bulk copies (own barriers, no
-// producer warp, nobody waits for a neighbour); warps meet only where a row tile ends, to add their
-// accumulators in shared memory in warp order. A tile cut by CTA borders belongs to the CTA that
-// has its first k; the others hand over f32 sums (one store, polled by the owner: no fence, no
-// atomic, one trip through L2), added in CTA order: run-to-run deterministic.
+// tiles come out even (qkv, o) the grid is chosen so that no tile is cut. Inside a CTA the 12 warps
+// (8 left an H200 at 73 % of its read limit: two warps a scheduler wait too much) take units
+// round-robin and each runs its own ring of bulk copies (own barriers, no producer warp, nobody
+// waits for a neighbour); warps meet only where a row tile ends, to add their accumulators in
+// shared memory in warp order. A tile cut by CTA borders belongs to the CTA that has its first k;
+// the others hand over f32 sums (one store, polled by the owner: no fence, no atomic, one trip
+// through L2), added in CTA order: run-to-run deterministic.
 //
 // x goes through cp.async, not the bulk copy engine: the engine serves in order, and an x request
 // would wait behind the whole weight ring (measured: 2.7 us instead of 0.6).
@@ -51,7 +52,7 @@ namespace {
   } while (0)
 #endif
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 12;
 constexpr int kThreads = kWarps * 32;
 constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
 constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
@@ -59,10 +60,10 @@ constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 template <int kTokens, int kHalves>
 struct Config {
   static constexpr int kRows = 64 * kHalves;
-  static constexpr int kSlots = kTokens == 8 ? 5 : 4;   // blocks in a warp's ring
-  static constexpr int kXSlots = kHalves == 1 ? 2 : 1;  // units of x in a warp's ring
-  static constexpr int kXBytes = kTokens * 256;         // 128 k of every token
-  static constexpr int kRedStride = kRows + 4;          // floats; conflict-free scatter
+  static constexpr int kSlots = kTokens == 8 ? 3 : 2;  // blocks in a warp's ring
+  static constexpr int kXSlots = 1;                    // units of x in a warp's ring
+  static constexpr int kXBytes = kTokens * 256;        // 128 k of every token
+  static constexpr int kRedStride = kRows + 4;         // floats; conflict-free scatter
   static constexpr int kRedBytes = kWarps * 8 * kRedStride * 4;
   static constexpr int kRingOffset = kWarps * kXSlots * kXBytes;
   static constexpr int kRedOffset = kRingOffset + kWarps * kSlots * kBlockBytes;
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_small_kernel(const LinearP
 
     TRACE(4);
     // Add the warps' accumulators, eight tokens at a time; thread: one token, kPer rows.
-    constexpr int kPer = C::kRows * 8 / kThreads;
+    constexpr int kPer = C::kRows * 8 / 256;  // the first 8 warps add, one token each
     const int row = lane * kPer;
     const bool head = u_begin > tile_begin;  // an earlier CTA owns the tile
     const int others =
@@ -244,6 +245,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_small_kernel(const LinearP
               acc[m][n][i];
         }
       __syncthreads();
+      if (warp >= 8) continue;
       float sum[kPer] = {};
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
@@ -314,12 +316,11 @@ int linear_small(const LinearArgs& args, void* stream) {
   if (args.tokens < 1 || args.tokens > 16 || args.k % 8) return cudaErrorInvalidValue;
   SmallTactic tactic = static_cast<SmallTactic>(args.tactic);
   if (args.tactic < 0) {
-    const int tiles = make_linear_params(args, 64).num_tiles;
-    const int per_cta = (tiles + args.num_sms - 1) / args.num_sms;
-    // Whole tiles where they fill the chip, or where K is short: then the whole matrix fits into
-    // the rings anyway and cutting tiles only adds a hand-over.
-    const bool fills = tiles * 100 >= per_cta * args.num_sms * 90;
-    tactic = fills || args.k <= 8192 ? SmallTactic::kWhole64 : SmallTactic::kStream64;
+    // Whole tiles where K is short: the matrix fits into the rings anyway and cutting tiles only
+    // adds a hand-over. Wide matrices: taller units, x is read half as often.
+    tactic = args.rows >= 32768 ? SmallTactic::kStream128
+             : args.k <= 8192   ? SmallTactic::kWhole64
+                                : SmallTactic::kStream64;
   }
   return args.tokens <= 8 ? launch_tactic<8>(args, tactic, stream)
                           : launch_tactic<16>(args, tactic, stream);

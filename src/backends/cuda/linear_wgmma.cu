@@ -441,10 +441,10 @@ WgmmaTactic wgmma_tactic(const LinearArgs& args) {
   const int64_t tiles128 = (args.rows + 127) / 128;
   const int64_t token_tiles = (args.tokens + tokens - 1) / tokens;
   const auto slots = static_cast<int64_t>(args.num_sms);
-  if (tiles128 / 2 * token_tiles >= slots * 9 / 10) return {4, tokens <= 32 ? 1 : 2, 1};
+  if (tiles128 / 2 * token_tiles >= slots * 9 / 10) return {4, 2, 1};
   // Narrow: k shared by as many CTAs as there are SMs, where a long k pays for the exchange.
   const bool fits = tiles128 * token_tiles * 2 <= slots, long_k = args.k >= 16384;
-  const int row_blocks = long_k && (tokens <= 32 || !fits) ? 4 : 2;
+  const int row_blocks = long_k && (tokens <= 64 || !fits) ? 4 : 2;
   const int64_t tiles = tiles128 * 2 / row_blocks * token_tiles;
   const auto split = static_cast<int>(std::max<int64_t>(1, slots / tiles));
   return {row_blocks, 1, split};
