@@ -506,7 +506,9 @@ class Parser {
         ->capture_default_str();
     add_choice(c, "--activations", f.activations, {"f32", "int8"},
                "how int4 linears are fed; default by target");
-    c->add_option("--batch", f.batch, "sequences decoded together")
+    c->add_option("--batch", f.batches,
+                  "sequences decoded together; latency takes a list such as 1,8,64")
+        ->delimiter(',')
         ->check(CLI::Range(1, 4096))
         ->capture_default_str();
     c->add_option("--prompt-tokens", f.prompt_tokens, "prompt length")

@@ -42,14 +42,17 @@ class CudaOps : public testing::Test {
 Backend* CudaOps::cuda_ = nullptr;
 std::string* CudaOps::why_not_ = nullptr;
 
-/// Largest |a - b| over |b| plus the root mean square of b: bf16 rounds relative to the element,
-/// and sums carry an error relative to what was added.
-double element_error(const std::vector<float>& a, const std::vector<float>& b) {
-  double squares = 0, worst = 0;
-  for (const float x : b) squares += double{x} * x;
-  const double rms = std::sqrt(squares / static_cast<double>(b.size()));
-  for (size_t i = 0; i < b.size(); ++i) {
-    worst = std::max(worst, std::fabs(double{a[i]} - b[i]) / (std::fabs(double{b[i]}) + rms));
+/// Largest |a - b| over |b| plus the root mean square of b's row: bf16 rounds relative to the
+/// element, and sums carry an error relative to what was added.
+double element_error(const std::vector<float>& a, const std::vector<float>& b, size_t row) {
+  double worst = 0;
+  for (size_t begin = 0; begin < b.size(); begin += row) {
+    double squares = 0;
+    for (size_t i = begin; i < begin + row; ++i) squares += double{b[i]} * b[i];
+    const double rms = std::sqrt(squares / static_cast<double>(row));
+    for (size_t i = begin; i < begin + row; ++i) {
+      worst = std::max(worst, std::fabs(double{a[i]} - b[i]) / (std::fabs(double{b[i]}) + rms));
+    }
   }
   return worst;
 }
@@ -158,7 +161,7 @@ TEST_F(CudaOps, LinearsMatchReference) {
       const std::vector<float> got = run(*cuda_, c, weights, x, c.rows);
       // Weights, output and (where there are any) pre-scaled inputs are rounded to bf16, 2^-9 each.
       EXPECT_LT(rms_error(got, want), 0.012) << c.name() << (fused ? " fused" : "");
-      EXPECT_LT(element_error(got, want), 0.04) << c.name() << (fused ? " fused" : "");
+      EXPECT_LT(element_error(got, want, got.size()), 0.04) << c.name() << (fused ? " fused" : "");
       const std::vector<float> again = run(*cuda_, c, weights, x, c.rows);
       EXPECT_TRUE(same_bits(got.data(), again.data(), got.size())) << c.name() << " second run";
     }
@@ -215,7 +218,7 @@ TEST_F(CudaOps, EmbedNormAndHeadMatchReference) {
       }
       EXPECT_EQ(results[0][0], results[1][0]) << "embed " << hidden;
       EXPECT_LT(rms_error(results[1][1], results[0][1]), 3e-3) << "rms_norm " << hidden;
-      EXPECT_LT(element_error(results[1][1], results[0][1]), 6e-3) << "rms_norm " << hidden;
+      EXPECT_LT(element_error(results[1][1], results[0][1], h), 6e-3) << "rms_norm " << hidden;
       EXPECT_LT(rms_error(results[1][2], results[0][2]), 5e-3)
           << "lm_head " << hidden << " rows " << num_logits;
     }
@@ -246,7 +249,9 @@ TEST_F(CudaOps, AttentionMatchesReference) {
     for (size_t i = 0; i < steps.size(); ++i) {
       const std::vector<float> expected = want.step(steps[i]), result = got.step(steps[i]);
       EXPECT_LT(rms_error(result, expected), 1e-2) << shape.name() << " step " << i;
-      EXPECT_LT(element_error(result, expected), 0.04) << shape.name() << " step " << i;
+      // Scales are f16 here: one value in sixteen is rounded to the next of its 127 steps.
+      const auto row = static_cast<size_t>(shape.num_heads * shape.head_dim);
+      EXPECT_LT(element_error(result, expected, row), 0.06) << shape.name() << " step " << i;
     }
   }
 }
