@@ -5,7 +5,6 @@
 
 #include <atomic>
 #include <cstring>
-#include <mutex>
 
 #include "backends/cuda/layout.h"
 #include "base/error.h"
@@ -97,9 +96,7 @@ std::vector<std::byte> pack_cuda_int4(const Int4Matrix& m, bool gate_up) {
   if (m.q.size() < size_t{1} << 20) {
     for (int64_t tile = 0; tile < shape.num_tiles(); ++tile) pack_tile(tile, 0);
   } else {
-    static ThreadPool pool;
-    static std::mutex one_at_a_time;
-    const std::lock_guard lock(one_at_a_time);
+    ThreadPool pool;
     pool.parallel_for(shape.num_tiles(), pack_tile);
   }
   NIBBLE_CHECK(outside == 0, "a weight is outside -8..7");

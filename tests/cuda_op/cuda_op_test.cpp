@@ -249,9 +249,10 @@ TEST_F(CudaOps, AttentionMatchesReference) {
     for (size_t i = 0; i < steps.size(); ++i) {
       const std::vector<float> expected = want.step(steps[i]), result = got.step(steps[i]);
       EXPECT_LT(rms_error(result, expected), 1e-2) << shape.name() << " step " << i;
-      // Scales are f16 here: one value in sixteen is rounded to the next of its 127 steps.
+      // Scales are f16 here: one value in sixteen is rounded to the next of its 127 steps, which a
+      // token that attends to itself alone passes on whole (times out_scale, up to 2.6).
       const auto row = static_cast<size_t>(shape.num_heads * shape.head_dim);
-      EXPECT_LT(element_error(result, expected, row), 0.06) << shape.name() << " step " << i;
+      EXPECT_LT(element_error(result, expected, row), 0.08) << shape.name() << " step " << i;
     }
   }
 }

@@ -62,12 +62,16 @@ Device open_checked_device() {
 }
 
 /// Device memory that grows when an op asks for more; reserve() makes it large enough for a
-/// steady state without growth.
+/// steady state without growth. Counts its moves: a recorded graph holds the old address.
 class Scratch {
  public:
+  explicit Scratch(uint64_t* moves) : moves_(moves) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { memory_free(data_); }
   void* get(size_t bytes, void* stream) {
     if (bytes > bytes_) {
+      ++*moves_;
       check(stream_sync(stream), "waiting for the stream");
       memory_free(data_);
       data_ = nullptr;
@@ -83,6 +87,7 @@ class Scratch {
   }
 
  private:
+  uint64_t* moves_;
   void* data_ = nullptr;
   size_t bytes_ = 0;
 };
@@ -101,9 +106,7 @@ class CudaBackend final : public Backend {
 
   ~CudaBackend() override {
     stream_sync(stream_);
-    for (const auto& [key, graph] : graphs_) {
-      if (graph != nullptr) graph_destroy(graph);
-    }
+    destroy_graphs();
     for (void* data : owned_) memory_free(data);
     stream_destroy(stream_);
   }
@@ -160,9 +163,13 @@ class CudaBackend final : public Backend {
       step();
       return;
     }
+    if (scratch_moves_ != graphs_moves_ || graphs_.size() > kMaxGraphs) {
+      check(stream_sync(stream_), "waiting for the stream");
+      destroy_graphs();
+      graphs_moves_ = scratch_moves_;
+    }
     auto [it, is_new] = graphs_.try_emplace(key, nullptr);
     if (is_new) {
-      forget_graphs(key);
       step();
       return;
     }
@@ -385,18 +392,11 @@ class CudaBackend final : public Backend {
  private:
   static constexpr size_t kMaxGraphs = 256;
 
-  /// Keeps the table small: past kMaxGraphs keys everything but `kept` goes.
-  void forget_graphs(uint64_t kept) {
-    if (graphs_.size() <= kMaxGraphs) return;
-    check(stream_sync(stream_), "waiting for the stream");
-    for (auto it = graphs_.begin(); it != graphs_.end();) {
-      if (it->first == kept) {
-        ++it;
-        continue;
-      }
-      if (it->second != nullptr) graph_destroy(it->second);
-      it = graphs_.erase(it);
+  void destroy_graphs() {
+    for (const auto& [key, graph] : graphs_) {
+      if (graph != nullptr) graph_destroy(graph);
     }
+    graphs_.clear();
   }
 
   static constexpr int kSkinnyRows = 64;  // lm_head.cu reads the weights once up to here
@@ -541,8 +541,10 @@ class CudaBackend final : public Backend {
   std::unordered_map<uint64_t, void*> graphs_;  // null: seen once
   std::vector<void*> owned_;                    // weights and workspaces, freed with the backend
   void *linear_workspace_ = nullptr, *decode_workspace_ = nullptr;
+  uint64_t scratch_moves_ = 0, graphs_moves_ = 0;  // now; when the graphs were recorded
   // scratch_: pre-scaled or normed rows; halves_: up's output of an unfused gate_up.
-  Scratch scratch_, halves_, page_starts_, prefill_, sampling_;
+  Scratch scratch_{&scratch_moves_}, halves_{&scratch_moves_}, page_starts_{&scratch_moves_},
+      prefill_{&scratch_moves_}, sampling_{&scratch_moves_};
 };
 
 }  // namespace
