@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <ostream>
 
 #include "base/error.h"
 #include "base/file.h"
@@ -21,6 +22,7 @@ struct Shape {
   bool int4;
   KvFormat kv;
 };
+void PrintTo(const Shape& shape, std::ostream* out) { *out << shape.name; }
 
 class CudaModel : public testing::TestWithParam<Shape> {
  protected:
