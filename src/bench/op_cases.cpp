@@ -284,7 +284,6 @@ AttentionRun::AttentionRun(Backend& backend, const AttentionShape& shape, int nu
                            int max_tokens, uint64_t shuffle, bool out_scale)
     : backend_(backend),
       shape_(shape),
-      num_sequences_(num_sequences),
       blocks_per_seq_((max_tokens + shape.block_tokens - 1) / shape.block_tokens),
       lengths_(static_cast<size_t>(num_sequences)) {
   const int num_blocks = num_sequences * blocks_per_seq_;
@@ -394,11 +393,12 @@ double AttentionRun::attend_flops() const {
   return 4.0 * pairs * shape_.num_heads * shape_.head_dim;
 }
 double AttentionRun::attend_bytes() const {
-  double blocks = 0;
+  int64_t blocks = 0;
   for (const int32_t length : kv_lens_)
     blocks += (length + shape_.block_tokens - 1) / shape_.block_tokens;
-  return blocks * static_cast<double>(backend_.kv_block_bytes(
-                      shape_.format, shape_.block_tokens, shape_.num_kv_heads, shape_.head_dim));
+  return static_cast<double>(blocks) *
+         static_cast<double>(backend_.kv_block_bytes(shape_.format, shape_.block_tokens,
+                                                     shape_.num_kv_heads, shape_.head_dim));
 }
 
 }  // namespace nibble::ops

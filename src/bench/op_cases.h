@@ -32,7 +32,6 @@ class TestWeight {
   Buffer pre_scale_, scales_;
   std::vector<uint16_t> half_;
   std::vector<float> floats_;
-  std::byte* packed_ = nullptr;
   std::unique_ptr<std::byte, void (*)(void*)> packed_memory_;
 };
 
@@ -86,7 +85,7 @@ class AttentionRun {
   static constexpr int kMaxPosition = 8192;
   Backend& backend_;
   const AttentionShape shape_;
-  const int num_sequences_, blocks_per_seq_;
+  const int blocks_per_seq_;
   std::vector<int> lengths_;
   std::vector<int32_t> tables_;  // [sequences, blocks]
   std::vector<int32_t> positions_, seq_starts_, kv_lens_, step_tables_;

@@ -2,11 +2,11 @@
 #include "build/engine_builder.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "base/error.h"
 #include "base/hash.h"
 #include "base/interrupt.h"
+#include "build/engine_check.h"
 #include "build/model_loader.h"
 #include "build/tokenizer_files.h"
 #include "pack/pack.h"
@@ -14,7 +14,6 @@
 namespace nibble {
 namespace {
 
-constexpr std::string_view kChecksums = "checksums";
 constexpr uint64_t kAlignment = 64;
 
 void check_limit(const char* name, int value, int low, int high) {
@@ -39,7 +38,9 @@ std::vector<SafetensorsWriter::Declaration> declarations(const WeightSource& sou
                   [&](const std::string& name, DType dtype, const std::vector<int64_t>& shape) {
                     out.push_back({name, dtype, shape});
                   });
-  out.push_back({std::string(kChecksums), DType::kU64, {static_cast<int64_t>(out.size())}});
+  // One checksum a tensor, and one of the header.
+  out.push_back(
+      {std::string(kEngineChecksums), DType::kU64, {static_cast<int64_t>(out.size()) + 1}});
   return out;
 }
 
@@ -77,8 +78,14 @@ void plan_cuda(EnginePlan& plan, const BuildOptions& options) {
 
 }  // namespace
 
-std::string rebuild_command(const fs::path& engine_dir) {
-  return fmt::format("nibble build CHECKPOINT --out {}", engine_dir.string());
+WeightLayout int4_layout_of(std::string_view target) {
+  return target.starts_with("cpu:")    ? WeightLayout::kCpuInt4
+         : target.starts_with("cuda:") ? WeightLayout::kCudaInt4
+                                       : WeightLayout::kInt4Portable;
+}
+
+int default_max_num_tokens(std::string_view target, int max_batch_size) {
+  return std::max(target.starts_with("cuda") ? 2048 : 512, max_batch_size);
 }
 
 EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options) {
@@ -90,6 +97,9 @@ EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options) 
   check_limit("--max-batch-size", plan.limits.max_batch_size, 1, 4096);
   check_limit("--max-input-len", plan.limits.max_input_len, 1, 1 << 22);
   check_limit("--max-output-len", plan.limits.max_output_len, 1, 1 << 22);
+  if (plan.limits.max_num_tokens == 0) {
+    plan.limits.max_num_tokens = default_max_num_tokens(plan.target, plan.limits.max_batch_size);
+  }
   check_limit("--max-num-tokens", plan.limits.max_num_tokens, plan.limits.max_batch_size, 1 << 20);
   if (plan.limits.max_seq_len() > plan.spec.max_position) {
     fail(ErrorKind::kUsage,
@@ -112,9 +122,7 @@ EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options) 
   for (const WeightRow& row : weight_table(plan.spec)) {
     if (!row.quantizable || !source.is_quantized(row)) continue;
     plan.group_size = source.load_int4(row).group_size;
-    plan.linear_layout = on_cpu    ? WeightLayout::kCpuInt4
-                         : on_cuda ? WeightLayout::kCudaInt4
-                                   : WeightLayout::kInt4Portable;
+    plan.linear_layout = int4_layout_of(plan.target);
     break;
   }
   plan.activation_precision = options.activation_precision.value_or(
@@ -129,10 +137,14 @@ void build_engine(const fs::path& model_dir, const WeightSource& source,
   AtomicDirectory directory = AtomicDirectory::create(out);
   std::vector<SafetensorsWriter::Declaration> tensors = declarations(source, plan);
   const auto total = static_cast<int64_t>(tensors.size());
-  const std::string plan_json = dump_json(plan.to_json());
-  SafetensorsWriter writer =
-      SafetensorsWriter::create(directory.path() / "rank0.engine", tensors,
-                                {{"format", "nibble-engine"}, {"plan", plan_json}}, kAlignment);
+  write_file_atomically(directory.path() / "config.json",
+                        dump_json(plan.to_json(), {.indent = 2}) + "\n");
+  copy_tokenizer_files(options.tokenizer_dir.value_or(model_dir), directory.path());
+  std::vector<std::pair<std::string, std::string>> metadata = {{"format", "nibble-engine"},
+                                                               {"plan", dump_json(plan.to_json())}};
+  add_file_checksums(directory.path(), metadata);
+  SafetensorsWriter writer = SafetensorsWriter::create(directory.path() / "rank0.engine", tensors,
+                                                       std::move(metadata), kAlignment);
   progress.begin(fmt::format("packing weights for {}", plan.target), total, "tensors");
   std::vector<uint64_t> checksums;
   pack_engine(source, plan, [&](const PackedTensor& tensor) {
@@ -144,73 +156,11 @@ void build_engine(const fs::path& model_dir, const WeightSource& source,
     writer.write(tensor.bytes);
     progress.advance(static_cast<int64_t>(checksums.size()));
   });
+  checksums.push_back(writer.header_checksum());
   writer.write(std::as_bytes(std::span(checksums)));
   writer.commit();
   progress.end();
-  write_file_atomically(directory.path() / "config.json",
-                        dump_json(plan.to_json(), {.indent = 2}) + "\n");
-  copy_tokenizer_files(options.tokenizer_dir.value_or(model_dir), directory.path());
   directory.commit();
-}
-
-EnginePlan read_engine_plan(const SafetensorsFile& file, const fs::path& engine_dir) {
-  const std::string what = file.file().path().string();
-  for (const auto& [key, value] : file.metadata()) {
-    if (key != "plan") continue;
-    const json::value parsed = parse_json(value, what + " (plan)");
-    if (!parsed.is_object())
-      fail(ErrorKind::kInput, "{}: the plan is not an object; {}", what,
-           rebuild_command(engine_dir));
-    // The version comes first: a newer plan may hold keys this binary does not know.
-    const json::value* version = parsed.get_object().if_contains("nibble_version");
-    if (version == nullptr || !version->is_string() || version->get_string() != NIBBLE_VERSION) {
-      fail(ErrorKind::kInput, "{} was built by nibble {}, this is nibble {}; rebuild it: {}", what,
-           version != nullptr && version->is_string() ? std::string_view(version->get_string())
-                                                      : "(unknown)",
-           NIBBLE_VERSION, rebuild_command(engine_dir));
-    }
-    EnginePlan plan = EnginePlan::from_json(parsed.get_object(), what);
-    if (plan.tp_size != 1) {
-      fail(ErrorKind::kUnsupported,
-           "{} was built for tensor-parallel size {}, this process runs 1; rebuild it: {}", what,
-           plan.tp_size, rebuild_command(engine_dir));
-    }
-    std::string here;
-    try {
-      here = resolve_target(plan.target);
-    } catch (const Error& error) {
-      fail(ErrorKind::kDevice,
-           "{} was built for {}, which this machine cannot run ({}); rebuild it: {}", what,
-           plan.target, error.what(), rebuild_command(engine_dir));
-    }
-    NIBBLE_CHECK(here == plan.target);
-    return plan;
-  }
-  fail(ErrorKind::kInput,
-       "{} has no plan in its metadata, so it is not a nibble engine; rebuild it: {}", what,
-       rebuild_command(engine_dir));
-}
-
-void verify_engine(const SafetensorsFile& file) {
-  const TensorView stored = file.tensor(kChecksums);
-  size_t i = 0;
-  for (const auto& entry : file.entries()) {
-    if (entry.name.starts_with("pad.") || entry.name == kChecksums) continue;
-    throw_if_interrupted();
-    uint64_t expected = 0;
-    if (stored.dtype != DType::kU64 || (i + 1) * sizeof expected > stored.bytes.size()) {
-      fail(ErrorKind::kInput, "{}: {} checksums for more tensors; rebuild the engine",
-           file.file().path().string(), i);
-    }
-    std::memcpy(&expected, stored.bytes.data() + i * sizeof expected, sizeof expected);
-    const uint64_t actual = xxh3_64(file.tensor(entry.name).bytes);
-    if (actual != expected) {
-      fail(ErrorKind::kInput,
-           "{}: tensor {} is damaged (checksum {}, built with {}); rebuild the engine",
-           file.file().path().string(), entry.name, hex64(actual), hex64(expected));
-    }
-    ++i;
-  }
 }
 
 }  // namespace nibble

@@ -20,22 +20,18 @@ struct BuildOptions {
   std::optional<fs::path> tokenizer_dir;  // when the checkpoint directory has no tokenizer
 };
 
+/// How the int4 linears lie for a target.
+WeightLayout int4_layout_of(std::string_view target);
+
+/// Tokens of a step when nothing is asked for. On a CPU 512 rows fill the cores, and a larger step
+/// only makes those who are already answering wait longer for their next token.
+int default_max_num_tokens(std::string_view target, int max_batch_size);
+
 /// Every decision, made once. Throws Error naming the option, value and wanted range.
 EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options);
 
 /// Writes `out` atomically. `model_dir` is where tokenizer files are looked for.
 void build_engine(const fs::path& model_dir, const WeightSource& source,
                   const BuildOptions& options, const fs::path& out, Progress& progress);
-
-/// The engine file's plan, checked against this binary: version, target available here, tp. The
-/// message of a refusal holds the exact command that rebuilds.
-EnginePlan read_engine_plan(const SafetensorsFile& file, const fs::path& engine_dir);
-
-/// The command that makes an engine for this machine at the same place.
-std::string rebuild_command(const fs::path& engine_dir);
-
-/// Compares every tensor's XXH3 with the one recorded at build time. Throws Error{kInput} naming
-/// the tensor.
-void verify_engine(const SafetensorsFile& file);
 
 }  // namespace nibble

@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "base/nearest.h"
 #include "build/cuda_plugin.h"
+#include "build/engine_check.h"
 #include "build/tokenizer_files.h"
 
 namespace nibble {
@@ -65,10 +66,11 @@ LoadedModel load_model(const fs::path& directory, const LoadOptions& options) {
     } catch (const Error& error) {
       if (error.kind() != ErrorKind::kDevice) throw;
       fail(ErrorKind::kDevice,
-           "{} was built for {}, which cannot run here: {}\nFor this machine: {}",
-           directory.string(), model.plan.target, error.what(), rebuild_command(directory));
+           "{} was built for {}, which cannot run here: {}\nFor this machine's CPU, remove it and "
+           "build it again: nibble build CHECKPOINT --out {}",
+           directory.string(), model.plan.target, error.what(), directory.string());
     }
-    if (options.verify) verify_engine(file);
+    if (options.verify) verify_engine(file, directory);
     model.tensors = std::make_unique<EngineTensors>(EngineTensors::from_file(std::move(file)));
     load_weights(model);
   } else {

@@ -20,13 +20,12 @@ std::unique_ptr<ChatModel> open_chat_model(const RunFlags& flags) {
   options.roles = flags.roles == "strict" ? RolePolicy::kStrict : RolePolicy::kTolerant;
   options.kv_cache_bytes = static_cast<uint64_t>(flags.kv_memory_gib * (1 << 30));
   if (model_kind(flags.model) != ModelKind::kEngine) {
-    fmt::print(
-        stderr,
+    print_stderr(
         "{} is not an engine: packing it in memory (nibble build makes one that starts at once)\n",
         flags.model);
   }
   auto model = ChatModel::open(flags.model, options);
-  for (const std::string& notice : model->notices()) fmt::print(stderr, "{}\n", notice);
+  for (const std::string& notice : model->notices()) print_stderr("{}\n", notice);
   return model;
 }
 

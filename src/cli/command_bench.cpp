@@ -47,9 +47,9 @@ LoadedModel load(const BenchFlags& flags, TerminalProgress& progress) {
     fail(ErrorKind::kUsage, "bench: give a MODEL directory or --synthetic SHAPE");
   }
   if (!flags.model.empty()) return load_model(flags.model, load_options(flags));
+  const ModelSpec& spec = synthetic_shape(flags.synthetic).spec;
   progress.note(fmt::format("making random int4 weights of shape {}", flags.synthetic));
-  return load_source(open_synthetic(synthetic_shape(flags.synthetic).spec, /*seed=*/1),
-                     load_options(flags));
+  return load_source(open_synthetic(spec, /*seed=*/1), load_options(flags));
 }
 
 struct Timeline {  // of one request
@@ -159,7 +159,8 @@ double read_bandwidth(const LoadedModel& model, const BenchFlags& flags) {
 }
 
 void measure_latency(const BenchFlags& flags, Load& load, double bandwidth) {
-  load.run(flags.batch, flags.batch, std::min(flags.prompt_tokens, 64), 4);  // warm up
+  load.run(flags.batch, flags.batch, std::min(flags.prompt_tokens, 64),
+           std::min(flags.output_tokens, 4));  // warm up
   const Share share{load.engine().stats()};
   const std::vector<Timeline> times =
       load.run(flags.batch, flags.batch, flags.prompt_tokens, flags.output_tokens);
@@ -222,7 +223,8 @@ int run_throughput(const BenchFlags& flags, LoadedModel model) {
   const double bandwidth = read_bandwidth(model, flags);
   const int requests = flags.requests > 0 ? flags.requests : 4 * flags.batch;
   Load load(std::move(model), flags.batch);
-  load.run(flags.batch, flags.batch, std::min(flags.prompt_tokens, 64), 4);
+  load.run(flags.batch, flags.batch, std::min(flags.prompt_tokens, 64),
+           std::min(flags.output_tokens, 4));
   const Share share{load.engine().stats()};
   const auto start = Clock::now();
   const std::vector<Timeline> times =

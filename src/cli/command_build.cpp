@@ -17,6 +17,7 @@ namespace nibble::cli {
 
 int run_build(const BuildFlags& flags) {
   const auto start = std::chrono::steady_clock::now();
+  const std::string target = resolve_target(flags.target);
   const ModelKind kind = model_kind(flags.checkpoint);
   if (kind == ModelKind::kEngine) {
     fail(ErrorKind::kUsage,
@@ -34,7 +35,7 @@ int run_build(const BuildFlags& flags) {
         "makes a 4-bit checkpoint)");
   }
   BuildOptions options;
-  options.target = flags.target;
+  options.target = target;
   options.limits.max_batch_size = flags.max_batch_size;
   options.limits.max_input_len = flags.max_input_len;
   options.limits.max_output_len = flags.max_output_len;
@@ -54,8 +55,8 @@ int run_build(const BuildFlags& flags) {
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const uint64_t bytes = fs::file_size(fs::path(flags.out) / "rank0.engine");
-  fmt::print("built {} for {}: {} in {} ({}/s)\n", flags.out, resolve_target(flags.target),
-             human_bytes(bytes), human_duration(seconds),
+  fmt::print("built {} for {}: {} in {} ({}/s)\n", flags.out, target, human_bytes(bytes),
+             human_duration(seconds),
              human_bytes(static_cast<uint64_t>(static_cast<double>(bytes) / seconds)));
   return 0;
 }

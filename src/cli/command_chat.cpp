@@ -12,6 +12,7 @@
 #include "base/interrupt.h"
 #include "cli/chat_support.h"
 #include "cli/options.h"
+#include "cli/terminal.h"
 
 namespace nibble::cli {
 namespace {
@@ -158,9 +159,9 @@ class Conversation {
       clear_interrupt();
       fmt::print("\n");
       std::fflush(stdout);
-      if (flags_.stats) fmt::print(stderr, "{}\n", report_.line(generated));
+      if (!flags_.no_stats) print_stderr("{}\n", report_.line(generated));
       if (generated.finish_reason == FinishReason::kLength) {
-        fmt::print(stderr, "(stopped at the length limit; /continue goes on)\n");
+        print_stderr("(stopped at the length limit; /continue goes on)\n");
       }
       if (go_on) {
         auto& content = turns_.back().at("content").as_string();
@@ -172,7 +173,7 @@ class Conversation {
     } catch (const Error& error) {
       if (error.kind() == ErrorKind::kInternal || error.kind() == ErrorKind::kDevice) throw;
       clear_interrupt();
-      fmt::print(stderr, "\n{}\n", error.what());
+      print_stderr("\n{}\n", error.what());
       return false;
     }
   }
@@ -187,7 +188,7 @@ class Conversation {
           file, dump_json(json::object{{"messages", messages()}}, {.indent = 2}) + "\n");
       fmt::print("saved {}\n", file);
     } catch (const Error& error) {
-      fmt::print(stderr, "{}\n", error.what());
+      print_stderr("{}\n", error.what());
     }
   }
 

@@ -6,11 +6,14 @@
 
 #include "base/error.h"
 #include "base/json.h"
+#include "build/tokenizer_files.h"
 #include "cli/names.h"
 #include "cli/options.h"
 #include "cli/terminal.h"
 #include "cli/texts.h"
 #include "eval/evaluate.h"
+#include "text/tokenizer.h"
+#include "text/utf8.h"
 
 namespace nibble::cli {
 namespace {
@@ -51,6 +54,35 @@ LoadedModel load(const std::string& directory, const EvalFlags& flags) {
   return load_model(directory, options);
 }
 
+// KL divergence compares two distributions over the same pieces of text, so equal sizes of the
+// vocabularies do not suffice.
+void check_same_vocabulary(const fs::path& model, const fs::path& other,
+                           const TokenizerOptions& options, Progress& progress) {
+  for (const fs::path& directory : {model, other}) {
+    if (!fs::exists(directory / "tokenizer.json")) {
+      progress.note(
+          fmt::format("{} has no tokenizer.json: whether both models read ids alike is not checked",
+                      directory.string()));
+      return;
+    }
+  }
+  const Tokenizer a = Tokenizer::load(model, options), b = Tokenizer::load(other, options);
+  const auto spell = [](const Tokenizer& tokenizer, int32_t id) {
+    if (!tokenizer.has_token(id)) return std::string("no token");
+    std::string text;
+    utf8::append_lossy(text, tokenizer.token_bytes(id));
+    return dump_json(json::value(text));
+  };
+  for (int32_t id = 0; id < std::max(a.vocab_size(), b.vocab_size()); ++id) {
+    if (a.has_token(id) == b.has_token(id) && a.token_bytes(id) == b.token_bytes(id)) continue;
+    fail(
+        ErrorKind::kInput,
+        "--against {}: its tokenizer differs from that of {} (id {} is {} there and {} here); only "
+        "models with one vocabulary compare",
+        other.string(), model.string(), id, spell(b, id), spell(a, id));
+  }
+}
+
 json::object describe(const EvalResult& result) {
   return {{"perplexity", result.perplexity},
           {"nll_mean", result.nll_mean},
@@ -88,6 +120,8 @@ int run_eval(const EvalFlags& flags) {
     }
     return 0;
   }
+  check_same_vocabulary(model.directory, tokenizer_directory(flags.against),
+                        {parse_tokenizer_regex(flags.tokenizer_regex)}, progress);
   const LoadedModel parent = load(flags.against, flags);
   const Comparison comparison = compare(model, parent, ids, options, progress);
   const double rise = 100 * (comparison.model.perplexity / comparison.other.perplexity - 1);

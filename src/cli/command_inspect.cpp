@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "base/error.h"
+#include "build/engine_check.h"
 #include "build/model_loader.h"
 #include "cli/options.h"
 #include "formats/inspect.h"
@@ -65,7 +66,7 @@ int run_inspect(const InspectFlags& flags) {
                           human_bytes(bytes.to_number<uint64_t>()));
     }
     if (flags.verify) {
-      verify_engine(file);
+      verify_engine(file, flags.model);
       report["checksums"] = "ok";
       text += "checksums ok\n";
     }

@@ -35,7 +35,7 @@ int run_run(const RunFlags& flags) {
                });
   fmt::print("\n");
   std::fflush(stdout);
-  if (flags.stats) fmt::print(stderr, "{}\n", report.line(answer));
+  if (!flags.no_stats) print_stderr("{}\n", report.line(answer));
   return answer.finish_reason == FinishReason::kCancelled && !answer.stopped_by_string ? 130 : 0;
 }
 

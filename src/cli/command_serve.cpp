@@ -41,7 +41,6 @@ BuildFlags build_flags(const ServeFlags& flags, const fs::path& checkpoint) {
                                                                        : open_hf(checkpoint);
   const int context = source->spec().max_position;
   BuildFlags build;
-  build.threads = flags.threads;
   build.checkpoint = checkpoint.string();
   build.target = flags.target;
   build.kv_cache = flags.kv_cache;

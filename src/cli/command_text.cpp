@@ -8,6 +8,7 @@
 #include "base/interrupt.h"
 #include "build/tokenizer_files.h"
 #include "cli/options.h"
+#include "cli/terminal.h"
 #include "text/chat_template.h"
 #include "text/tokenizer.h"
 
@@ -16,7 +17,7 @@ namespace nibble::cli {
 int run_tokenize(const TokenizeFlags& flags) {
   const Tokenizer tokenizer = Tokenizer::load(tokenizer_directory(flags.model),
                                               {parse_tokenizer_regex(flags.tokenizer_regex)});
-  for (const std::string& notice : tokenizer.notices()) fmt::print(stderr, "{}\n", notice);
+  for (const std::string& notice : tokenizer.notices()) print_stderr("{}\n", notice);
   const TokenizeOptions options{
       .bos = flags.bos, .parse_special = flags.parse_special, .decode = flags.decode};
   std::string line;

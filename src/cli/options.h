@@ -27,7 +27,7 @@ struct QuantizeFlags : CommonOptions {
   std::string tokenizer_regex = "shipped";
 };
 
-struct BuildFlags : CommonOptions {
+struct BuildFlags {
   std::string checkpoint, out;
   std::string target = "cpu:native";
   int max_batch_size = 64, max_input_len = 5525, max_output_len = 150;
@@ -49,7 +49,7 @@ struct SamplingFlags {
 struct RunFlags : CommonOptions {
   std::string model, prompt, system;
   bool raw = false;  // complete the prompt as text, without the chat template
-  bool stats = true;
+  bool no_stats = false;
   std::string target = "cpu:native";
   std::string kv_cache = "int8";
   std::string roles = "tolerant";
@@ -78,9 +78,9 @@ struct EvalFlags : CommonOptions {
   std::string tokenizer_regex = "shipped";
 };
 
-struct InspectFlags : CommonOptions {
+struct InspectFlags {
   std::string model, tensor;
-  bool verify = false;
+  bool verify = false, json = false;
 };
 
 struct BenchFlags : CommonOptions {
@@ -91,7 +91,7 @@ struct BenchFlags : CommonOptions {
   std::string activations;
   std::vector<int> batches = {1};  // more than one: latency only
   int batch = 1;                   // the largest of them
-  int prompt_tokens = 512, output_tokens = 64, context = 0, requests = 0;
+  int prompt_tokens = 512, output_tokens = 64, requests = 0;
 };
 
 struct SynthesizeFlags : CommonOptions {

@@ -1,19 +1,48 @@
 // The one file that knows CLI11.
 // SPDX-License-Identifier: Apache-2.0
-#include <CLI/CLI.hpp>
+#include <fmt/ranges.h>
 
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <functional>
+#include <iostream>
+#include <system_error>
 
 #include "base/error.h"
 #include "base/nearest.h"
 #include "cli/options.h"
 #include "cli/terminal.h"
+#include "formats/synthetic.h"
 
 namespace nibble::cli {
 namespace {
 
 constexpr const char* kTargets = "cpu:native, cpu:avx512, cpu:avx2, cpu:generic, cuda:sm_90 or ref";
+
+/// One short word for what a flag takes: N, the choices, or TEXT; CLI11's own has the C++ type and
+/// every range in it.
+class HelpFormatter : public CLI::Formatter {
+ public:
+  std::string make_option_opts(const CLI::Option* option) const override {
+    if (option->get_items_expected_max() == 0) return {};  // a plain flag
+    const std::string type = option->get_type_name();
+    std::string text = " TEXT";
+    if (const size_t open = type.find('{'); open != type.npos) {
+      text = " " + type.substr(open + 1, type.find('}') - open - 1);
+      std::replace(text.begin(), text.end(), ',', '|');
+    } else if (!type.starts_with("TEXT")) {
+      text = " N";
+    }
+    const bool is_positional = option->get_positional() && option->get_lnames().empty();
+    if (is_positional && text == " TEXT") text.clear();
+    if (!option->get_default_str().empty()) text += " (" + option->get_default_str() + ")";
+    if (option->get_required() && !is_positional) text += " (required)";
+    return text;
+  }
+};
 
 class Parser {
  public:
@@ -24,14 +53,8 @@ class Parser {
             "nibble") {
     app_.set_version_flag("--version", "nibble " NIBBLE_VERSION);
     app_.require_subcommand(1);
+    app_.formatter(std::make_shared<HelpFormatter>());
     app_.get_formatter()->column_width(34);
-    app_.footer(
-        "A first run:\n"
-        "  nibble quantize HF_DIR --out model          4-bit checkpoint, calibrated\n"
-        "  nibble build model --out engine             engine for this machine\n"
-        "  nibble chat engine                          talk to it\n"
-        "  nibble serve engine                         OpenAI-compatible server\n"
-        "`nibble COMMAND --help` shows a command's flags.");
     add_quantize();
     add_build();
     add_chat_and_run();
@@ -41,57 +64,82 @@ class Parser {
     add_inspect();
     add_bench();
     add_synthesize();
+    // Last: a command made after it would inherit it.
+    app_.footer(
+        "A first run:\n"
+        "  nibble quantize HF_DIR --out model          4-bit checkpoint, calibrated\n"
+        "  nibble build model --out engine             engine for this machine\n"
+        "  nibble chat engine                          talk to it\n"
+        "  nibble serve engine                         OpenAI-compatible server\n"
+        "`nibble COMMAND --help` shows a command's flags.");
   }
 
   int run(int argc, char** argv) {
     try {
       app_.parse(argc, argv);
-      for (CLI::App* command : app_.get_subcommands()) {
-        for (CLI::App* nested : command->get_subcommands()) refuse_extras(nested);
-        refuse_extras(command);
-      }
-      if (!app_.remaining().empty()) refuse_extras(&app_);
     } catch (const CLI::Success& success) {
       return app_.exit(success);
     } catch (const CLI::ParseError& error) {
-      fail(ErrorKind::kUsage, "{}; see nibble --help", explain(error));
+      // A mistyped flag is the likely reason why a required one is missing: it is named first.
+      refuse_unknown_flags();
+      const std::vector<CLI::App*> commands = app_.get_subcommands();
+      if (commands.empty()) refuse_unknown_command();
+      const std::string name = commands.front()->get_name();
+      fail(ErrorKind::kUsage, "{}: {}; see nibble {} --help", name, error.what(), name);
+    }
+    refuse_unknown_flags();
+    for (const auto& [name, command] : chosen_commands()) {
+      const std::vector<std::string> extras = command->remaining();
+      if (extras.empty()) continue;
+      fail(ErrorKind::kUsage, "{}: unexpected argument {}; see nibble {} --help", name,
+           extras.front(), name);
     }
     return action_();
   }
 
  private:
-  std::string explain(const CLI::ParseError& error) {
-    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::RequiredError) &&
-        app_.get_subcommands().empty()) {
-      // CLI11 reports a mistyped command as a missing one.
-      const std::vector<std::string> extras = app_.remaining();
-      if (!extras.empty()) {
-        std::vector<std::string> names;
-        for (const CLI::App* command : app_.get_subcommands({}))
-          names.push_back(command->get_name());
-        return fmt::format("unknown command {}; did you mean {}?", extras.front(),
-                           nearest_name(extras.front(), names));
-      }
-      return "a command is needed: quantize, build, serve, chat, run, tokenize, render, eval, "
-             "inspect, bench or synthesize";
+  /// CLI11 reports a mistyped command as a missing one.
+  [[noreturn]] void refuse_unknown_command() {
+    const std::vector<std::string> extras = app_.remaining();
+    std::vector<std::string> names;
+    for (const CLI::App* command : app_.get_subcommands({})) names.push_back(command->get_name());
+    if (extras.empty()) {
+      fail(ErrorKind::kUsage, "a command is needed: {}; see nibble --help", fmt::join(names, ", "));
     }
-    return error.what();
+    fail(ErrorKind::kUsage, "unknown command {}; did you mean {}? See nibble --help",
+         extras.front(), nearest_name(extras.front(), names));
   }
 
-  void refuse_extras(const CLI::App* command) {
-    const std::vector<std::string> extras = command->remaining();
-    if (extras.empty()) return;
-    const std::string flag = extras.front().substr(0, extras.front().find('='));
-    if (!flag.starts_with("-")) {
-      fail(ErrorKind::kUsage, "{}: unexpected argument {}; see nibble {} --help",
-           command->get_name(), flag, command->get_name());
+  /// The command and, for "bench serve", the command in it; with their full names.
+  std::vector<std::pair<std::string, const CLI::App*>> chosen_commands() {
+    std::vector<std::pair<std::string, const CLI::App*>> chosen;
+    for (const CLI::App* command : app_.get_subcommands()) {
+      chosen.emplace_back(command->get_name(), command);
+      for (const CLI::App* nested : command->get_subcommands()) {
+        chosen.emplace_back(command->get_name() + " " + nested->get_name(), nested);
+      }
     }
-    std::vector<std::string> names;
-    for (const CLI::Option* option : command->get_options()) {
-      for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
+    return chosen;
+  }
+
+  void refuse_unknown_flags() {
+    std::vector<std::pair<std::string, const CLI::App*>> apps = chosen_commands();
+    apps.emplace(apps.begin(), "", &app_);
+    for (const auto& [full_name, app] : apps) {
+      const std::string name = full_name.empty() ? "" : full_name + " ";
+      const std::string prefix = full_name.empty() ? "" : full_name + ": ";
+      for (const std::string& extra : app->remaining()) {
+        if (!extra.starts_with("-") || extra == "-" || extra == "--") continue;
+        const std::string flag = extra.substr(0, extra.find('='));
+        std::vector<std::string> known;
+        for (const CLI::Option* option : app->get_options()) {
+          for (const std::string& long_name : option->get_lnames())
+            known.push_back("--" + long_name);
+        }
+        fail(ErrorKind::kUsage, "{}unknown flag {}; did you mean {}? See nibble {}--help", prefix,
+             flag, nearest_name(flag, known), name);
+      }
     }
-    fail(ErrorKind::kUsage, "{}: unknown flag {}; did you mean {}? See nibble {} --help",
-         command->get_name(), flag, nearest_name(flag, names), command->get_name());
   }
 
   CLI::App* command(const char* name, const char* description, std::function<int()> action) {
@@ -102,8 +150,12 @@ class Parser {
     return command;
   }
 
+  static void add_json(CLI::App* command, bool& json) {
+    command->add_flag("--json", json, "print one JSON object instead of text");
+  }
+
   static void add_common(CLI::App* command, CommonOptions& flags, bool json = true) {
-    if (json) command->add_flag("--json", flags.json, "print one JSON object instead of text");
+    if (json) add_json(command, flags.json);
     command
         ->add_option("--threads", flags.threads, "threads; 0 takes what affinity and cgroup allow")
         ->check(CLI::Range(0, 1024));
@@ -174,7 +226,9 @@ class Parser {
     c->add_option("--max-output-len", f.max_output_len, "tokens of an answer")
         ->capture_default_str();
     c->add_option("--max-num-tokens", f.max_num_tokens,
-                  "tokens in one step, the chunked-prefill budget; default by target");
+                  "tokens in one step: longer prompts are computed in chunks of this, between the "
+                  "steps of other answers; default 512 (never less than --max-batch-size)")
+        ->check(CLI::PositiveNumber);
     add_choice(c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16"},
                "int8 with scales per token and head, int8 with the checkpoint's scales, or f16")
         ->capture_default_str();
@@ -182,7 +236,6 @@ class Parser {
                "feed int4 linears with exact activations, or int8 per group; default by target");
     c->add_option("--tokenizer", f.tokenizer,
                   "directory with tokenizer.json when the checkpoint has none");
-    add_common(c, f, false);
   }
 
   void add_run_flags(CLI::App* c, RunFlags& f) {
@@ -240,7 +293,7 @@ class Parser {
         ->required();
     run->add_flag("--raw", run_.raw,
                   "complete the prompt as plain text, without the chat template");
-    run->add_flag("!--no-stats", run_.stats, "leave out the line with speeds");
+    run->add_flag("--no-stats", run_.no_stats, "leave out the line with speeds");
     add_run_flags(run, run_);
   }
 
@@ -413,12 +466,15 @@ class Parser {
         ->capture_default_str();
     c->add_option("--max-windows", f.max_windows, "stop after this many windows; 0: all")
         ->check(CLI::NonNegativeNumber);
-    c->add_option("--against", f.against, "parent model: adds KL divergence and top-1 agreement");
-    c->add_option("--target", f.target, kTargets)->capture_default_str();
-    add_choice(c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16", "f32"},
-               "default: f32 for Hugging Face directories, int8 for checkpoints");
+    c->add_option("--against", f.against,
+                  "parent model with the same tokenizer: adds KL divergence and top-1 agreement");
+    c->add_option("--target", f.target, std::string(kTargets) + "; an engine has its own")
+        ->capture_default_str();
+    add_choice(
+        c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16", "f32"},
+        "default: f32 for Hugging Face directories, int8 for checkpoints; an engine has its own");
     add_choice(c, "--activations", f.activations, {"f32", "int8"},
-               "how int4 linears are fed; default by target");
+               "how int4 linears are fed; default by target; an engine has its own");
     add_regex(c, f.tokenizer_regex);
     add_common(c, f);
   }
@@ -431,8 +487,9 @@ class Parser {
     c->add_option("MODEL", inspect_.model, "Hugging Face directory, checkpoint or engine")
         ->required();
     c->add_option("--tensor", inspect_.tensor, "statistics of one tensor by name");
-    c->add_flag("--verify", inspect_.verify, "check an engine's checksums");
-    add_common(c, inspect_);
+    c->add_flag("--verify", inspect_.verify,
+                "read a whole engine and compare it with its checksums");
+    add_json(c, inspect_.json);
   }
 
   CLI::App* add_bench_serve(CLI::App* bench) {
@@ -498,14 +555,19 @@ class Parser {
                "engine; ops: kernels (or the command serve, below)");
     CLI::Option* model =
         c->add_option("MODEL", f.model, "engine, checkpoint or Hugging Face directory");
-    c->add_option("--synthetic", f.synthetic, "random weights of a named shape instead of a model")
+    std::vector<std::string> shapes;
+    for (const SyntheticShape& shape : synthetic_shapes())
+      shapes.push_back(fmt::format("{} ({})", shape.name, shape.about));
+    c->add_option("--synthetic", f.synthetic,
+                  fmt::format("random int4 weights of a named shape instead of a model: {}",
+                              fmt::join(shapes, ", ")))
         ->excludes(model);
-    c->add_option("--target", f.target, kTargets)->capture_default_str();
-    add_choice(c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16"},
-               "for what is not an engine")
+    c->add_option("--target", f.target, std::string(kTargets) + "; an engine has its own")
+        ->capture_default_str();
+    add_choice(c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16"}, "an engine has its own")
         ->capture_default_str();
     add_choice(c, "--activations", f.activations, {"f32", "int8"},
-               "how int4 linears are fed; default by target");
+               "how int4 linears are fed; default by target; an engine has its own");
     c->add_option("--batch", f.batches,
                   "sequences decoded together; latency takes a list such as 1,8,64")
         ->delimiter(',')
@@ -557,18 +619,24 @@ class Parser {
 int main(int argc, char** argv) {
   install_interrupt_handler();
   try {
-    return Parser().run(argc, argv);
+    const int status = Parser().run(argc, argv);
+    if (std::fflush(stdout) != 0 || !std::cout.flush()) {
+      fail(ErrorKind::kIo, "cannot write to standard output: {}", std::strerror(errno));
+    }
+    return status;
   } catch (const Error& error) {
-    fmt::print(stderr, "nibble: {}\n", error.what());
+    print_stderr("nibble: {}\n", error.what());
     switch (error.kind()) {
       case ErrorKind::kUsage: return 2;
       case ErrorKind::kInterrupted: return 130;
       default: return 1;
     }
   } catch (const std::bad_alloc&) {
-    fmt::print(stderr, "nibble: out of memory\n");
+    print_stderr("nibble: out of memory\n");
+  } catch (const std::system_error& error) {
+    print_stderr("nibble: {}\n", error.what());
   } catch (const std::exception& error) {
-    fmt::print(stderr, "nibble: a bug in nibble: {}\n", error.what());
+    print_stderr("nibble: a bug in nibble: {}\n", error.what());
   }
   return 1;
 }

@@ -38,6 +38,8 @@ void install_interrupt_handler() {
   ::sigemptyset(&action.sa_mask);
   ::sigaction(SIGINT, &action, nullptr);
   ::sigaction(SIGTERM, &action, nullptr);
+  // Beyond `ulimit -f` write() then fails as it does on a full disk, and cleaning up can follow.
+  ::signal(SIGXFSZ, SIG_IGN);
 }
 
 std::string human_duration(double seconds) {
@@ -49,7 +51,7 @@ std::string human_duration(double seconds) {
 
 TerminalProgress::TerminalProgress() : is_terminal_(::isatty(STDERR_FILENO) == 1) {}
 TerminalProgress::~TerminalProgress() {
-  if (active_ && is_terminal_) fmt::print(stderr, "\n");
+  if (active_ && is_terminal_) print_stderr("\n");
 }
 
 void TerminalProgress::begin(std::string_view stage, int64_t total, std::string_view unit) {
@@ -79,7 +81,7 @@ void TerminalProgress::end() {
 }
 
 void TerminalProgress::note(std::string_view message) {
-  fmt::print(stderr, "{}{}\n", active_ && is_terminal_ ? "\r\033[K" : "", message);
+  print_stderr("{}{}\n", active_ && is_terminal_ ? "\r\033[K" : "", message);
   if (active_ && is_terminal_) show(false);
 }
 
@@ -106,10 +108,10 @@ void TerminalProgress::show(bool final) {
     }
   }
   if (is_terminal_) {
-    fmt::print(stderr, "\r\033[K{}{}", line, final ? "\n" : "");
+    print_stderr("\r\033[K{}{}", line, final ? "\n" : "");
     std::fflush(stderr);
   } else {
-    fmt::print(stderr, "{}\n", line);
+    print_stderr("{}\n", line);
   }
 }
 

@@ -2,12 +2,23 @@
 // numbers for people. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <fmt/format.h>
+
 #include <chrono>
+#include <cstdio>
 #include <string>
+#include <utility>
 
 #include "base/progress.h"
 
 namespace nibble::cli {
+
+/// A message on stderr. Whether anybody can read it (closed, full) must not change what happens.
+template <typename... Args>
+void print_stderr(fmt::format_string<Args...> format, Args&&... args) {
+  const std::string text = fmt::format(format, std::forward<Args>(args)...);
+  std::fwrite(text.data(), 1, text.size(), stderr);
+}
 
 /// Progress on stderr. On a terminal one line is redrawn at most ten times a second; elsewhere a
 /// line every ten seconds and one at the end of a stage.

@@ -50,11 +50,14 @@ struct Cancel {
 RequestLimits make_limits(const EngineParts& parts) {
   const EngineLimits& limits = parts.plan.limits;
   const int64_t kv_tokens = int64_t{parts.num_kv_blocks} * parts.plan.kv_block_tokens;
-  return {.max_input_len = limits.max_input_len,
-          .max_output_len = limits.max_output_len,
-          .max_seq_len = static_cast<int>(std::min<int64_t>(limits.max_seq_len(), kv_tokens)),
-          .kv_cache_tokens = kv_tokens,
-          .vocab_size = parts.plan.spec.vocab_size};
+  return {
+      .max_input_len = limits.max_input_len,
+      .max_output_len = limits.max_output_len,
+      .max_seq_len = static_cast<int>(std::min<int64_t>(limits.max_seq_len(), kv_tokens)),
+      .kv_cache_tokens = kv_tokens,
+      .vocab_size = parts.plan.spec.vocab_size,
+      .allowed_tokens = parts.allowed_tokens,
+      .eos_ids = parts.eos_token_ids.empty() ? parts.plan.spec.eos_token_ids : parts.eos_token_ids};
 }
 
 int max_logit_rows(const EngineParts& parts) {
@@ -89,7 +92,6 @@ class EngineImpl final : public Engine {
       : limits_(make_limits(parts)),
         block_tokens_(parts.plan.kv_block_tokens),
         max_queue_(parts.max_queue),
-        eos_ids_(parts.eos_token_ids.empty() ? parts.plan.spec.eos_token_ids : parts.eos_token_ids),
         tensors_(std::move(parts.tensors)),
         backend_(std::move(parts.backend)),
         weights_(std::move(parts.weights)),
@@ -219,7 +221,7 @@ class EngineImpl final : public Engine {
     active->id = next_id_.fetch_add(1);
     active->submit_us = now_us();
     const SequenceDefaults defaults{
-        .eos_ids = eos_ids_,
+        .eos_ids = limits_.eos_ids,
         .max_tokens = resolve_max_tokens(request, limits_),
         .block_tokens = block_tokens_,
         .seed = request.params.seed ? *request.params.seed
@@ -475,7 +477,6 @@ class EngineImpl final : public Engine {
   const RequestLimits limits_;
   const int block_tokens_;
   const int max_queue_;
-  const std::vector<int32_t> eos_ids_;
 
   // Owned by the engine thread (destroyed in reverse order, after it has ended).
   std::shared_ptr<const void> tensors_;

@@ -2,6 +2,7 @@
 #include "engine/sampling_params.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -61,6 +62,41 @@ void check_lengths(const Request& request, const RequestLimits& limits) {
   }
 }
 
+int64_t num_drawable(const RequestLimits& limits) {
+  if (limits.allowed_tokens.empty()) return limits.vocab_size;
+  int64_t count = 0;
+  for (const uint64_t word : limits.allowed_tokens) count += std::popcount(word);
+  return count;
+}
+
+// A bias of -infinity bans an id for good, min_tokens what would end the answer. With nothing left
+// the sampler would have to draw something banned.
+void check_something_is_drawable(const Request& request, const RequestLimits& limits) {
+  if (resolve_max_tokens(request, limits) == 0) return;
+  const SamplingParams& p = request.params;
+  std::vector<int32_t> stops;
+  if (p.min_tokens > 0) {
+    stops = p.stop_token_ids;
+    if (!p.ignore_eos) stops.insert(stops.end(), limits.eos_ids.begin(), limits.eos_ids.end());
+  }
+  const int64_t drawable = num_drawable(limits);
+  if (static_cast<int64_t>(p.logit_bias.size() + stops.size()) < drawable) return;
+  std::vector<bool> banned(static_cast<size_t>(limits.vocab_size));
+  for (const TokenBias& entry : make_bias(p, stops)) {
+    banned[static_cast<size_t>(entry.token)] = std::isinf(entry.bias);
+  }
+  for (int32_t token = 0; token < limits.vocab_size; ++token) {
+    const auto word = static_cast<size_t>(token) / 64;
+    const bool allowed =
+        limits.allowed_tokens.empty() || (limits.allowed_tokens[word] >> (token % 64) & 1) != 0;
+    if (allowed && !banned[static_cast<size_t>(token)]) return;
+  }
+  fail(ErrorKind::kInput,
+       "logit_bias{} bans all {} tokens that this model can draw; leave at least one with a bias "
+       "above -infinity",
+       stops.empty() ? "" : ", with the stop ids that min_tokens holds back,", drawable);
+}
+
 }  // namespace
 
 const char* finish_reason_name(FinishReason reason) {
@@ -111,6 +147,7 @@ void check_request(const Request& request, const RequestLimits& limits) {
   check_range("logprobs", p.logprobs, -1, kMaxTopLogprobs);
   check_range("prompt_logprobs", p.prompt_logprobs, -1, kMaxTopLogprobs);
   check_range("n", p.n, 1, kMaxChoices);
+  check_something_is_drawable(request, limits);
 }
 
 int resolve_max_tokens(const Request& request, const RequestLimits& limits) {

@@ -2,6 +2,8 @@
 // op eats. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <vector>
+
 #include "nibble/request.h"
 #include "ops/operands.h"
 
@@ -14,6 +16,8 @@ struct RequestLimits {
   int max_seq_len = 0;  // <= input + output; less when the KV cache is smaller
   int64_t kv_cache_tokens = 0;
   int vocab_size = 0;
+  std::vector<uint64_t> allowed_tokens = {};  // bit per id that may be drawn; empty: all
+  std::vector<int32_t> eos_ids = {};
 };
 
 /// Throws Error{kLimit} or Error{kInput} with the value seen and the values wanted.

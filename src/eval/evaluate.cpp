@@ -39,7 +39,7 @@ double kl_divergence(std::span<const float> p, double p_lse, std::span<const flo
 // logits)`.
 class Windows {
  public:
-  Windows(std::span<const int32_t> ids, const EvalOptions& options)
+  Windows(std::span<const int32_t> ids, const EvalOptions& options, int vocab_size)
       : ids_(ids), context_(options.context) {
     if (context_ < 2) fail(ErrorKind::kUsage, "--context is {}; it must be at least 2", context_);
     count_ = static_cast<int64_t>(ids.size()) / context_;
@@ -48,6 +48,14 @@ class Windows {
            "the text has {} tokens, fewer than one window of {}; give more text or a smaller "
            "--context",
            ids.size(), context_);
+    }
+    const auto bad =
+        std::ranges::find_if(ids, [&](int32_t id) { return id < 0 || id >= vocab_size; });
+    if (bad != ids.end()) {
+      fail(ErrorKind::kInput,
+           "token {} of the text is id {}, but the model's ids run from 0 to {}; was it made with "
+           "another model's tokenizer?",
+           bad - ids.begin(), *bad, vocab_size - 1);
     }
     if (options.max_windows > 0) count_ = std::min<int64_t>(count_, options.max_windows);
   }
@@ -73,7 +81,7 @@ void finish(EvalResult& result, std::chrono::steady_clock::time_point start) {
 EvalResult evaluate(const LoadedModel& model, std::span<const int32_t> ids,
                     const EvalOptions& options, Progress& progress) {
   const auto start = std::chrono::steady_clock::now();
-  const Windows windows(ids, options);
+  const Windows windows(ids, options, model.plan.spec.vocab_size);
   const auto vocab = static_cast<size_t>(model.plan.spec.vocab_size);
   SingleSequence sequence(*model.backend, model.plan, model.weights, options.context, kStepTokens);
   EvalResult result;
@@ -112,7 +120,7 @@ Comparison compare(const LoadedModel& model, const LoadedModel& other, std::span
          model.plan.spec.vocab_size, other.plan.spec.vocab_size);
   }
   const auto start = std::chrono::steady_clock::now();
-  const Windows windows(ids, options);
+  const Windows windows(ids, options, model.plan.spec.vocab_size);
   const auto vocab = static_cast<size_t>(model.plan.spec.vocab_size);
   SingleSequence q_sequence(*model.backend, model.plan, model.weights, options.context,
                             kStepTokens);

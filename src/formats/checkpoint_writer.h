@@ -18,7 +18,7 @@ struct CheckpointOptions {
   int group_size = 128;
   DType dtype = DType::kBF16;  // of unquantized tensors and prequant vectors
   bool int8_kv = true;         // write kv_cache_quant_algo INT8 and the scales
-  std::string producer_version = "0.1.0";
+  std::string producer_version = NIBBLE_VERSION;
   json::object extra_config;  // further top-level keys ("nibble": {...}), ignored by TensorRT-LLM;
                               // vocab_size, bos_token_id, eos_token_ids are added to "nibble"
 };

@@ -13,6 +13,7 @@
 #include <unordered_set>
 
 #include "base/error.h"
+#include "base/hash.h"
 #include "base/json.h"
 #include "base/nearest.h"
 
@@ -391,8 +392,9 @@ SafetensorsWriter SafetensorsWriter::create(
   }
   SafetensorsWriter writer(AtomicFile::create(path));
   const uint64_t length = header.size();
-  writer.file_.write(std::as_bytes(std::span(&length, 1)));
+  header.insert(0, reinterpret_cast<const char*>(&length), sizeof length);
   writer.file_.write(header);
+  writer.header_checksum_ = xxh3_64(std::as_bytes(std::span(header)));
   writer.ranges_ = std::move(ranges);
   return writer;
 }

@@ -46,6 +46,7 @@ class SafetensorsFile {
   bool contains(std::string_view name) const;
   TensorView tensor(std::string_view name) const;  // throws Error{kInput} naming file and tensor
   const MappedFile& file() const { return file_; }
+  uint64_t data_start() const { return header_.data_start; }  // bytes of the header
 
  private:
   SafetensorsFile(MappedFile file, SafetensorsHeader header);
@@ -70,6 +71,7 @@ class SafetensorsWriter {
                                   uint64_t alignment = 8);
   /// Appends to the current tensor; moves on to the next when it is full. Throws on too many bytes.
   void write(std::span<const std::byte> bytes);
+  uint64_t header_checksum() const { return header_checksum_; }  // XXH3 of what precedes the data
   void commit();  // throws when a declared tensor is incomplete
 
  private:
@@ -79,6 +81,7 @@ class SafetensorsWriter {
       ranges_;  // bytes of each declared tensor, in file order
   size_t current_ = 0;
   uint64_t position_ = 0;  // bytes of data written
+  uint64_t header_checksum_ = 0;
 };
 
 }  // namespace nibble

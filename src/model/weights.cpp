@@ -2,6 +2,7 @@
 #include "model/weights.h"
 
 #include "base/error.h"
+#include "ops/cpu_int4_layout.h"
 #include "spec/weight_table.h"
 
 namespace nibble {
@@ -52,6 +53,14 @@ class Loader {
     operand.out_features = static_cast<int>(row.shape[0]);
     operand.in_features = static_cast<int>(row.shape[1]);
     const TensorView view = tensors_.get(row.name + ".weight");
+    const size_t wanted = weight_bytes(row, operand.layout);
+    if (view.bytes.size() != wanted) {
+      fail(ErrorKind::kInput,
+           "engine tensor {}.weight has {} bytes, {} [{}, {}] wants {}; rebuild "
+           "the engine",
+           row.name, view.bytes.size(), weight_layout_name(operand.layout), row.shape[0],
+           row.shape[1], wanted);
+    }
     operand.weight = backend_.import_weights(view.bytes.data(), view.bytes.size());
     if (row.role != WeightRole::kEmbedding) bytes_ += view.bytes.size();
     const bool int4 = operand.layout == WeightLayout::kInt4Portable ||
@@ -73,6 +82,26 @@ class Loader {
   uint64_t bytes() const { return bytes_; }
 
  private:
+  // What kernels will read without looking again.
+  size_t weight_bytes(const WeightRow& row, WeightLayout layout) const {
+    const int out = static_cast<int>(row.shape[0]), in = static_cast<int>(row.shape[1]);
+    const size_t elements = static_cast<size_t>(out) * static_cast<size_t>(in);
+    switch (layout) {
+      case WeightLayout::kF32Rows: return elements * 4;
+      case WeightLayout::kBf16Rows:
+      case WeightLayout::kF16Rows: return elements * 2;
+      default: break;
+    }
+    if (in % plan_.group_size != 0) {
+      fail(ErrorKind::kInput,
+           "group_size is {}, which does not divide the {} inputs of {}; rebuild "
+           "the engine",
+           plan_.group_size, in, row.name);
+    }
+    if (layout != WeightLayout::kCpuInt4) return elements / 2;
+    return static_cast<size_t>(cpu_int4_num_tiles(out)) * cpu_int4_tile_bytes(in, plan_.group_size);
+  }
+
   Backend& backend_;
   const EnginePlan& plan_;
   const EngineTensors& tensors_;

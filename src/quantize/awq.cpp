@@ -158,7 +158,8 @@ class GroupQuantizer {
     for (size_t i = 0; i < ranges_.size(); ++i)
       loss += losses[i], clip += clips[i], rows += ranges_[i].rows;
     report.error = relative(loss);
-    report.mean_clip = clip / static_cast<double>(rows * (features_ / options_.group_size));
+    const int64_t num_groups = features_ / options_.group_size;
+    report.mean_clip = clip / static_cast<double>(rows * num_groups);
     return result;
   }
 

@@ -54,7 +54,7 @@ template <typename Vector, int kRows, int kVectors>
   __builtin_memcpy(tile, sum, sizeof sum);
 }
 
-typedef float Vector4 __attribute__((vector_size(16)));
+using Vector4 = float __attribute__((vector_size(16)));
 void kernel_generic(const float* a, const float* b, int64_t depth, float* tile) {
   multiply_panels<Vector4, 4, 2>(a, b, depth, tile);
 }
@@ -65,8 +65,8 @@ struct Kernel {
 };
 
 #if defined(__x86_64__)
-typedef float Vector8 __attribute__((vector_size(32)));
-typedef float Vector16 __attribute__((vector_size(64)));
+using Vector8 = float __attribute__((vector_size(32)));
+using Vector16 = float __attribute__((vector_size(64)));
 [[gnu::target("avx2,fma")]] void kernel_avx2(const float* a, const float* b, int64_t depth,
                                              float* tile) {
   multiply_panels<Vector8, 6, 2>(a, b, depth, tile);

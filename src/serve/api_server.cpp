@@ -158,7 +158,8 @@ class ApiServerImpl final : public ApiServer {
       preflight(call);
       return;
     }
-    const std::string_view method = request.method == "HEAD" ? "GET" : request.method;
+    const std::string_view method =
+        request.method == "HEAD" ? std::string_view("GET") : std::string_view(request.method);
     for (const Route& route : kRoutes) {
       if (route.path != request.path) continue;
       if (route.method != method) wrong_method(request, route.method);

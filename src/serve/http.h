@@ -38,7 +38,8 @@ struct HttpResponse {
   std::string body;
 };
 
-/// One request and its reply. Replying to a peer that has gone is allowed and does nothing.
+/// One request and its reply. Replying to a peer that has gone is allowed and does nothing. Other
+/// threads may keep and drop references.
 class HttpExchange {
  public:
   virtual ~HttpExchange() = default;

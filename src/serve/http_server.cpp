@@ -121,7 +121,10 @@ struct BodyCharge {
   BodyCharge(const BodyCharge&) = delete;
   BodyCharge& operator=(const BodyCharge&) = delete;
   ~BodyCharge() { release(); }
-  void release() { shared->body_bytes -= std::exchange(bytes, 0); }
+  void release() {
+    // An exchange may be dropped on any thread once it is done, and then has nothing to give back.
+    if (bytes != 0) shared->body_bytes -= std::exchange(bytes, 0);
+  }
 
   Shared* shared;
   uint64_t bytes = 0;

@@ -38,6 +38,15 @@ struct CurlEasy {
   curl_slist* headers = nullptr;
 };
 
+struct CurlMulti {
+  CurlMulti() : handle(curl_multi_init()) { NIBBLE_CHECK(handle != nullptr); }
+  CurlMulti(const CurlMulti&) = delete;
+  CurlMulti& operator=(const CurlMulti&) = delete;
+  ~CurlMulti() { curl_multi_cleanup(handle); }
+  operator CURLM*() const { return handle; }
+  CURLM* handle;
+};
+
 size_t append_to_string(char* data, size_t size, size_t count, void* out) {
   static_cast<std::string*>(out)->append(data, size * count);
   return size * count;
@@ -84,9 +93,7 @@ class LoadGenerator {
       : options_(options),
         progress_(progress),
         words_(split_words(options.text)),
-        random_(options.seed),
-        multi_(curl_multi_init()) {
-    NIBBLE_CHECK(multi_ != nullptr);
+        random_(options.seed) {
     check();
     while (options_.url.ends_with('/')) options_.url.pop_back();
     if (options_.model.empty()) options_.model = first_model();
@@ -97,7 +104,6 @@ class LoadGenerator {
   ~LoadGenerator() {
     for (const auto& running : running_) curl_multi_remove_handle(multi_, running->curl.handle);
     running_.clear();
-    curl_multi_cleanup(multi_);
   }
 
   LoadTestReport run() {
@@ -433,7 +439,7 @@ class LoadGenerator {
   Progress& progress_;
   std::vector<std::string_view> words_;  // of the caller's text
   std::mt19937_64 random_;
-  CURLM* multi_;
+  CurlMulti multi_;
   std::vector<Session> sessions_;  // never grows once running
   std::deque<Session*> waiting_;
   std::vector<std::unique_ptr<Running>> running_;

@@ -96,10 +96,8 @@ EnginePlan EnginePlan::from_json(const json::object& object, std::string_view wh
   ObjectReader in(object, std::string(what));
   const int version = in.integer("format_version", 0, kMax);
   if (version != kFormatVersion) {
-    fail(ErrorKind::kUnsupported,
-         "{}: format_version is {}; this nibble reads {}. Rebuild the engine with "
-         "`nibble build`",
-         what, version, kFormatVersion);
+    fail(ErrorKind::kUnsupported, "{}: format_version is {}; this nibble reads {}", what, version,
+         kFormatVersion);
   }
   EnginePlan plan;
   plan.nibble_version = in.string("nibble_version");

@@ -41,17 +41,17 @@ const char* activation_precision_name(ActivationPrecision precision);       // "
 ActivationPrecision activation_precision_from_name(std::string_view name);  // throws Error{kInput}
 
 struct EngineLimits {
-  int max_batch_size = 64;    // sequences per step
-  int max_input_len = 5525;   // prompt tokens
-  int max_output_len = 150;   // generated tokens; max_seq_len = input + output
-  int max_num_tokens = 2048;  // tokens per step (the chunked-prefill budget)
+  int max_batch_size = 64;   // sequences per step
+  int max_input_len = 5525;  // prompt tokens
+  int max_output_len = 150;  // generated tokens; max_seq_len = input + output
+  int max_num_tokens = 0;    // tokens per step (the chunked-prefill budget); 0: build chooses
 
   int max_seq_len() const { return max_input_len + max_output_len; }
   bool operator==(const EngineLimits&) const = default;
 };
 
 struct EnginePlan {
-  static constexpr int kFormatVersion = 1;
+  static constexpr int kFormatVersion = 2;
   std::string nibble_version;
   std::string target = "ref";  // "ref", "cpu:avx512", "cpu:avx2", "cpu:generic", "cuda:sm_90"
   ModelSpec spec;

@@ -560,6 +560,7 @@ Value Evaluator::call(const Value& callee, Arguments& args) {
   const Depth depth(*this);
   switch (callee.kind()) {
     case Kind::kCallable: {
+      // NOLINTNEXTLINE(performance-unnecessary-copy-initialization): a share is the point
       const auto keep = callee.object();  // the callee may be reassigned while it runs
       return static_cast<Callable&>(*keep).call(*this, args);
     }

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <span>
 #include <string_view>
 
 #include "text/jinja_value.h"
@@ -18,6 +19,8 @@ struct Test {
   bool (*apply)(Evaluator& eval, const Value& input, Arguments& args);
 };
 
+/// The part of the filters that jinja_sequence_filters.cpp holds.
+std::span<const Filter> sequence_filters();
 const Filter* find_filter(std::string_view name);
 /// Filters that Jinja has and this engine does not.
 bool is_unsupported_filter(std::string_view name);
@@ -40,5 +43,7 @@ Value brace_format(Evaluator& eval, const Text& format, Arguments& args);
 void bind_arguments(std::string_view function, Arguments& args,
                     std::initializer_list<std::string_view> names, std::vector<Value>& values,
                     size_t num_required = 0);
+/// What Python calls an index: an int or a bool; raises TypeError for anything else.
+int64_t want_int(const Value& value);
 
 }  // namespace nibble::jinja

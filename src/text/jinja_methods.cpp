@@ -31,14 +31,6 @@ const Text& want_text(const Value& value, std::string_view what) {
   return value.text();
 }
 
-int64_t want_int(const Value& value) {
-  if (!value.is_int_like()) {
-    raise("TypeError",
-          fmt::format("'{}' object cannot be interpreted as an integer", type_name(value)));
-  }
-  return value.as_int();
-}
-
 bool given(const Value& value) { return !value.is_undefined() && !value.is_none(); }
 
 // ---- str

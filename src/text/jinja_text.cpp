@@ -20,6 +20,7 @@ void Text::append(std::string_view bytes, bool is_template) {
 void Text::append_range(const Text& other, size_t begin, size_t end) {
   if (begin >= end) return;
   if (&other == this) {
+    // NOLINTNEXTLINE(performance-unnecessary-copy-initialization): appending changes `other`
     const Text copy = other;
     append_range(copy, begin, end);
     return;

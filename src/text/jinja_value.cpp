@@ -58,6 +58,7 @@ Value Value::number(double value) {
   return out;
 }
 
+// NOLINTNEXTLINE(performance-unnecessary-value-param): callers hand temporaries over
 Value Value::big_integer(std::string digits) {
   auto object = std::make_shared<StringObject>();
   object->text = Text(digits, false);

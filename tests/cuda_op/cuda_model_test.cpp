@@ -146,6 +146,7 @@ TEST(CudaNano, LogitsAreTheCpus) {
     GTEST_SKIP() << error.what();
   }
   options.build.target = "cpu:native";
+  options.build.activation_precision = ActivationPrecision::kF32;
   const LoadedModel cpu = load_model(root / "models/nano", options);
   const std::string text = read_file(root / "tests/data/nano/eval_wiki.u16");
   std::vector<int32_t> ids;

@@ -20,6 +20,7 @@ namespace nibble {
 namespace {
 
 using std::chrono::milliseconds;
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 
 constexpr int kVocab = 1000;
@@ -31,6 +32,7 @@ struct Options {
   int num_kv_blocks = 100;
   int max_queue = 16;
   std::function<void()> before_step;
+  std::vector<uint64_t> allowed_tokens;
 };
 
 std::unique_ptr<Engine> make_engine(Options options = {}) {
@@ -41,6 +43,7 @@ std::unique_ptr<Engine> make_engine(Options options = {}) {
   parts.plan.kv_block_tokens = 8;
   parts.num_kv_blocks = options.num_kv_blocks;
   parts.max_queue = options.max_queue;
+  parts.allowed_tokens = options.allowed_tokens;
   auto executor = std::make_unique<FakeExecutor>(
       StepShape{.max_batch_size = options.limits.max_batch_size,
                 .max_num_tokens = options.limits.max_num_tokens,
@@ -299,6 +302,58 @@ TEST(Engine, ParametersOutOfRangeAreNamed) {
               HasSubstr("logit_bias of token 5"));
   EXPECT_THAT(message([](Request& r) { r.sink = nullptr; }), HasSubstr("no sink"));
   EXPECT_EQ(engine->stats().num_queued, 0);
+}
+
+TEST(Engine, BanningEveryTokenIsRefusedAndDepressingAllIsNot) {
+  constexpr float kBan = -std::numeric_limits<float>::infinity();
+  // Ids 2 (end of sequence), 64, 65 and 999 can be drawn at all.
+  std::vector<uint64_t> allowed(16);
+  for (const int32_t id : {kEosId, 64, 65, 999}) allowed[id / 64] |= uint64_t{1} << id % 64;
+  for (const bool masked : {false, true}) {
+    SCOPED_TRACE(masked);
+    auto engine = make_engine({.allowed_tokens = masked ? allowed : std::vector<uint64_t>{}});
+    Collector c;
+    Request all = make_request({1, 2}, 5, c);
+    for (int32_t id = 0; id < kVocab; ++id) {
+      if (!masked || allowed[id / 64] >> id % 64 & 1) all.params.logit_bias.push_back({id, kBan});
+    }
+    const auto accepted = [&](Request request) {
+      Collector own;
+      request.sink = own.sink();
+      EXPECT_TRUE(engine->submit(request));
+      EXPECT_TRUE(own.wait());
+      return own.choice().tokens;
+    };
+    const auto number = fmt::format("bans all {} tokens", masked ? 4 : kVocab);
+    EXPECT_THAT(message_of(*engine, all, ErrorKind::kInput), HasSubstr(number));
+
+    // The end-of-sequence id alone is left: nothing before min_tokens, unless it ends nothing.
+    Request stop = all;
+    for (auto& [id, bias] : stop.params.logit_bias) bias = id == kEosId ? 0 : kBan;
+    Request early = stop;
+    early.params.min_tokens = 1;
+    EXPECT_THAT(message_of(*engine, early, ErrorKind::kInput),
+                AllOf(HasSubstr(number), HasSubstr("min_tokens")));
+    early.params.ignore_eos = true;
+    const std::vector<int32_t> ignored = accepted(early);
+    early.params.stop_token_ids = {kEosId};
+    EXPECT_THAT(message_of(*engine, early, ErrorKind::kInput), HasSubstr(number));
+    const std::vector<int32_t> stopped = accepted(stop);
+    if (!masked) {  // the fake model knows biases, not the mask
+      EXPECT_EQ(ignored, std::vector<int32_t>(5, kEosId));
+      EXPECT_EQ(stopped, std::vector<int32_t>{kEosId});
+    }
+    Request prompt_only = all;
+    prompt_only.max_tokens = 0;
+    EXPECT_TRUE(accepted(prompt_only).empty());
+
+    // The last of two biases counts, and a finite one never bans.
+    Request last = all;
+    last.params.logit_bias.back().second = -3e38f;
+    EXPECT_FALSE(accepted(last).empty());
+    for (auto& [id, bias] : last.params.logit_bias) bias = -100;
+    EXPECT_FALSE(accepted(last).empty());
+  }
 }
 
 TEST(Engine, ASinkThatThrowsEndsItsOwnRequestOnly) {

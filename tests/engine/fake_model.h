@@ -40,7 +40,7 @@ inline int32_t fake_draw(uint64_t prefix, const SampleRow& row, std::span<const 
   uint64_t seen = 0;  // entries come in any order
   for (const TokenCount& entry : history) seen += mix(uint32_t(entry.token), entry.output_count);
   if (!history.empty()) state = mix(state, seen);
-  for (;;) {
+  for (int attempt = 0; attempt < 1000 * vocab_size; ++attempt) {
     const auto token = static_cast<int32_t>(state % vocab_size);
     bool banned = false;
     for (const TokenBias& entry : bias) {
@@ -49,6 +49,7 @@ inline int32_t fake_draw(uint64_t prefix, const SampleRow& row, std::span<const 
     if (!banned) return token;
     state = mix(state, 1);
   }
+  NIBBLE_CHECK(false, "every token is banned");
 }
 
 inline float fake_logprob(uint64_t prefix, int32_t token) {

@@ -117,9 +117,13 @@ TEST_F(Api, StopStringsEndTheTextAndTheWork) {
   const size_t at = whole.find(stop);
   std::string quoted;
   append_json_string(quoted, stop);
-  const std::string fields = R"("temperature":0,"max_tokens":300,"stop":[)" + quoted + "]";
+  const std::string fields =
+      R"("temperature":0,"max_tokens":300,"ignore_eos":true,"stop":[)" + quoted + "]";
+  const uint64_t tokens_before = stats().generated_tokens;
   const Reply reply = chat(fields);
   EXPECT_EQ(content_of(reply), whole.substr(0, at));
+  ASSERT_TRUE(eventually([&] { return is_empty(); }));
+  EXPECT_LT(stats().generated_tokens - tokens_before, 150u);  // of 300: the engine was told
   const json::value value = reply.json();
   EXPECT_EQ(text_of(first_choice(value).at("finish_reason")), "stop");
   EXPECT_EQ(text_of(first_choice(value).at("stop_reason")), stop);
@@ -127,7 +131,6 @@ TEST_F(Api, StopStringsEndTheTextAndTheWork) {
   EXPECT_EQ(streamed_text(chat(fields + R"(,"stream":true)").events()), whole.substr(0, at));
   EXPECT_EQ(content_of(chat(fields + R"(,"include_stop_str_in_output":true)")),
             whole.substr(0, at) + stop);
-  EXPECT_TRUE(eventually([&] { return is_empty(); }));
 }
 
 TEST_F(Api, StopTokensAndMinTokens) {

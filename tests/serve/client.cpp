@@ -14,6 +14,9 @@
 namespace nibble::serve_test {
 namespace {
 
+// Only what fails waits this long: sanitizers on a busy machine are slow.
+constexpr int kPatienceMs = 60'000;
+
 std::string lower(std::string_view text) {
   std::string out(text);
   for (char& c : out) {
@@ -107,7 +110,7 @@ std::string Client::read_some(int timeout_ms) {
 
 bool Client::read_until(std::string_view text) {
   while (buffer_.find(text) == buffer_.npos) {
-    if (!fill(10'000)) return false;
+    if (!fill(kPatienceMs)) return false;
   }
   buffer_.erase(0, buffer_.find(text) + text.size());
   return true;
@@ -137,7 +140,7 @@ Reply Client::read_reply(bool without_body) {
   };
   size_t head_end;
   while ((head_end = buffer_.find("\r\n\r\n")) == buffer_.npos) {
-    if (!fill(10'000)) return incomplete();
+    if (!fill(kPatienceMs)) return incomplete();
   }
   const std::string head = buffer_.substr(0, head_end + 2);
   buffer_.erase(0, head_end + 4);
@@ -154,11 +157,11 @@ Reply Client::read_reply(bool without_body) {
     while (true) {
       size_t line;
       while ((line = buffer_.find("\r\n")) == buffer_.npos) {
-        if (!fill(10'000)) return incomplete();
+        if (!fill(kPatienceMs)) return incomplete();
       }
       const size_t size = std::stoul(buffer_.substr(0, line), nullptr, 16);
       while (buffer_.size() < line + 2 + size + 2) {
-        if (!fill(10'000)) return incomplete();
+        if (!fill(kPatienceMs)) return incomplete();
       }
       reply.body += buffer_.substr(line + 2, size);
       buffer_.erase(0, line + 2 + size + 2);
@@ -166,14 +169,14 @@ Reply Client::read_reply(bool without_body) {
     }
   }
   if (!reply.headers.contains("content-length")) {  // until the end of the connection
-    while (fill(10'000)) {
+    while (fill(kPatienceMs)) {
     }
     reply.body = std::exchange(buffer_, {});
     return reply;
   }
   const size_t size = std::stoul(reply.headers["content-length"]);
   while (buffer_.size() < size) {
-    if (!fill(10'000)) return incomplete();
+    if (!fill(kPatienceMs)) return incomplete();
   }
   reply.body = buffer_.substr(0, size);
   buffer_.erase(0, size);

@@ -33,12 +33,12 @@ class Client {
 
   /// Sends bytes as they are; false when the peer has closed.
   bool send(std::string_view bytes);
-  /// One whole reply. status 0 when the connection ended or ten seconds passed before it was
+  /// One whole reply. status 0 when the connection ended or a minute passed before it was
   /// complete; what came is in `body` then. `without_body`: of a HEAD request.
   Reply read_reply(bool without_body = false);
   /// Whatever arrives next, at most 64 KiB; empty at the end of the connection or after a timeout.
-  std::string read_some(int timeout_ms = 10'000);
-  /// Reads until `text` has come; false at the end of the connection or after ten seconds.
+  std::string read_some(int timeout_ms = 60'000);
+  /// Reads until `text` has come; false at the end of the connection or after a minute.
   bool read_until(std::string_view text);
   /// True when the server closes the connection within the time (what it still sends is dropped).
   bool closed_within(int timeout_ms);

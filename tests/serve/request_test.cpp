@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <map>
+#include <regex>
 
 #include "base/error.h"
 #include "serve/access_log.h"
@@ -363,6 +364,26 @@ TEST(Metrics, EscapesLabelsAndDeclaresEveryFamilyOnce) {
   EXPECT_NE(text.find("inter_token_latency_seconds_bucket{model_name=\"a\\\"b\\\\c\\nd\","
                       "engine=\"0\",le=\"0.001\"}"),
             std::string::npos);
+}
+
+TEST(Metrics, TheDashboardAsksOnlyForWhatExists) {
+  const std::string text = "\n" + Metrics().render({.model_name = "m"});
+  const std::string dashboard =
+      read_file(fs::path(NIBBLE_SOURCE_DIR) / "deploy" / "grafana-dashboard.json");
+  const json::value board = parse_json(dashboard, "dashboard");
+  int asked = 0;
+  for (const auto& panel : board.at("panels").as_array()) {
+    for (const auto& target : panel.at("targets").as_array()) {
+      const std::string expr(target.at("expr").as_string());
+      const std::regex name(R"((vllm|nibble):[a-z0-9_]+)");
+      for (std::sregex_iterator it(expr.begin(), expr.end(), name), end; it != end; ++it, ++asked) {
+        std::string family = it->str();
+        if (family.ends_with("_bucket")) family.resize(family.size() - 7);
+        EXPECT_NE(text.find("\n# TYPE " + family + " "), text.npos) << family;
+      }
+    }
+  }
+  EXPECT_GT(asked, 30);
 }
 
 class KeyFile {

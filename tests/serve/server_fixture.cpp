@@ -19,10 +19,8 @@ const fs::path& nano_engine() {
       fs::remove_all(path);
       const fs::path model = fs::path(NIBBLE_SOURCE_DIR) / "models" / "nano";
       BuildOptions options;
-      options.limits = {.max_batch_size = 16,
-                        .max_input_len = 1000,
-                        .max_output_len = 400,
-                        .max_num_tokens = 256};
+      options.limits = {
+          .max_batch_size = 16, .max_input_len = 1000, .max_output_len = 400, .max_num_tokens = 64};
       options.kv_block_tokens = 16;
       SilentProgress progress;
       build_engine(model, *open_hf(model), options, path, progress);
@@ -76,7 +74,7 @@ std::string ServerTest::chat_body(const std::string& fields) {
 }
 
 bool ServerTest::eventually(const std::function<bool()>& condition) {
-  for (int i = 0; i < 1000; ++i) {
+  for (int i = 0; i < 6000; ++i) {
     if (condition()) return true;
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }

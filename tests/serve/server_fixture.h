@@ -46,7 +46,7 @@ class ServerTest : public ::testing::Test {
   }
   /// {"messages": one question, fields}
   static std::string chat_body(const std::string& fields);
-  /// Waits until `condition` holds, at most ten seconds.
+  /// Waits until `condition` holds, at most a minute.
   static bool eventually(const std::function<bool()>& condition);
   /// No sequence, no queued request and no KV block is held.
   bool is_empty() const;

@@ -1,0 +1,33 @@
+// Is this engine directory whole, and can this binary on this machine run it? Every refusal names
+// the file, what is wrong with it and the command that builds it again. SPDX-License-Identifier:
+// Apache-2.0
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "base/file.h"
+#include "formats/safetensors.h"
+#include "spec/engine_plan.h"
+
+namespace nibble {
+
+/// The engine tensor of XXH3s: one for every other tensor in file order (pads left out), then the
+/// header's.
+inline constexpr std::string_view kEngineChecksums = "checksums";
+
+/// For every file beside the engine (config.json, tokenizer, ...) an "xxh3:NAME" with its checksum.
+void add_file_checksums(const fs::path& directory,
+                        std::vector<std::pair<std::string, std::string>>& metadata);
+
+/// The engine file's plan, checked against its checksum and this binary: version, target available
+/// here, tp, weight layouts.
+EnginePlan read_engine_plan(const SafetensorsFile& file, const fs::path& engine_dir);
+
+/// Reads everything: each tensor, the bytes between them and each file beside the engine must be
+/// what was built. Throws Error{kInput} naming the tensor or file.
+void verify_engine(const SafetensorsFile& file, const fs::path& engine_dir);
+
+}  // namespace nibble

@@ -1,0 +1,268 @@
+// The main job and every command around it over the binary, on the model that ships with nibble.
+// SPDX-License-Identifier: Apache-2.0
+#include <boost/json/value_to.hpp>
+#include <cmath>
+
+#include "base/json.h"
+#include "cli/process.h"
+#include "formats/testing.h"
+
+namespace nibble::cli_test {
+namespace {
+
+using testing::AllOf;
+using testing::HasSubstr;
+using testing::Not;
+using testing_::TemporaryDirectory;
+
+const std::string kNano = NIBBLE_SOURCE_DIR "/models/nano";
+const std::string kWiki = NIBBLE_SOURCE_DIR "/tests/data/nano/eval_wiki.u16";
+
+std::string must(std::vector<std::string> arguments, const std::string& input = {}) {
+  const std::string command = arguments[0];
+  const Result result = nibble(std::move(arguments), input);
+  EXPECT_EQ(result.status, 0) << command << ": " << result.err;
+  // Not a terminal: plain lines, no redrawing.
+  EXPECT_THAT(result.err, AllOf(Not(HasSubstr("\r")), Not(HasSubstr("\033")))) << command;
+  EXPECT_TRUE(result.err.empty() || result.err.ends_with('\n')) << command << ": " << result.err;
+  EXPECT_TRUE(result.out.empty() || result.out.ends_with('\n')) << command << ": " << result.out;
+  return result.out;
+}
+
+json::object must_json(std::vector<std::string> arguments, const std::string& input = {}) {
+  const std::string out = must(std::move(arguments), input);
+  EXPECT_EQ(std::count(out.begin(), out.end(), '\n'), 1) << out;
+  return parse_json(out, "standard output").as_object();
+}
+
+class EndToEnd : public testing::Test {
+ protected:
+  std::string path(const std::string& name) const { return (scratch_.path() / name).string(); }
+
+  std::string rtn() const {
+    must({"quantize", kNano, "--out", path("rtn"), "--method", "rtn", "--kv-cache", "none"});
+    return path("rtn");
+  }
+  std::string build(const std::string& checkpoint, const std::string& name,
+                    std::vector<std::string> more = {}) const {
+    std::vector<std::string> arguments = {"build",    checkpoint,         "--out",
+                                          path(name), "--max-batch-size", "4"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    must(arguments);
+    return path(name);
+  }
+  static std::string answer(const std::string& model) {
+    return must({"run", model, "What is a volcano?", "--temperature", "0", "--max-tokens", "24"});
+  }
+
+  TemporaryDirectory scratch_;
+};
+
+TEST_F(EndToEnd, QuantizeBuildRunWithAwq) {
+  const std::string out = must({"quantize", kNano, "--out", path("awq"), "--calib-size", "2",
+                                "--calib-seq-len", "64", "--calib-batch", "2"});
+  EXPECT_THAT(out, AllOf(HasSubstr("awq, group 128, int8 KV scales, tp 1"),
+                         HasSubstr("next: nibble build " + path("awq"))));
+  const fs::path checkpoint = fs::path(path("awq")) / "trt-llm" / "checkpoints";
+  const json::object config =
+      parse_json(read_file(checkpoint / "config.json"), "config.json").as_object();
+  EXPECT_EQ("nibble " + std::string(config.at("producer").at("version").as_string()) + "\n",
+            nibble({"--version"}).out);
+  EXPECT_EQ(config.at("quantization").at("kv_cache_quant_algo").as_string(), "INT8");
+  EXPECT_EQ(config.at("nibble").at("eos_token_ids").as_array(), (json::array{2}));
+  EXPECT_TRUE(fs::exists(fs::path(path("awq")) / "tokenizer.json"));
+
+  const std::string engine = build(path("awq"), "engine");
+  const std::string text = answer(engine);
+  EXPECT_THAT(text, HasSubstr("volcano"));
+  EXPECT_EQ(answer(engine), text);
+  EXPECT_EQ(answer(path("awq")), text) << "a checkpoint packed in memory answers as its engine";
+  const std::string fixed = build(path("awq"), "static", {"--kv-cache", "int8-static"});
+  const json::object plan = must_json({"inspect", fixed, "--json"}).at("plan").as_object();
+  EXPECT_EQ(plan.at("kv_format").as_string(), "int8-static");
+  EXPECT_EQ(plan.at("limits").at("max_num_tokens").as_int64(), 512);
+  answer(fixed);
+}
+
+TEST_F(EndToEnd, RunTakesItsFlags) {
+  const std::string engine = build(rtn(), "engine");
+  const auto run = [&](std::vector<std::string> more) {
+    std::vector<std::string> arguments = {"run", engine, "Tell me about rivers.", "--no-stats"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return nibble(arguments);
+  };
+  const Result greedy = run({"--temperature", "0", "--max-tokens", "30"});
+  EXPECT_EQ(greedy.status, 0);
+  EXPECT_EQ(greedy.err, "");
+  EXPECT_EQ(run({"--top-k", "1", "--max-tokens", "30", "--seed", "5"}).out, greedy.out);
+  const Result a = run({"--seed", "1", "--max-tokens", "30"});
+  EXPECT_EQ(run({"--seed", "1", "--max-tokens", "30"}).out, a.out);
+  EXPECT_NE(run({"--seed", "2", "--max-tokens", "30"}).out, a.out);
+  EXPECT_NE(run({"--temperature", "0", "--max-tokens", "30", "--system", "Speak of the sea."}).out,
+            greedy.out);
+  const std::string stop = greedy.out.substr(greedy.out.find(' ') + 1, 4);
+  const Result stopped = run({"--temperature", "0", "--max-tokens", "30", "--stop", stop});
+  EXPECT_EQ(stopped.out, greedy.out.substr(0, greedy.out.find(stop)) + "\n");
+  EXPECT_NE(run({"--temperature", "0", "--max-tokens", "30", "--raw"}).out, greedy.out);
+  const Result piped =
+      nibble({"run", engine, "-", "--no-stats", "--temperature", "0", "--max-tokens", "30"},
+             "Tell me about rivers.");
+  EXPECT_EQ(piped.out, greedy.out);
+  const Result tight = run({"--kv-memory-gib", "0.000001"});
+  EXPECT_EQ(tight.status, 1);
+  EXPECT_THAT(tight.err, HasSubstr("KV cache"));
+}
+
+TEST_F(EndToEnd, BuildTakesItsLimits) {
+  const std::string engine = build(rtn(), "engine",
+                                   {"--target", "ref", "--max-input-len", "40", "--max-output-len",
+                                    "9", "--max-num-tokens", "16", "--kv-cache", "f16"});
+  const json::object report = must_json({"inspect", engine, "--json", "--verify"});
+  const json::object& plan = report.at("plan").as_object();
+  EXPECT_EQ(plan.at("target").as_string(), "ref");
+  EXPECT_EQ(plan.at("kv_format").as_string(), "f16");
+  EXPECT_EQ(plan.at("limits"), (json::value{{"max_batch_size", 4},
+                                            {"max_input_len", 40},
+                                            {"max_output_len", 9},
+                                            {"max_num_tokens", 16}}));
+  EXPECT_EQ(report.at("checksums").as_string(), "ok");
+  EXPECT_GT(report.at("memory").at("weights_bytes").as_int64(), 1000000);
+  const Result over = nibble({"run", engine, std::string(400, 'x')});
+  EXPECT_EQ(over.status, 1);
+  EXPECT_THAT(over.err, AllOf(HasSubstr("max_input_len"), HasSubstr("--max-input-len")));
+  const Result again = nibble({"build", engine, "--out", path("again")});
+  EXPECT_EQ(again.status, 2);
+  EXPECT_THAT(again.err, HasSubstr("is an engine already"));
+}
+
+TEST_F(EndToEnd, QuantizeTakesItsFlags) {
+  must({"quantize", kNano, "--out", path("q"), "--method", "rtn", "--kv-cache", "none",
+        "--group-size", "64", "--dtype", "float16"});
+  const fs::path checkpoint = fs::path(path("q")) / "trt-llm" / "checkpoints";
+  const json::object config =
+      parse_json(read_file(checkpoint / "config.json"), "config.json").as_object();
+  EXPECT_EQ(config.at("quantization").at("group_size").as_int64(), 64);
+  EXPECT_TRUE(config.at("quantization").at("kv_cache_quant_algo").is_null());
+  EXPECT_EQ(config.at("dtype").as_string(), "float16");
+  must({"quantize", kNano, "--out", path("two"), "--method", "rtn", "--kv-cache", "none", "--tp",
+        "2", "--group-size", "64"});
+  EXPECT_TRUE(fs::exists(fs::path(path("two")) / "trt-llm/checkpoints/rank1.safetensors"));
+  const std::string texts = path("texts.jsonl");
+  testing_::write_text(texts,
+                       "{\"text\": \"A river carries water to the sea.\"}\n"
+                       "{\"messages\": [{\"role\": \"user\", \"content\": \"Hello there\"}, "
+                       "{\"role\": \"assistant\", \"content\": \"Good morning to you.\"}]}\n");
+  const Result own =
+      nibble({"quantize", kNano, "--out", path("own"), "--calib", texts, "--calib-size", "2",
+              "--calib-seq-len", "16", "--method", "rtn", "--device", "ref"});
+  EXPECT_EQ(own.status, 0) << own.err;
+  EXPECT_THAT(own.err, HasSubstr("from " + texts));
+}
+
+TEST_F(EndToEnd, EvalPerplexityAndDivergence) {
+  const std::vector<std::string> how = {"--ids",         kWiki, "--context", "256",
+                                        "--max-windows", "2",   "--json"};
+  const auto eval = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), "eval");
+    arguments.insert(arguments.end(), how.begin(), how.end());
+    return must_json(arguments);
+  };
+  const double dense = eval({kNano}).at("perplexity").as_double();
+  const std::string checkpoint = rtn();
+  const json::object rounded = eval({checkpoint, "--against", kNano});
+  EXPECT_EQ(rounded.at("windows").as_int64(), 2);
+  EXPECT_EQ(rounded.at("scored_tokens").as_int64(), 2 * 255);
+  EXPECT_NEAR(rounded.at("against").at("perplexity").as_double(), dense, 1e-3 * dense);
+  EXPECT_GT(rounded.at("kl_divergence").as_double(), 1e-4);
+  EXPECT_LT(rounded.at("top1_agreement").as_double(), 1.0);
+  EXPECT_GT(rounded.at("top1_agreement").as_double(), 0.5);
+  const json::object self = eval({kNano, "--against", kNano});
+  EXPECT_EQ(self.at("kl_divergence").as_double(), 0);
+  EXPECT_EQ(self.at("top1_agreement").to_number<double>(), 1);
+  EXPECT_EQ(self.at("perplexity_rise_percent").as_double(), 0);
+  const std::string engine = build(checkpoint, "engine");
+  EXPECT_EQ(eval({engine}).at("perplexity").as_double(),
+            eval({checkpoint}).at("perplexity").as_double());
+  EXPECT_EQ(eval({checkpoint, "--kv-cache", "f16"}).at("kv_cache").as_string(), "f16");
+  const std::string text = path("text.txt");
+  testing_::write_text(text, "The capital of France is a city on a river. It is old and large.");
+  EXPECT_GT(must_json({"eval", kNano, "--text", text, "--context", "8", "--json"})
+                .at("perplexity")
+                .as_double(),
+            1);
+}
+
+TEST_F(EndToEnd, EvalAgainstAnotherTokenizerIsRefused) {
+  fs::copy(kNano, path("other"));
+  const fs::path tokenizer = fs::path(path("other")) / "tokenizer.json";
+  json::value file = parse_json(read_file(tokenizer), "tokenizer.json");
+  json::object& vocab = file.at("model").at("vocab").as_object();
+  std::swap(vocab.at("ing"), vocab.at("er"));  // as many pieces, two of them under other ids
+  testing_::write_text(tokenizer, dump_json(file));
+  const Result result = nibble({"eval", kNano, "--against", path("other"), "--ids", kWiki,
+                                "--context", "64", "--max-windows", "1"});
+  EXPECT_EQ(result.status, 1);
+  EXPECT_THAT(result.err, AllOf(HasSubstr(path("other")), HasSubstr("tokenizer differs"),
+                                HasSubstr("\"ing\"")));
+}
+
+TEST_F(EndToEnd, Inspect) {
+  const json::object dense = must_json({"inspect", kNano, "--json"});
+  EXPECT_EQ(dense.at("kind").as_string(), "hugging-face");
+  const std::string checkpoint = rtn();
+  EXPECT_EQ(must_json({"inspect", checkpoint, "--json"}).at("kind").as_string(), "checkpoint");
+  EXPECT_THAT(must({"inspect", checkpoint}), AllOf(HasSubstr("int4"), HasSubstr("lm_head")));
+  const json::object tensor =
+      must_json({"inspect", checkpoint, "--tensor", "layers.3.qkv", "--json"});
+  EXPECT_TRUE(tensor.contains("shape"));
+  EXPECT_THAT(must({"inspect", checkpoint, "--tensor", "layers.3.qkv"}), HasSubstr("512"));
+  const Result nearest = nibble({"inspect", checkpoint, "--tensor", "layers.3.qvk"});
+  EXPECT_EQ(nearest.status, 1);
+  EXPECT_THAT(nearest.err, HasSubstr("layers.3.qkv"));
+  const std::string engine = build(checkpoint, "engine");
+  EXPECT_THAT(
+      must({"inspect", engine, "--verify"}),
+      AllOf(HasSubstr("cpu-int4"), HasSubstr("kv_bytes_per_token"), HasSubstr("checksums ok")));
+}
+
+TEST_F(EndToEnd, TokenizeAndRender) {
+  const std::string ids = must({"tokenize", kNano}, "\"The capital of France is\"\n\"[INST]\"\n");
+  EXPECT_EQ(ids.substr(0, ids.find('\n')), "[453, 3207, 299, 2807, 331]");
+  EXPECT_EQ(must({"tokenize", kNano, "--decode"}, ids),
+            "\"The capital of France is\"\n\"[INST]\"\n");
+  EXPECT_EQ(must({"tokenize", kNano, "--bos"}, "\"The\"\n"), "[1, 453]\n");
+  const std::string special = must({"tokenize", kNano, "--parse-special"}, "\"[INST]\"\n");
+  EXPECT_EQ(std::count(special.begin(), special.end(), ','), 0) << special;
+  const std::string chat =
+      R"({"messages": [{"role": "user", "content": "Hello"}], "add_generation_prompt": true})";
+  const std::string rendered = must({"render", kNano}, chat + "\n");
+  EXPECT_THAT(rendered, AllOf(HasSubstr("[INST]"), HasSubstr("Hello")));
+  const std::string own = path("own.jinja");
+  testing_::write_text(own, "{{ messages[0].content }}!");
+  EXPECT_EQ(must({"render", own}, chat + "\n"), "\"Hello!\"\n");
+  testing_::write_text(own, "{{ raise_exception('no') }}");
+  EXPECT_THAT(must({"render", own}, chat + "\n"), HasSubstr("\"error\""));
+}
+
+TEST_F(EndToEnd, Bench) {
+  const json::object latency =
+      must_json({"bench", "latency", "--synthetic", "nano-like", "--prompt-tokens", "32",
+                 "--output-tokens", "6", "--batch", "2", "--json"});
+  EXPECT_EQ(latency.at("batch").as_int64(), 2);
+  for (const char* key : {"decode_tokens_per_s", "prefill_tokens_per_s", "weight_gb_per_s",
+                          "read_bandwidth_gb_per_s"}) {
+    EXPECT_GT(latency.at(key).as_double(), 0) << key;
+  }
+  const json::object throughput =
+      must_json({"bench", "throughput", "--synthetic", "nano-like", "--prompt-tokens", "16",
+                 "--output-tokens", "4", "--batch", "2", "--requests", "5", "--json"});
+  EXPECT_EQ(throughput.at("requests").as_int64(), 5);
+  EXPECT_GT(throughput.at("ttft_p95_s").as_double(), 0);
+  EXPECT_THAT(must({"bench", "ops", "--synthetic", "nano-like", "--prompt-tokens", "16"}),
+              HasSubstr("attention"));
+  EXPECT_THAT(must({"bench", "latency", kNano, "--prompt-tokens", "8", "--output-tokens", "2"}),
+              HasSubstr("tokens/s"));
+}
+
+}  // namespace
+}  // namespace nibble::cli_test
