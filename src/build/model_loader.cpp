@@ -65,10 +65,9 @@ LoadedModel load_model(const fs::path& directory, const LoadOptions& options) {
       open_backend(model, options);
     } catch (const Error& error) {
       if (error.kind() != ErrorKind::kDevice) throw;
-      fail(ErrorKind::kDevice,
-           "{} was built for {}, which cannot run here: {}\nFor this machine's CPU, remove it and "
-           "build it again: nibble build CHECKPOINT --out {}",
-           directory.string(), model.plan.target, error.what(), directory.string());
+      fail(ErrorKind::kDevice, "{} was built for {}, which cannot run here: {}\nFor the CPU, {}",
+           (directory / "rank0.engine").string(), model.plan.target, error.what(),
+           rebuild_for_cpu(file, directory));
     }
     if (options.verify) verify_engine(file, directory);
     model.tensors = std::make_unique<EngineTensors>(EngineTensors::from_file(std::move(file)));
