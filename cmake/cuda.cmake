@@ -1,7 +1,24 @@
-# The CUDA part: nibble_cuda_bench (and, with the backend, libnibble_cuda.so). Built when an nvcc of
+# The CUDA part: libnibble_cuda.so, the backend as a plugin, and nibble_cuda_bench. Built when an nvcc of
 # 12.8 or newer is found; -DNIBBLE_CUDA=OFF leaves it out, ON makes a missing nvcc an error.
 # One architecture: sm_90a code only (no PTX: sm_90a has no forward compatibility). A ptxas message
 # C75xx ("wgmma serialised", "setmaxnreg ignored") fails the build.
+
+# What program and plugin must agree on to the byte: the seam's headers. The program needs the hash
+# also where no plugin is built.
+set(seam_headers src/ops/backend.h src/ops/operands.h src/ops/sample_operands.h src/ops/plugin_abi.h
+    src/spec/engine_plan.h src/spec/model_spec.h src/base/error.h)
+set(seam_text "")
+foreach(header ${seam_headers})
+  file(SHA256 ${PROJECT_SOURCE_DIR}/${header} hash)
+  string(APPEND seam_text ${hash})
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/${header})
+endforeach()
+string(SHA256 seam_hash "${seam_text}")
+string(SUBSTRING ${seam_hash} 0 16 seam_hash)
+set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/build/cuda_plugin.cpp ${PROJECT_SOURCE_DIR}/src/backends/cuda/plugin.cpp
+  APPEND PROPERTY COMPILE_DEFINITIONS NIBBLE_SEAM_HASH="${seam_hash}")
+target_link_libraries(nibble_build PUBLIC ${CMAKE_DL_LIBS})
+
 set(NIBBLE_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO, ON or OFF")
 set_property(CACHE NIBBLE_CUDA PROPERTY STRINGS AUTO ON OFF)
 
@@ -45,8 +62,13 @@ if(NOT NIBBLE_CUDA STREQUAL "OFF")
 
   file(GLOB kernel_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/backends/cuda/*.cu)
   file(GLOB bench_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/bench/cuda/*.cu)
-  set(bench_objects)
-  foreach(source ${kernel_sources} ${bench_sources})
+  set(kernel_objects)
+  foreach(source ${kernel_sources})
+    nibble_cuda_object(object ${source})
+    list(APPEND kernel_objects ${object})
+  endforeach()
+  set(bench_objects ${kernel_objects})
+  foreach(source ${bench_sources})
     nibble_cuda_object(object ${source})
     list(APPEND bench_objects ${object})
   endforeach()
@@ -56,4 +78,22 @@ if(NOT NIBBLE_CUDA STREQUAL "OFF")
             -o ${PROJECT_BINARY_DIR}/nibble_cuda_bench
     DEPENDS ${bench_objects} COMMENT "link nibble_cuda_bench" VERBATIM)
   add_custom_target(cuda_bench ALL DEPENDS ${PROJECT_BINARY_DIR}/nibble_cuda_bench)
+
+  # The plugin: the kernels and the host code that calls them. It brings its own copy of what it
+  # needs of base/, exports one function, and links neither libcuda nor anything of the program.
+  add_library(nibble_cuda_host OBJECT ${PROJECT_SOURCE_DIR}/src/backends/cuda/cuda_backend.cpp
+              ${PROJECT_SOURCE_DIR}/src/backends/cuda/plugin.cpp ${PROJECT_SOURCE_DIR}/src/base/error.cpp)
+  target_include_directories(nibble_cuda_host PRIVATE ${PROJECT_SOURCE_DIR}/src)
+  target_link_libraries(nibble_cuda_host PRIVATE fmt::fmt Boost::json)
+  set_target_properties(nibble_cuda_host PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden
+                        VISIBILITY_INLINES_HIDDEN ON)
+  set(plugin ${PROJECT_BINARY_DIR}/libnibble_cuda.so)
+  add_custom_command(
+    OUTPUT ${plugin}
+    COMMAND ${NIBBLE_NVCC} -shared -cudart static -gencode arch=compute_90a,code=sm_90a ${kernel_objects}
+            $<TARGET_OBJECTS:nibble_cuda_host> -Xlinker $<TARGET_FILE:fmt::fmt> -o ${plugin}
+            -Xlinker --version-script=${PROJECT_SOURCE_DIR}/cmake/plugin.map,--no-undefined,--as-needed,-soname=libnibble_cuda.so
+    DEPENDS ${kernel_objects} nibble_cuda_host $<TARGET_OBJECTS:nibble_cuda_host> ${PROJECT_SOURCE_DIR}/cmake/plugin.map
+    COMMAND_EXPAND_LISTS COMMENT "link libnibble_cuda.so" VERBATIM)
+  add_custom_target(cuda_plugin ALL DEPENDS ${plugin})
 endif()

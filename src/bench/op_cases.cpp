@@ -199,33 +199,63 @@ std::vector<LinearCase> model_linear_cases(const ModelSpec& s, WeightLayout int4
 // Outputs
 // --------------------------------------------------------------------------------------------------------
 
-GuardedOutput::GuardedOutput(Backend& backend, size_t num_floats)
+GuardedOutput::GuardedOutput(Backend& backend, size_t size, size_t element_bytes)
     : backend_(backend),
-      size_(num_floats),
-      buffer_(backend.alloc((num_floats + 2 * kGuard) * sizeof(float))) {
-  fill(std::vector<float>(num_floats, std::numeric_limits<float>::quiet_NaN()));
+      size_(size),
+      element_bytes_(element_bytes),
+      buffer_(backend.alloc((words() + 2 * kGuard) * sizeof(uint32_t))) {
+  NIBBLE_CHECK(element_bytes == sizeof(float) || element_bytes == sizeof(uint16_t));
+  fill(std::vector<float>(size, std::numeric_limits<float>::quiet_NaN()));
 }
 
 void GuardedOutput::fill(const std::vector<float>& values) {
   NIBBLE_CHECK(values.size() == size_);
-  std::vector<uint32_t> all(size_ + 2 * kGuard, kCanary);
-  std::memcpy(all.data() + kGuard, values.data(), size_ * sizeof(float));
+  std::vector<uint32_t> all(words() + 2 * kGuard, kCanary);
+  auto* inside = reinterpret_cast<std::byte*>(all.data() + kGuard);
+  for (size_t i = 0; i < size_; ++i) {
+    if (element_bytes_ == sizeof(float)) {
+      std::memcpy(inside + i * sizeof(float), &values[i], sizeof(float));
+    } else {
+      const uint16_t bits = float_to_bf16(values[i]);
+      std::memcpy(inside + i * sizeof bits, &bits, sizeof bits);
+    }
+  }
   backend_.upload(buffer_.data(), all.data(), all.size() * sizeof(uint32_t));
 }
 
 std::vector<float> GuardedOutput::read() const {
-  std::vector<uint32_t> all(size_ + 2 * kGuard);
+  std::vector<uint32_t> all(words() + 2 * kGuard);
   backend_.sync();
   backend_.download(all.data(), buffer_.data(), all.size() * sizeof(uint32_t));
   for (size_t i = 0; i < kGuard; ++i) {
-    NIBBLE_CHECK(all[i] == kCanary, "wrote {} floats before the output", kGuard - i);
-    NIBBLE_CHECK(all[kGuard + size_ + i] == kCanary, "wrote {} floats past the output", i + 1);
+    NIBBLE_CHECK(all[i] == kCanary, "wrote {} words before the output", kGuard - i);
+    NIBBLE_CHECK(all[kGuard + words() + i] == kCanary, "wrote {} words past the output", i + 1);
   }
+  const auto* inside = reinterpret_cast<const std::byte*>(all.data() + kGuard);
   std::vector<float> values(size_);
-  std::memcpy(values.data(), all.data() + kGuard, size_ * sizeof(float));
-  for (size_t i = 0; i < size_; ++i)
+  for (size_t i = 0; i < size_; ++i) {
+    if (element_bytes_ == sizeof(float)) {
+      std::memcpy(&values[i], inside + i * sizeof(float), sizeof(float));
+    } else {
+      uint16_t bits;
+      std::memcpy(&bits, inside + i * sizeof bits, sizeof bits);
+      values[i] = bf16_to_float(bits);
+    }
     NIBBLE_CHECK(!std::isnan(values[i]), "element {} is NaN or unwritten", i);
+  }
   return values;
+}
+
+void round_to_bf16(std::vector<float>& values) {
+  for (float& value : values) value = bf16_to_float(float_to_bf16(value));
+}
+
+Buffer acts_to_device(Backend& backend, const std::vector<float>& values) {
+  if (backend.act_bytes() == sizeof(float)) return to_device(backend, values);
+  NIBBLE_CHECK(backend.act_bytes() == sizeof(uint16_t));
+  std::vector<uint16_t> narrow;
+  for (const float value : values) narrow.push_back(float_to_bf16(value));
+  return to_device(backend, narrow);
 }
 
 // Attention
@@ -256,9 +286,6 @@ AttentionRun::AttentionRun(Backend& backend, const AttentionShape& shape, int nu
       shape_(shape),
       blocks_per_seq_((max_tokens + shape.block_tokens - 1) / shape.block_tokens),
       lengths_(static_cast<size_t>(num_sequences)) {
-  NIBBLE_CHECK(backend.act_bytes() == sizeof(float),
-               "op cases feed fp32 activations; {} has {}-byte ones", backend.name(),
-               backend.act_bytes());
   const int num_blocks = num_sequences * blocks_per_seq_;
   tables_.resize(static_cast<size_t>(num_blocks));
   std::iota(tables_.begin(), tables_.end(), 0);
@@ -324,7 +351,8 @@ void AttentionRun::prepare(const std::vector<Chunk>& chunks) {
   seq_starts_dev_ = to_device(backend_, seq_starts_);
   kv_lens_dev_ = to_device(backend_, kv_lens_);
   tables_dev_ = to_device(backend_, step_tables_);
-  qkv_ = to_device(backend_, qkv);
+  round_to_bf16(qkv);
+  qkv_ = acts_to_device(backend_, qkv);
   batch_ = {.num_tokens = static_cast<int>(positions_.size()),
             .num_seqs = static_cast<int>(chunks.size()),
             .max_blocks_per_seq = blocks_per_seq_,
@@ -335,7 +363,7 @@ void AttentionRun::prepare(const std::vector<Chunk>& chunks) {
             .host_seq_starts = seq_starts_.data(),
             .host_kv_lens = kv_lens_.data()};
   y_ = backend_.alloc(positions_.size() * static_cast<size_t>(shape_.num_heads * shape_.head_dim) *
-                      sizeof(float));
+                      backend_.act_bytes());
 }
 
 void AttentionRun::store() {
@@ -352,7 +380,8 @@ std::vector<float> AttentionRun::step(const std::vector<Chunk>& chunks) {
   prepare(chunks);
   store();
   GuardedOutput y(backend_,
-                  positions_.size() * static_cast<size_t>(shape_.num_heads * shape_.head_dim));
+                  positions_.size() * static_cast<size_t>(shape_.num_heads * shape_.head_dim),
+                  backend_.act_bytes());
   backend_.attention(batch_, qkv_.data(), shape_.num_heads, layer_, out_scale_.as<float>(),
                      y.data());
   return y.read();

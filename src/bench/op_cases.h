@@ -95,21 +95,28 @@ class AttentionRun {
   KvLayer layer_;
 };
 
-/// Output memory of an op: NaN inside, canaries around.
+/// Output memory of an op: NaN inside, canaries around. Elements are floats, or bf16 where
+/// element_bytes is 2; read() and fill() speak floats either way.
 class GuardedOutput {
  public:
-  GuardedOutput(Backend& backend, size_t num_floats);
+  GuardedOutput(Backend& backend, size_t size, size_t element_bytes = sizeof(float));
   float* data() const { return buffer_.as<float>() + kGuard; }  // device pointer
   /// Downloads; throws Error{kInternal} when a canary changed or a value is NaN.
   std::vector<float> read() const;
   void fill(const std::vector<float>& values);  // old content, for add
 
  private:
-  static constexpr size_t kGuard = 64;
+  static constexpr size_t kGuard = 64;  // words before and after
+  size_t words() const { return (size_ * element_bytes_ + 3) / 4; }
   Backend& backend_;
-  size_t size_;
+  size_t size_, element_bytes_;
   Buffer buffer_;
 };
+
+/// As the backend's activations: floats, or rounded to bf16 where act_bytes() is 2.
+Buffer acts_to_device(Backend& backend, const std::vector<float>& values);
+/// Every value on the bf16 grid, so that backends of both kinds get the same numbers.
+void round_to_bf16(std::vector<float>& values);
 
 Buffer to_device(Backend& backend, const void* host, size_t bytes);
 template <typename T>

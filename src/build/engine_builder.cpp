@@ -44,10 +44,44 @@ std::vector<SafetensorsWriter::Declaration> declarations(const WeightSource& sou
   return out;
 }
 
+// What the cuda kernels are made for; everything else is refused here, before anything is packed.
+void plan_cuda(EnginePlan& plan, const BuildOptions& options) {
+  constexpr int kHeadDim = 128, kGroup = 128, kPageTokens = 64;
+  const auto refuse = [&](const std::string& what, int seen, const std::string& wanted) {
+    fail(ErrorKind::kUnsupported,
+         "target {}: {} is {}, wanted {}; use --target cpu:native for this model", plan.target,
+         what, seen, wanted);
+  };
+  const ModelSpec& spec = plan.spec;
+  if (spec.head_dim != kHeadDim) refuse("head_dim", spec.head_dim, "128");
+  if (spec.num_heads / spec.num_kv_heads > 64)
+    refuse("query heads per KV head", spec.num_heads / spec.num_kv_heads, "at most 64");
+  if (spec.hidden_size % 8 != 0) refuse("hidden_size", spec.hidden_size, "a multiple of 8");
+  if (spec.ffn_size % 8 != 0) refuse("the ffn size", spec.ffn_size, "a multiple of 8");
+  if (plan.linear_layout == WeightLayout::kCudaInt4 && plan.group_size != kGroup)
+    refuse("the quantization group", plan.group_size, "128 (nibble quantize --group-size 128)");
+  if (options.activation_precision) {
+    fail(ErrorKind::kUsage,
+         "--activations {} is a choice of the cpu targets; {} computes with bf16 activations: "
+         "leave the flag out",
+         activation_precision_name(*options.activation_precision), plan.target);
+  }
+  if (plan.kv_format == KvFormat::kF32) {
+    fail(ErrorKind::kUsage, "--kv-cache f32: {} keeps an int8, int8-static or f16 cache",
+         plan.target);
+  }
+  plan.activation_precision = ActivationPrecision::kBf16;
+  plan.kv_block_tokens = kPageTokens;
+  plan.dense_layout = WeightLayout::kBf16Rows;
+  if (plan.linear_layout != WeightLayout::kCudaInt4) plan.linear_layout = WeightLayout::kBf16Rows;
+}
+
 }  // namespace
 
 WeightLayout int4_layout_of(std::string_view target) {
-  return target.starts_with("cpu:") ? WeightLayout::kCpuInt4 : WeightLayout::kInt4Portable;
+  return target.starts_with("cpu:")    ? WeightLayout::kCpuInt4
+         : target.starts_with("cuda:") ? WeightLayout::kCudaInt4
+                                       : WeightLayout::kInt4Portable;
 }
 
 int default_max_num_tokens(std::string_view target, int max_batch_size) {
@@ -84,7 +118,7 @@ EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options) 
   }
   plan.dense_layout = dense_layout_of(plan.spec.dtype);
   plan.linear_layout = plan.dense_layout;
-  const bool on_cpu = plan.target.starts_with("cpu:");
+  const bool on_cpu = plan.target.starts_with("cpu:"), on_cuda = plan.target.starts_with("cuda:");
   for (const WeightRow& row : weight_table(plan.spec)) {
     if (!row.quantizable || !source.is_quantized(row)) continue;
     plan.group_size = source.load_int4(row).group_size;
@@ -93,6 +127,7 @@ EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options) 
   }
   plan.activation_precision = options.activation_precision.value_or(
       on_cpu ? kDefaultCpuActivationPrecision : ActivationPrecision::kF32);
+  if (on_cuda) plan_cuda(plan, options);
   return plan;
 }
 

@@ -12,10 +12,10 @@
 namespace nibble {
 
 struct BuildOptions {
-  std::string target = "cpu:native";  // cpu:native|cpu:avx512|cpu:avx2|cpu:generic|ref
+  std::string target = "cpu:native";  // cpu:native|cpu:avx512|cpu:avx2|cpu:generic|cuda:sm_90|ref
   EngineLimits limits;
   KvFormat kv_format = KvFormat::kInt8Dynamic;
-  int kv_block_tokens = 32;
+  int kv_block_tokens = 32;                                 // cuda: 64 always
   std::optional<ActivationPrecision> activation_precision;  // default: by target
   std::optional<fs::path> tokenizer_dir;  // when the checkpoint directory has no tokenizer
 };

@@ -41,7 +41,7 @@ bool runs_here(const std::string& target) {
 
 // The flags that gave `plan`, as far as they differ from the defaults. The plan may come from
 // another version or be damaged: whatever is not as expected is left out.
-std::string build_flags(const json::object& plan) {
+std::string build_flags(const json::object& plan, bool for_cpu = false) {
   std::string flags;
   const auto text = [](const json::object& object, std::string_view key) {
     const json::value* value = object.if_contains(key);
@@ -54,7 +54,7 @@ std::string build_flags(const json::object& plan) {
   };
   const std::string target = text(plan, "target");
   const bool on_cpu = target.starts_with("cpu:");
-  if (runs_here(target) && resolve_target(target) != resolve_target("cpu:native")) {
+  if (!for_cpu && runs_here(target) && resolve_target(target) != resolve_target("cpu:native")) {
     flags += " --target " + target;
   }
   if (const json::value* value = plan.if_contains("limits"); value && value->is_object()) {
@@ -86,17 +86,18 @@ std::string build_flags(const json::object& plan) {
   return flags;
 }
 
-std::string rebuild(const fs::path& engine_dir, const json::object& plan = {}) {
+std::string rebuild(const fs::path& engine_dir, const json::object& plan = {},
+                    bool for_cpu = false) {
   return fmt::format("remove it and build it again: nibble build CHECKPOINT --out {}{}",
-                     shell_quoted(engine_dir.string()), build_flags(plan));
+                     shell_quoted(engine_dir.string()), build_flags(plan, for_cpu));
 }
 
 // For the messages: never throws.
-std::string rebuild(const SafetensorsFile& file, const fs::path& engine_dir) {
+std::string rebuild(const SafetensorsFile& file, const fs::path& engine_dir, bool for_cpu = false) {
   try {
     const std::string* text = find_metadata(file, "plan");
     const json::value plan = text != nullptr ? parse_json(*text, "plan") : json::value();
-    return rebuild(engine_dir, plan.is_object() ? plan.get_object() : json::object());
+    return rebuild(engine_dir, plan.is_object() ? plan.get_object() : json::object(), for_cpu);
   } catch (const Error&) {
     return rebuild(engine_dir);  // a damaged plan tells no flags
   }
@@ -147,6 +148,10 @@ void check_header(const SafetensorsFile& file, const fs::path& engine_dir) {
 }
 
 }  // namespace
+
+std::string rebuild_for_cpu(const SafetensorsFile& file, const fs::path& engine_dir) {
+  return rebuild(file, engine_dir, /*for_cpu=*/true);
+}
 
 void add_file_checksums(const fs::path& directory,
                         std::vector<std::pair<std::string, std::string>>& metadata) {

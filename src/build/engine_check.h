@@ -26,6 +26,10 @@ void add_file_checksums(const fs::path& directory,
 /// here, tp, weight layouts.
 EnginePlan read_engine_plan(const SafetensorsFile& file, const fs::path& engine_dir);
 
+/// The sentence with the command that builds the same engine for this machine's CPU: for when the
+/// target is known, but its plugin, driver or GPU is not here.
+std::string rebuild_for_cpu(const SafetensorsFile& file, const fs::path& engine_dir);
+
 /// Reads everything: each tensor, the bytes between them and each file beside the engine must be
 /// what was built. Throws Error{kInput} naming the tensor or file.
 void verify_engine(const SafetensorsFile& file, const fs::path& engine_dir);

@@ -7,6 +7,7 @@
 #include "backends/reference/reference_backend.h"
 #include "base/error.h"
 #include "base/nearest.h"
+#include "build/cuda_plugin.h"
 #include "build/engine_check.h"
 #include "build/tokenizer_files.h"
 
@@ -14,13 +15,10 @@ namespace nibble {
 
 std::string resolve_target(const std::string& target) {
   if (target == "ref") return target;
-  if (target.starts_with("cuda")) {
-    fail(ErrorKind::kUnsupported,
-         "target {}: this build of nibble has no CUDA engine yet; use --target cpu:native", target);
-  }
+  if (target.starts_with("cuda")) return resolve_cuda_target(target);
   if (target.starts_with("cpu:")) return "cpu:" + resolve_cpu_isa(target.substr(4));
-  const std::vector<std::string> known = {"cpu:native", "cpu:avx512", "cpu:avx2", "cpu:generic",
-                                          "ref"};
+  const std::vector<std::string> known = {"cpu:native",  "cpu:avx512", "cpu:avx2",
+                                          "cpu:generic", "cuda:sm_90", "ref"};
   fail(ErrorKind::kUsage, "unknown target {}; did you mean {}? Known: {}", target,
        nearest_name(target, known), fmt::join(known, ", "));
 }
@@ -29,14 +27,18 @@ std::unique_ptr<Backend> make_backend(const std::string& target, ActivationPreci
                                       int num_threads) {
   const std::string resolved = resolve_target(target);
   if (resolved == "ref") return make_reference_backend();
+  if (resolved.starts_with("cuda:")) return open_cuda_backend(resolved);
   return make_cpu_backend(resolved.substr(4), precision, num_threads);
 }
 
 namespace {
 
-void finish_loading(LoadedModel& model, const LoadOptions& options) {
+void open_backend(LoadedModel& model, const LoadOptions& options) {
   model.backend =
       make_backend(model.plan.target, model.plan.activation_precision, options.num_threads);
+}
+
+void load_weights(LoadedModel& model) {
   model.weights = ModelWeights::load(*model.backend, model.plan, *model.tensors);
 }
 
@@ -47,8 +49,9 @@ LoadedModel load_source(std::unique_ptr<WeightSource> source, const LoadOptions&
   model.kind = ModelKind::kHuggingFace;
   model.source = std::move(source);
   model.plan = plan_engine(*model.source, options.build);
+  open_backend(model, options);  // first: without a GPU there is no need to pack
   model.tensors = std::make_unique<EngineTensors>(pack_in_memory(*model.source, model.plan));
-  finish_loading(model, options);
+  load_weights(model);
   return model;
 }
 
@@ -58,9 +61,17 @@ LoadedModel load_model(const fs::path& directory, const LoadOptions& options) {
   if (kind == ModelKind::kEngine) {
     SafetensorsFile file = SafetensorsFile::open(directory / "rank0.engine");
     model.plan = read_engine_plan(file, directory);
+    try {
+      open_backend(model, options);
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::kDevice) throw;
+      fail(ErrorKind::kDevice, "{} was built for {}, which cannot run here: {}\nFor the CPU, {}",
+           (directory / "rank0.engine").string(), model.plan.target, error.what(),
+           rebuild_for_cpu(file, directory));
+    }
     if (options.verify) verify_engine(file, directory);
     model.tensors = std::make_unique<EngineTensors>(EngineTensors::from_file(std::move(file)));
-    finish_loading(model, options);
+    load_weights(model);
   } else {
     model = load_source(
         kind == ModelKind::kCheckpoint ? open_checkpoint(directory) : open_hf(directory), options);

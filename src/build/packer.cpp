@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/half.h"
+#include "pack/cuda_int4.h"
 #include "pack/pack.h"
 
 namespace nibble {
@@ -53,7 +54,15 @@ class Packer {
         case WeightRole::kO:
         case WeightRole::kDown: linear(row, true); break;
         case WeightRole::kGate:
-        case WeightRole::kUp: linear(row, !shared_gate_up_); break;
+          if (fuses_gate_up(row)) {
+            gate_up(row, table[i + 1]);
+          } else {
+            linear(row, !shared_gate_up_);
+          }
+          break;
+        case WeightRole::kUp:
+          if (!fuses_gate_up(row)) linear(row, !shared_gate_up_);
+          break;
         case WeightRole::kEmbedding:
         case WeightRole::kLmHead: dense(row, plan_.dense_layout); break;
       }
@@ -109,20 +118,52 @@ class Packer {
     });
   }
 
-  void linear(const WeightRow& row, bool keep_pre_scale) {
-    if (!source_.is_quantized(row)) {
-      dense(row, plan_.linear_layout);
-      return;
+  bool fuses_gate_up(const WeightRow& row) const {
+    return plan_.linear_layout == WeightLayout::kCudaInt4 && source_.is_quantized(row);
+  }
+
+  // cuda: one matrix of both, rows interleaved, under gate's name; up has no tensor.
+  void gate_up(const WeightRow& gate_row, const WeightRow& up_row) {
+    NIBBLE_CHECK(up_row.role == WeightRole::kUp);
+    if (!shared_gate_up_) {
+      fail(ErrorKind::kUnsupported,
+           "{} and {} have different AWQ pre-scales, wanted one for both (nibble quantize makes "
+           "them so): the cuda backend multiplies both by one activation",
+           gate_row.name, up_row.name);
     }
-    const Int4Weight weight = source_.load_int4(row);
-    const int out = static_cast<int>(weight.out_features),
-              in = static_cast<int>(weight.in_features);
+    const Int4Weight gate = load_int4(gate_row), up = load_int4(up_row);
+    const int out = static_cast<int>(gate.out_features + up.out_features),
+              in = static_cast<int>(gate.in_features);
+    const auto size = static_cast<int64_t>(cuda_int4_bytes(out, in));
+    emit_(gate_row.name + ".weight", DType::kU8, {size}, [&] {
+      Int4Matrix matrix{out, in, gate.group_size,
+                        unpack_nibbles(gate.nibbles, gate.out_features, in), gate.scales};
+      const std::vector<int8_t> q = unpack_nibbles(up.nibbles, up.out_features, in);
+      matrix.q.insert(matrix.q.end(), q.begin(), q.end());
+      matrix.scales.insert(matrix.scales.end(), up.scales.begin(), up.scales.end());
+      return pack_cuda_int4(matrix, /*gate_up=*/true);
+    });
+  }
+
+  Int4Weight load_int4(const WeightRow& row) const {
+    Int4Weight weight = source_.load_int4(row);
     if (weight.group_size != plan_.group_size) {
       fail(
           ErrorKind::kUnsupported,
           "{} is quantized in groups of {}, the layers before it in groups of {}; one size a model",
           row.name, weight.group_size, plan_.group_size);
     }
+    return weight;
+  }
+
+  void linear(const WeightRow& row, bool keep_pre_scale) {
+    if (!source_.is_quantized(row)) {
+      dense(row, plan_.linear_layout);
+      return;
+    }
+    const Int4Weight weight = load_int4(row);
+    const int out = static_cast<int>(weight.out_features),
+              in = static_cast<int>(weight.in_features);
     const auto size =
         static_cast<int64_t>(packed_int4_bytes(out, in, weight.group_size, plan_.linear_layout));
     emit_(row.name + ".weight", DType::kU8, {size}, [&] {

@@ -17,7 +17,8 @@
 namespace nibble {
 namespace {
 
-uint64_t available_memory_bytes() {
+uint64_t available_memory_bytes(Backend& backend) {
+  if (const uint64_t device = backend.free_memory_bytes(); device > 0) return device;
   std::ifstream meminfo("/proc/meminfo");
   std::string key, unit;
   uint64_t kilobytes = 0;
@@ -30,8 +31,9 @@ uint64_t available_memory_bytes() {
 int choose_num_blocks(const LoadedModel& model, const ChatModelOptions& options, uint64_t* bytes) {
   uint64_t wanted_bytes = options.kv_cache_bytes;
   if (wanted_bytes == 0 && options.kv_cache_free_fraction > 0) {
-    wanted_bytes = static_cast<uint64_t>(options.kv_cache_free_fraction *
-                                         static_cast<double>(available_memory_bytes()));
+    wanted_bytes =
+        static_cast<uint64_t>(options.kv_cache_free_fraction *
+                              static_cast<double>(available_memory_bytes(*model.backend)));
   }
   const uint64_t per_block = KvCache::bytes_per_block(*model.backend, model.plan);
   const int tokens = model.plan.kv_block_tokens;
@@ -42,7 +44,8 @@ int choose_num_blocks(const LoadedModel& model, const ChatModelOptions& options,
     const auto sequences =
         static_cast<uint64_t>(options.kv_cache_sequences > 0 ? options.kv_cache_sequences
                                                              : model.plan.limits.max_batch_size);
-    blocks = std::min(sequences * per_sequence, available_memory_bytes() / 2 / per_block);
+    blocks =
+        std::min(sequences * per_sequence, available_memory_bytes(*model.backend) / 2 / per_block);
     blocks = std::max(blocks, per_sequence);
   }
   if (blocks < per_sequence) {

@@ -153,11 +153,14 @@ struct Share {  // of step time outside the decoder and sampling
   }
 };
 
-int run_latency(const BenchFlags& flags, LoadedModel model) {
-  Load load(std::move(model), flags.batch);
+double read_bandwidth(const LoadedModel& model, const BenchFlags& flags) {
+  const double device = model.backend->measure_read_gb_per_s();
+  return device > 0 ? device : measure_read_bandwidth(flags.threads);
+}
+
+void measure_latency(const BenchFlags& flags, Load& load, double bandwidth) {
   load.run(flags.batch, flags.batch, std::min(flags.prompt_tokens, 64),
            std::min(flags.output_tokens, 4));  // warm up
-  const double bandwidth = measure_read_bandwidth(flags.threads);
   const Share share{load.engine().stats()};
   const std::vector<Timeline> times =
       load.run(flags.batch, flags.batch, flags.prompt_tokens, flags.output_tokens);
@@ -191,7 +194,7 @@ int run_latency(const BenchFlags& flags, LoadedModel model) {
                    {"read_bandwidth_gb_per_s", bandwidth},
                    {"percent_of_read_bandwidth", 100 * gb_per_s / bandwidth},
                    {"percent_outside_kernels", outside}}));
-    return 0;
+    return;
   }
   fmt::print(
       "{}, activations {}, batch {}: prompt {} tokens, output {} tokens\n"
@@ -203,15 +206,25 @@ int run_latency(const BenchFlags& flags, LoadedModel model) {
       flags.prompt_tokens, flags.output_tokens, prefill_rate, human_duration(prefill_seconds),
       step_ms, rate, static_cast<double>(load.bytes_per_step()) * 1e-9, gb_per_s,
       100 * gb_per_s / bandwidth, bandwidth, outside);
+}
+
+int run_latency(const BenchFlags& flags, LoadedModel model) {
+  const double bandwidth = read_bandwidth(model, flags);
+  Load load(std::move(model), flags.batch);
+  BenchFlags one = flags;
+  for (const int batch : flags.batches) {
+    one.batch = batch;
+    measure_latency(one, load, bandwidth);
+  }
   return 0;
 }
 
 int run_throughput(const BenchFlags& flags, LoadedModel model) {
+  const double bandwidth = read_bandwidth(model, flags);
   const int requests = flags.requests > 0 ? flags.requests : 4 * flags.batch;
   Load load(std::move(model), flags.batch);
   load.run(flags.batch, flags.batch, std::min(flags.prompt_tokens, 64),
            std::min(flags.output_tokens, 4));
-  const double bandwidth = measure_read_bandwidth(flags.threads);
   const Share share{load.engine().stats()};
   const auto start = Clock::now();
   const std::vector<Timeline> times =
@@ -258,7 +271,9 @@ int run_throughput(const BenchFlags& flags, LoadedModel model) {
 int run_ops(const BenchFlags& flags, TerminalProgress& progress) {
   const std::string target = resolve_target(flags.target);
   if (!target.starts_with("cpu:"))
-    fail(ErrorKind::kUsage, "bench ops measures cpu targets; {} is not one", target);
+    fail(ErrorKind::kUsage,
+         "bench ops measures cpu targets; {} is not one (a GPU's kernels: nibble_cuda_bench)",
+         target);
   BenchOpsOptions options;
   options.spec = bench_model_spec();
   if (!flags.synthetic.empty()) options.spec = synthetic_shape(flags.synthetic).spec;
@@ -284,11 +299,17 @@ int run_ops(const BenchFlags& flags, TerminalProgress& progress) {
 
 }  // namespace
 
-int run_bench(const BenchFlags& flags) {
+int run_bench(const BenchFlags& given) {
   TerminalProgress progress;
+  BenchFlags flags = given;
   if (flags.what.empty()) {
     fail(ErrorKind::kUsage, "bench: say what to measure: latency, throughput, ops or serve");
   }
+  if (flags.batches.size() > 1 && flags.what != "latency") {
+    fail(ErrorKind::kUsage, "bench {}: --batch has {} values; only bench latency takes a list",
+         flags.what, flags.batches.size());
+  }
+  flags.batch = *std::max_element(flags.batches.begin(), flags.batches.end());
   if (flags.what == "ops") return run_ops(flags, progress);
   LoadedModel model = load(flags, progress);
   return flags.what == "latency" ? run_latency(flags, std::move(model))

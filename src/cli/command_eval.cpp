@@ -46,10 +46,11 @@ LoadedModel load(const std::string& directory, const EvalFlags& flags) {
   options.build.limits.max_input_len = flags.context;
   options.build.limits.max_output_len = 1;
   options.build.activation_precision = activation_precision_from_flag(flags.activations);
-  options.build.kv_format = !flags.kv_cache.empty() ? kv_format_from_name(flags.kv_cache)
-                            : model_kind(directory) == ModelKind::kHuggingFace
-                                ? KvFormat::kF32
-                                : KvFormat::kInt8Dynamic;
+  options.build.kv_format =
+      !flags.kv_cache.empty() ? kv_format_from_name(flags.kv_cache)
+      : model_kind(directory) == ModelKind::kHuggingFace
+          ? (flags.target.starts_with("cuda") ? KvFormat::kF16 : KvFormat::kF32)
+          : KvFormat::kInt8Dynamic;
   return load_model(directory, options);
 }
 

@@ -50,10 +50,17 @@ int run_inspect(const InspectFlags& flags) {
   if (model_kind(flags.model) == ModelKind::kEngine) {
     const SafetensorsFile file = SafetensorsFile::open(fs::path(flags.model) / "rank0.engine");
     const EnginePlan plan = read_engine_plan(file, flags.model);
-    const json::object memory = memory_plan(plan, file.file().bytes().size());
+    json::object memory;
+    std::string unknown;
+    try {
+      memory = memory_plan(plan, file.file().bytes().size());
+    } catch (const Error& error) {  // an engine for a GPU that is elsewhere can still be read
+      if (error.kind() != ErrorKind::kDevice) throw;
+      unknown = fmt::format("  unknown here: {}\n", error.what());
+    }
     report["plan"] = plan.to_json();
     report["memory"] = memory;
-    text += "\nplan\n" + dump_json(plan.to_json(), {.indent = 2}) + "\nmemory\n";
+    text += "\nplan\n" + dump_json(plan.to_json(), {.indent = 2}) + "\nmemory\n" + unknown;
     for (const auto& [name, bytes] : memory) {
       text += fmt::format("  {:28} {}\n", std::string_view(name),
                           human_bytes(bytes.to_number<uint64_t>()));

@@ -89,7 +89,9 @@ struct BenchFlags : CommonOptions {
   std::string target = "cpu:native";
   std::string kv_cache = "int8";
   std::string activations;
-  int batch = 1, prompt_tokens = 512, output_tokens = 64, requests = 0;
+  std::vector<int> batches = {1};  // more than one: latency only
+  int batch = 1;                   // the largest of them
+  int prompt_tokens = 512, output_tokens = 64, requests = 0;
 };
 
 struct SynthesizeFlags : CommonOptions {

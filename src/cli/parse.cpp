@@ -20,7 +20,7 @@
 namespace nibble::cli {
 namespace {
 
-constexpr const char* kTargets = "cpu:native, cpu:avx512, cpu:avx2, cpu:generic or ref";
+constexpr const char* kTargets = "cpu:native, cpu:avx512, cpu:avx2, cpu:generic, cuda:sm_90 or ref";
 
 /// One short word for what a flag takes: N, the choices, or TEXT; CLI11's own has the C++ type and
 /// every range in it.
@@ -568,7 +568,9 @@ class Parser {
         ->capture_default_str();
     add_choice(c, "--activations", f.activations, {"f32", "int8"},
                "how int4 linears are fed; default by target; an engine has its own");
-    c->add_option("--batch", f.batch, "sequences decoded together")
+    c->add_option("--batch", f.batches,
+                  "sequences decoded together; latency takes a list such as 1,8,64")
+        ->delimiter(',')
         ->check(CLI::Range(1, 4096))
         ->capture_default_str();
     c->add_option("--prompt-tokens", f.prompt_tokens, "prompt length")

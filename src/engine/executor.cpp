@@ -2,6 +2,7 @@
 #include "engine/executor.h"
 
 #include <chrono>
+#include <functional>
 
 #include "base/error.h"
 
@@ -55,12 +56,12 @@ const StepResult& ModelExecutor::run(const StepPlan& plan) {
   copy_blocks(plan.copies);
 
   const auto start = std::chrono::steady_clock::now();
-  decoder_.forward(step_.step_batch(device_step_.data()), kv_cache_.layers());
-
   // The result's arrays lie one after another, so that one download brings them all.
   const size_t num_rows = step_.num_rows(), num_top = num_rows * step_.max_logprobs();
-  if (num_rows > 0) {
-    int32_t* device = device_result_.as<int32_t>();
+  int32_t* device = device_result_.as<int32_t>();
+  const auto step = [&] {
+    decoder_.forward(step_.step_batch(device_step_.data()), kv_cache_.layers());
+    if (num_rows == 0) return;
     const SampleResult sampled{
         .tokens = device,
         .logprobs = reinterpret_cast<float*>(device + num_rows),
@@ -68,6 +69,10 @@ const StepResult& ModelExecutor::run(const StepPlan& plan) {
         .top_logprobs = reinterpret_cast<float*>(device + 2 * num_rows + num_top)};
     backend_.sample(step_.sample_batch(device_step_.data(), device_allowed_.as<uint64_t>()),
                     decoder_.logits(), sampled);
+  };
+  backend_.run(step_.graph_key(device_step_.data()),
+               std::ref(step));  // by reference: a copy might allocate
+  if (num_rows > 0) {
     backend_.download(host_result_.data(), device, (2 * num_rows + 2 * num_top) * sizeof(int32_t));
   }
   backend_.sync();

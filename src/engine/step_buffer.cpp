@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "base/hash.h"
 
 namespace nibble {
 namespace {
@@ -63,6 +64,9 @@ void StepBuffer::build(const StepPlan& plan) {
     if (seq.has_history) num_history += seq.history.entries().size();
     num_bias += seq.current_bias().size();
   }
+  // By eights, so that a growing sequence keeps its graph_key() for a while.
+  num_blocks = std::min((num_blocks + 7) / 8 * 8,
+                        num_blocks_of(shape_.max_seq_len, shape_.block_tokens) + 1);
   step_ = {.num_tokens = plan.num_tokens,
            .num_seqs = static_cast<int>(plan.sequences.size()),
            .num_logit_rows = plan.num_logit_rows,
@@ -126,6 +130,20 @@ void StepBuffer::build(const StepPlan& plan) {
   }
   seq_starts[plan.sequences.size()] = token;
   NIBBLE_CHECK(token == plan.num_tokens && row == plan.num_logit_rows);
+}
+
+uint64_t StepBuffer::graph_key(const void* base) const {
+  if (step_.num_tokens != step_.num_seqs) return 0;  // every scheduled sequence has a token
+  const size_t what[] = {reinterpret_cast<size_t>(base),
+                         static_cast<size_t>(step_.num_seqs),
+                         static_cast<size_t>(step_.num_logit_rows),
+                         static_cast<size_t>(step_.max_blocks_per_seq),
+                         static_cast<size_t>(max_logprobs_),
+                         layout_.logit_rows,
+                         layout_.rows,
+                         layout_.history,
+                         layout_.bias};
+  return xxh3_64(std::as_bytes(std::span(what))) | 1;  // not 0
 }
 
 StepBatch StepBuffer::step_batch(const void* base) const {

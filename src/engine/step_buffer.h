@@ -35,6 +35,9 @@ class StepBuffer {
   /// Views of the step where its bytes() have been copied to. The host_ arrays stay here.
   StepBatch step_batch(const void* base) const;
   SampleBatch sample_batch(const void* base, const uint64_t* allowed) const;
+  /// For Backend::run(): equal for two steps whose views at `base` differ in device memory only; 0
+  /// when a sequence brings more than one token, for then kernels are chosen by its lengths.
+  uint64_t graph_key(const void* base) const;
   int num_rows() const { return step_.num_logit_rows; }
   int max_logprobs() const { return max_logprobs_; }  // over the step's rows
 

@@ -125,7 +125,14 @@ ModelWeights ModelWeights::load(Backend& backend, const EnginePlan& plan,
       case WeightRole::kO: layer->o = loader.linear(row); break;
       case WeightRole::kMlpNorm: layer->mlp_norm = loader.norm(row); break;
       case WeightRole::kGate: layer->gate = loader.linear(row); break;
-      case WeightRole::kUp: layer->up = loader.linear(row); break;
+      case WeightRole::kUp:
+        // cuda-int4 keeps both in gate's tensor; equal pointers say so to the backend.
+        if (plan.linear_layout == WeightLayout::kCudaInt4) {
+          layer->up = layer->gate;
+        } else {
+          layer->up = loader.linear(row);
+        }
+        break;
       case WeightRole::kDown: layer->down = loader.linear(row); break;
       case WeightRole::kFinalNorm: weights.final_norm = loader.norm(row); break;
       case WeightRole::kLmHead: weights.lm_head = loader.linear(row); break;

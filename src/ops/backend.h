@@ -76,7 +76,13 @@ class Backend {
   /// Makes weight bytes usable by the ops: host backends return `host` itself (zero copy, so the
   /// mapping must outlive the backend's use), device backends copy.
   virtual const void* import_weights(const std::byte* host, size_t bytes) = 0;
-  /// Runs `step`; cuda captures it as a graph once per key and replays it.
+  /// Of the backend's own memory, free now; 0: it has none, it works in the host's.
+  virtual uint64_t free_memory_bytes() { return 0; }
+  /// Read bandwidth of that memory, measured; 0: measure the host's.
+  virtual double measure_read_gb_per_s() { return 0; }
+  /// Runs `step`. Steps of one key (not 0) give the ops the same arguments, pointers and host
+  /// arrays included; only device memory differs. cuda records such a step as a graph and replays
+  /// it.
   virtual void run(uint64_t key, const std::function<void()>& step) {
     (void)key;
     step();
@@ -101,7 +107,7 @@ class Backend {
   virtual void linear(const void* x, const LinearOperand& w, int rows, bool add, void* y) = 0;
 
   /// y = silu(x Wg^T) * (x Wu^T) * out_scale. y: [rows, ffn]; out_scale: [ffn] or null (down's AWQ
-  /// pre-scale).
+  /// pre-scale). kCudaInt4 with gate.weight == up.weight: one matrix holds both, rows interleaved.
   virtual void gate_up(const void* x, const LinearOperand& gate, const LinearOperand& up, int rows,
                        const float* out_scale, void* y) = 0;
 

@@ -3,6 +3,7 @@
 #include "base/error.h"
 #include "ops/cpu_int4_layout.h"
 #include "pack/cpu_int4.h"
+#include "pack/cuda_int4.h"
 #include "pack/pack.h"
 
 namespace nibble {
@@ -20,6 +21,7 @@ PackedLinear pack_int4(const Int4Matrix& matrix, WeightLayout layout) {
     case WeightLayout::kInt4Portable:
       return {pack_nibbles(matrix.q, matrix.out_features, matrix.in_features), matrix.scales};
     case WeightLayout::kCpuInt4: return {pack_cpu_int4(matrix), {}};
+    case WeightLayout::kCudaInt4: return {pack_cuda_int4(matrix), {}};
     default: refuse(layout);
   }
 }
@@ -31,6 +33,7 @@ size_t packed_int4_bytes(int out_features, int in_features, int group_size, Weig
     case WeightLayout::kCpuInt4:
       return static_cast<size_t>(cpu_int4_num_tiles(out_features)) *
              cpu_int4_tile_bytes(in_features, group_size);
+    case WeightLayout::kCudaInt4: return cuda_int4_bytes(out_features, in_features);
     default: refuse(layout);
   }
 }
@@ -49,6 +52,7 @@ Int4Matrix unpack_int4(std::span<const std::byte> weight, std::span<const float>
               .scales = {scales.begin(), scales.end()}};
     case WeightLayout::kCpuInt4:
       return unpack_cpu_int4(weight, out_features, in_features, group_size);
+    case WeightLayout::kCudaInt4: return unpack_cuda_int4(weight, out_features, in_features);
     default: refuse(layout);
   }
 }

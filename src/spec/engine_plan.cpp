@@ -24,8 +24,9 @@ constexpr Names<WeightLayout, 6> kLayouts = {{{WeightLayout::kF32Rows, "f32-rows
                                               {WeightLayout::kInt4Portable, "int4-portable"},
                                               {WeightLayout::kCpuInt4, "cpu-int4"},
                                               {WeightLayout::kCudaInt4, "cuda-int4"}}};
-constexpr Names<ActivationPrecision, 2> kActivations = {
-    {{ActivationPrecision::kF32, "f32"}, {ActivationPrecision::kInt8Group, "int8"}}};
+constexpr Names<ActivationPrecision, 3> kActivations = {{{ActivationPrecision::kF32, "f32"},
+                                                         {ActivationPrecision::kInt8Group, "int8"},
+                                                         {ActivationPrecision::kBf16, "bf16"}}};
 
 template <typename Enum, size_t N>
 const char* name_of(const Names<Enum, N>& names, Enum value) {

@@ -31,12 +31,13 @@ enum class WeightLayout : uint8_t {
 const char* weight_layout_name(WeightLayout layout);
 WeightLayout weight_layout_from_name(std::string_view name);  // throws Error{kInput}
 
-/// How the cpu backend feeds int4 linears.
+/// How a backend feeds its linears.
 enum class ActivationPrecision : uint8_t {
   kF32,        // exact path: fp32 activations, fp32 accumulation
   kInt8Group,  // int8 per group of at most 128 channels, exact integer dot products per group
+  kBf16,       // cuda: all activations are bf16, sums f32
 };
-const char* activation_precision_name(ActivationPrecision precision);       // "f32", "int8"
+const char* activation_precision_name(ActivationPrecision precision);       // "f32", "int8", "bf16"
 ActivationPrecision activation_precision_from_name(std::string_view name);  // throws Error{kInput}
 
 struct EngineLimits {

@@ -2,10 +2,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
+#include <cstring>
+
+#include "backends/cuda/layout.h"
 #include "base/error.h"
+#include "base/half.h"
 #include "bench/op_cases.h"
 #include "ops/cpu_int4_layout.h"
 #include "pack/cpu_int4.h"
+#include "pack/cuda_int4.h"
 
 namespace nibble {
 namespace {
@@ -55,10 +60,38 @@ TEST(Pack, CpuLayoutIsWhatItsHeaderSays) {
   for (int row = n; row < 32; ++row) EXPECT_EQ(at(row, 5), 0);  // padding rows
 }
 
+TEST(Pack, CudaLayoutIsThatOfTheKernelsHeader) {
+  const int shapes[][2] = {{8, 128}, {128, 256}, {200, 384}, {272, 128}, {2048, 1024}};
+  for (const auto& [n, k] : shapes) {
+    for (const bool gate_up : {false, true}) {
+      if (gate_up && n % 16 != 0) continue;
+      const Int4Matrix m = random_matrix(n, k, 128, static_cast<uint64_t>(n + gate_up));
+      std::vector<uint8_t> nibbles(m.q.size() / 2);
+      for (size_t i = 0; i < m.q.size(); ++i) {
+        nibbles[i / 2] |= static_cast<uint8_t>((m.q[i] & 15) << (i % 2 * 4));
+      }
+      const cuda_layout::Shape shape{n, k};
+      std::vector<uint8_t> want(static_cast<size_t>(shape.packed_bytes()));
+      cuda_layout::pack(shape, gate_up, nibbles.data(), m.scales.data(), want.data());
+      const std::vector<std::byte> got = pack_cuda_int4(m, gate_up);
+      ASSERT_EQ(got.size(), want.size());
+      ASSERT_EQ(std::memcmp(got.data(), want.data(), want.size()), 0) << n << 'x' << k << gate_up;
+      const Int4Matrix back = unpack_cuda_int4(got, n, k, gate_up);
+      EXPECT_EQ(back.q, m.q);
+      for (size_t i = 0; i < m.scales.size(); ++i) {
+        ASSERT_EQ(back.scales[i], bf16_to_float(float_to_bf16(m.scales[i])));
+      }
+    }
+  }
+}
+
 TEST(Pack, RefusesValuesOutsideFourBits) {
   Int4Matrix m = random_matrix(16, 64, 64, 1);
   m.q[77] = 8;
   EXPECT_THROW(pack_cpu_int4(m), Error);
+  Int4Matrix wide = random_matrix(16, 128, 128, 1);
+  wide.q[77] = -9;
+  EXPECT_THROW(pack_cuda_int4(wide), Error);
   m.q[77] = -9;
   EXPECT_THROW(pack_cpu_int4(m), Error);
 }

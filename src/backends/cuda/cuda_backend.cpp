@@ -1,0 +1,554 @@
+// Maps the ops to launchers and owns the device memory they share. Nothing here knows a CUDA type.
+// SPDX-License-Identifier: Apache-2.0
+#include "backends/cuda/cuda_backend.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <unordered_map>
+#include <vector>
+
+#include "backends/cuda/generic.h"
+#include "backends/cuda/kernels.h"
+#include "backends/cuda/runtime.h"
+#include "base/error.h"
+
+namespace nibble::cuda {
+namespace {
+
+constexpr int kHeadDim = 128, kPageTokens = 64, kFastGroup = 4;
+constexpr size_t kActBytes = 2;
+
+// Programmatic dependent launch of the kernels that know it. The other generic ones are launched
+// plainly and wait for all before them.
+#ifdef NIBBLE_CUDA_NO_PDL
+constexpr bool kDependent = false;
+#else
+constexpr bool kDependent = true;
+#endif
+
+void check(int status, const char* what) {
+  if (status == 0) return;
+  fail(status == kErrorMemory ? ErrorKind::kMemory : ErrorKind::kDevice,
+       "cuda: {} failed: {} (error {})", what, error_text(status), status);
+}
+
+std::string version_text(int version) {
+  return fmt::format("{}.{}", version / 1000, version % 1000 / 10);
+}
+
+Device open_checked_device() {
+  int driver = 0, runtime = 0, count = 0;
+  runtime_versions(&driver, &runtime);
+  if (driver == 0) {
+    fail(ErrorKind::kDevice,
+         "no NVIDIA driver (libcuda.so.1 is missing or does not load); install one that supports "
+         "CUDA {}",
+         version_text(runtime));
+  }
+  Device device{};
+  const int status = open_device(&device, &count);
+  if (status != 0) {
+    fail(ErrorKind::kDevice,
+         "the NVIDIA driver (for CUDA {}, nibble is built with {}) does not give a GPU: {}",
+         version_text(driver), version_text(runtime), error_text(status));
+  }
+  if (count == 0) fail(ErrorKind::kDevice, "there is an NVIDIA driver but no GPU it can use");
+  if (device.major != 9 || device.minor != 0) {
+    fail(ErrorKind::kDevice, "GPU 0 is a {} (sm_{}{}), wanted sm_90 (H100, H200)", device.name,
+         device.major, device.minor);
+  }
+  return device;
+}
+
+/// Device memory that grows when an op asks for more; reserve() makes it large enough for a
+/// steady state without growth. Counts its moves: a recorded graph holds the old address.
+class Scratch {
+ public:
+  explicit Scratch(uint64_t* moves) : moves_(moves) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { memory_free(data_); }
+  void* get(size_t bytes, void* stream) {
+    if (bytes > bytes_) {
+      ++*moves_;
+      check(stream_sync(stream), "waiting for the stream");
+      memory_free(data_);
+      data_ = nullptr;
+      bytes_ = 0;
+      const int status = memory_alloc(&data_, bytes);
+      if (status != 0) {
+        fail(ErrorKind::kMemory, "cuda: cannot allocate {} bytes of scratch: {}", bytes,
+             error_text(status));
+      }
+      bytes_ = bytes;
+    }
+    return data_;
+  }
+
+ private:
+  uint64_t* moves_;
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend() : device_(open_checked_device()) {
+    check(stream_create(&stream_), "making a stream");
+    const size_t linear = linear_workspace_bytes(device_.num_sms);
+    const size_t decode = decode_attention_workspace_bytes(device_.num_sms);
+    linear_workspace_ = own(linear);
+    decode_workspace_ = own(decode);
+    check(memory_fill(linear_workspace_, 0xff, linear, stream_), "clearing a workspace");
+    check(memory_fill(decode_workspace_, 0xff, decode, stream_), "clearing a workspace");
+  }
+
+  ~CudaBackend() override {
+    stream_sync(stream_);
+    destroy_graphs();
+    for (void* data : owned_) memory_free(data);
+    stream_destroy(stream_);
+  }
+
+  std::string name() const override { return fmt::format("cuda:sm_90 ({})", device_.name); }
+  size_t act_bytes() const override { return kActBytes; }
+
+  void reserve(const ModelSpec& spec, const EngineLimits& limits, int max_logit_rows) override {
+    max_logit_rows_ = max_logit_rows;
+    const auto rows = static_cast<size_t>(std::max(limits.max_num_tokens, max_logit_rows));
+    const auto widest = static_cast<size_t>(std::max({spec.hidden_size, spec.q_size()}));
+    scratch_.get(rows * widest * kActBytes, stream_);
+    page_starts_.get((static_cast<size_t>(limits.max_batch_size) + 1) * sizeof(int), stream_);
+    if (spec.num_heads == kFastGroup * spec.num_kv_heads) {
+      prefill_.get(prefill_attention_workspace_bytes(limits.max_seq_len(), spec.num_kv_heads),
+                   stream_);
+    }
+  }
+
+  // Memory
+  // ------------------------------------------------------------------------------------------
+
+  Buffer alloc(size_t bytes) override {
+    void* data = nullptr;
+    const int status = memory_alloc(&data, std::max<size_t>(bytes, 1));
+    if (status != 0) {
+      fail(ErrorKind::kMemory,
+           "cuda: cannot allocate {} bytes, {} of {} are free on the {}; lower --max-batch-size, "
+           "--max-num-tokens or the KV cache: {}",
+           bytes, free_memory_bytes(), device_.total_bytes, device_.name, error_text(status));
+    }
+    return Buffer(this, data, bytes);
+  }
+  void free(void* data, size_t) noexcept override { memory_free(data); }
+  void upload(void* device, const void* host, size_t bytes) override {
+    check(copy_to_device(device, host, bytes, stream_), "copying to the device");
+  }
+  void download(void* host, const void* device, size_t bytes) override {
+    check(copy_to_host(host, device, bytes, stream_), "copying from the device");
+  }
+  void sync() override { check(stream_sync(stream_), "a kernel or copy before this point"); }
+  void copy(void* to, const void* from, size_t bytes) override {
+    check(copy_on_device(to, from, bytes, stream_), "copying on the device");
+  }
+  const void* import_weights(const std::byte* host, size_t bytes) override {
+    void* data = own(bytes);
+    check(copy_to_device(data, host, bytes, stream_), "copying weights to the device");
+    return data;
+  }
+  /// The first step of a key runs directly, so that every scratch buffer has its size; the second
+  /// is recorded. A key that comes once, as most do while prompts are read, costs no graph.
+  void run(uint64_t key, const std::function<void()>& step) override {
+    if (key == 0) {
+      step();
+      return;
+    }
+    if (scratch_moves_ != graphs_moves_ || graphs_.size() > kMaxGraphs) {
+      check(stream_sync(stream_), "waiting for the stream");
+      destroy_graphs();
+      graphs_moves_ = scratch_moves_;
+    }
+    auto [it, is_new] = graphs_.try_emplace(key, nullptr);
+    if (is_new) {
+      step();
+      return;
+    }
+    if (it->second == nullptr) {
+      check(capture_begin(stream_), "beginning a graph");
+      try {
+        step();
+      } catch (...) {
+        void* unfinished = nullptr;
+        capture_end(stream_, &unfinished);
+        if (unfinished != nullptr) graph_destroy(unfinished);
+        throw;
+      }
+      check(capture_end(stream_, &it->second), "ending a graph");
+    }
+    check(graph_launch(it->second, stream_), "launching a graph");
+  }
+
+  uint64_t free_memory_bytes() override {
+    uint64_t bytes = 0;
+    check(memory_free_bytes(&bytes), "asking for free memory");
+    return bytes;
+  }
+
+  double measure_read_gb_per_s() override {
+    size_t bytes = size_t{1} << 30;
+    bytes = std::min<size_t>(bytes, free_memory_bytes() / 2 / 16 * 16);
+    const Buffer data = alloc(bytes), sink = alloc(sizeof(float));
+    check(memory_fill(data.data(), 0, bytes, stream_), "clearing memory");
+    double best = 0;
+    for (int i = 0; i < 5; ++i) {
+      constexpr int kPasses = 10;  // so that launching and waiting weigh little
+      sync();
+      const auto start = std::chrono::steady_clock::now();
+      for (int pass = 0; pass < kPasses; ++pass) {
+        check(read_all(data.data(), bytes, sink.as<float>(), device_.num_sms, stream_), "reading");
+      }
+      sync();
+      const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+      best = std::max(best, static_cast<double>(bytes) * kPasses / time.count() * 1e-9);
+    }
+    return best;
+  }
+
+  // KV cache
+  // ------------------------------------------------------------------------------------------
+
+  size_t kv_block_bytes(KvFormat format, int block_tokens, int num_kv_heads,
+                        int head_dim) const override {
+    return page_bytes(page_format(format, block_tokens, head_dim), num_kv_heads);
+  }
+
+  // Rows
+  // ------------------------------------------------------------------------------------------
+
+  void embed(const StepBatch& batch, const LinearOperand& table, void* x) override {
+    dense_weight(table, "the embedding");
+    if (batch.num_tokens == 0) return;
+    check(cuda::embed(batch.token_ids, table.weight, x, batch.num_tokens, table.in_features,
+                      kDependent, stream_),
+          "embed");
+  }
+
+  void rms_norm(const void* x, const float* weight, float eps, int rows, int hidden,
+                void* y) override {
+    norm(x, weight, eps, nullptr, rows, hidden, y);
+  }
+
+  // Linears
+  // ------------------------------------------------------------------------------------------
+
+  void linear(const void* x, const LinearOperand& w, int rows, bool add, void* y) override {
+    if (rows == 0) return;
+    x = pre_scaled(x, w, rows);
+    if (w.layout == WeightLayout::kCudaInt4) {
+      int4(x, w, w.out_features, rows, add ? Epilogue::kResidual : Epilogue::kPlain, nullptr, y);
+    } else {
+      dense(x, w, rows, add ? y : nullptr, false, y);
+    }
+  }
+
+  void gate_up(const void* x, const LinearOperand& gate, const LinearOperand& up, int rows,
+               const float* out_scale, void* y) override {
+    NIBBLE_CHECK(gate.out_features == up.out_features && gate.in_features == up.in_features &&
+                 gate.pre_scale == up.pre_scale && gate.layout == up.layout);
+    if (rows == 0) return;
+    if (gate.layout == WeightLayout::kCudaInt4 && gate.weight == up.weight) {
+      int4(pre_scaled(x, gate, rows), gate, 2 * gate.out_features, rows, Epilogue::kSiluMul,
+           out_scale, y);
+      return;
+    }
+    LinearOperand plain_gate = gate, plain_up = up;
+    plain_gate.pre_scale = plain_up.pre_scale = nullptr;
+    const void* scaled = pre_scaled(x, gate, rows);
+    const size_t bytes =
+        static_cast<size_t>(rows) * static_cast<size_t>(gate.out_features) * kActBytes;
+    void* up_out = halves_.get(bytes, stream_);
+    linear(scaled, plain_gate, rows, false, y);
+    linear(scaled, plain_up, rows, false, up_out);
+    check(silu_multiply(y, up_out, out_scale, y, rows, gate.out_features, stream_),
+          "silu multiply");
+  }
+
+  void lm_head(const StepBatch& batch, const void* x, const float* norm_weight, float eps,
+               const LinearOperand& head, float* logits) override {
+    const int rows = batch.num_logit_rows;
+    if (rows == 0) return;
+    dense_weight(head, "lm_head");
+    void* normed = scratch_.get(
+        static_cast<size_t>(rows) * static_cast<size_t>(head.in_features) * kActBytes, stream_);
+    norm(x, norm_weight, eps, batch.logit_rows, rows, head.in_features, normed);
+    if (rows <= kSkinnyRows) {
+      const DenseArgs args{.x = normed,
+                           .weight = head.weight,
+                           .out = logits,
+                           .rows = rows,
+                           .n = head.out_features,
+                           .k = head.in_features,
+                           .dependent = kDependent};
+      check(dense_linear(args, stream_), "lm_head");
+    } else {
+      dense(normed, head, rows, nullptr, true, logits);
+    }
+  }
+
+  // Attention
+  // ------------------------------------------------------------------------------------------
+
+  void rope_store_kv(const StepBatch& batch, void* qkv, int num_heads, const RopeTable& rope,
+                     const KvLayer& kv) override {
+    if (batch.num_tokens == 0) return;
+    const bool fixed = kv.format == KvFormat::kInt8Static;
+    const GenericRopeArgs args{.qkv = qkv,
+                               .positions = batch.positions,
+                               .seq_starts = batch.seq_starts,
+                               .kv_lens = batch.kv_lens,
+                               .page_table = batch.block_tables,
+                               .cos = rope.cos,
+                               .sin = rope.sin,
+                               .pages = kv.data,
+                               .page_starts = page_starts(batch),
+                               .format = page_format(kv.format, kv.block_tokens, kv.head_dim),
+                               .k_scale = fixed ? kv.k_scale : 0,
+                               .v_scale = fixed ? kv.v_scale : 0,
+                               .tokens = batch.num_tokens,
+                               .sequences = batch.num_seqs,
+                               .page_table_stride = batch.max_blocks_per_seq,
+                               .heads = num_heads,
+                               .kv_heads = kv.num_kv_heads};
+    check(generic_rope_store(args, stream_), "rope_store_kv");
+  }
+
+  /// NOTE: the decode kernel reads the page sums that rope_store_kv() of the same batch left.
+  void attention(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
+                 const float* out_scale, void* y) override {
+    if (batch.num_tokens == 0) return;
+    const PageFormat format = page_format(kv.format, kv.block_tokens, kv.head_dim);
+    const int64_t stride = int64_t{num_heads + 2 * kv.num_kv_heads} * kHeadDim;
+    if (format != PageFormat::kInt8 || num_heads != kFastGroup * kv.num_kv_heads) {
+      generic(batch, qkv, stride, num_heads, kv, format, out_scale, y);
+      return;
+    }
+    const int32_t* starts = batch.host_seq_starts;
+    int decode = 0;  // one-token sequences at the front: the scheduler puts them there
+    while (decode < batch.num_seqs && starts[decode + 1] - starts[decode] == 1) ++decode;
+    const float softmax_scale = 1.0f / std::sqrt(static_cast<float>(kHeadDim));
+    if (decode > 0) {
+      const DecodeAttentionArgs args{.q = qkv,
+                                     .q_stride = stride,
+                                     .pages = kv.data,
+                                     .page_table = batch.block_tables,
+                                     .page_table_stride = batch.max_blocks_per_seq,
+                                     .lengths = batch.kv_lens,
+                                     .page_starts = page_starts(batch),
+                                     .out = y,
+                                     .out_stride = int64_t{num_heads} * kHeadDim,
+                                     .sequences = decode,
+                                     .kv_heads = kv.num_kv_heads,
+                                     .softmax_scale = softmax_scale,
+                                     .out_scale = out_scale,
+                                     .workspace = decode_workspace_,
+                                     .num_sms = device_.num_sms,
+                                     .dependent = kDependent,
+                                     .tactic = 0};
+      check(decode_attention(args, stream_), "decode attention");
+    }
+    for (int s = decode; s < batch.num_seqs; ++s) {
+      const int count = starts[s + 1] - starts[s];
+      if (count == 0) continue;
+      const int64_t first = starts[s];
+      const PrefillAttentionArgs args{
+          .q = static_cast<const std::byte*>(qkv) + first * stride * kActBytes,
+          .q_stride = stride,
+          .pages = kv.data,
+          .page_table = batch.block_tables + int64_t{s} * batch.max_blocks_per_seq,
+          .count = count,
+          .length = batch.host_kv_lens[s],
+          .out = static_cast<std::byte*>(y) + first * num_heads * kHeadDim * int64_t{kActBytes},
+          .out_stride = int64_t{num_heads} * kHeadDim,
+          .out_scale = out_scale,
+          .kv_heads = kv.num_kv_heads,
+          .softmax_scale = softmax_scale,
+          .workspace = prefill_.get(
+              prefill_attention_workspace_bytes(batch.host_kv_lens[s], kv.num_kv_heads), stream_),
+          .dependent = false};
+      check(prefill_attention(args, stream_), "prefill attention");
+    }
+  }
+
+  // Sampling
+  // ------------------------------------------------------------------------------------------
+
+  void sample(const SampleBatch& batch, float* logits, const SampleResult& result) override {
+    if (batch.num_rows == 0) return;
+    const int most_rows = std::max(batch.num_rows, max_logit_rows_);
+    void* workspace = sampling_.get(sample_workspace_bytes(most_rows, batch.vocab_size), stream_);
+    check(cuda::sample(batch, logits, result, workspace, kDependent, stream_), "sample");
+  }
+
+ private:
+  static constexpr size_t kMaxGraphs = 256;
+
+  void destroy_graphs() {
+    for (const auto& [key, graph] : graphs_) {
+      if (graph != nullptr) graph_destroy(graph);
+    }
+    graphs_.clear();
+  }
+
+  static constexpr int kSkinnyRows = 64;  // lm_head.cu reads the weights once up to here
+
+  static PageFormat page_format(KvFormat format, int block_tokens, int head_dim) {
+    if (block_tokens != kPageTokens || head_dim != kHeadDim) {
+      fail(ErrorKind::kUnsupported,
+           "the cuda backend's KV pages have 64 tokens and head_dim 128, asked for {} and {}; "
+           "rebuild the engine with --target cuda:sm_90",
+           block_tokens, head_dim);
+    }
+    if (format == KvFormat::kF32) {
+      fail(ErrorKind::kUnsupported,
+           "the cuda backend has no f32 KV cache; use --kv-cache int8, int8-static or f16");
+    }
+    return format == KvFormat::kF16 ? PageFormat::kF16 : PageFormat::kInt8;
+  }
+
+  static void dense_weight(const LinearOperand& w, const char* what) {
+    if (w.layout == WeightLayout::kBf16Rows) return;
+    fail(ErrorKind::kUnsupported,
+         "the cuda backend cannot read {} in this layout ({}), it wants bf16 rows or cuda-int4; "
+         "rebuild with --target cuda:sm_90",
+         what, static_cast<int>(w.layout));
+  }
+
+  void* own(size_t bytes) {
+    void* data = nullptr;
+    const int status = memory_alloc(&data, std::max<size_t>(bytes, 1));
+    if (status != 0) {
+      fail(ErrorKind::kMemory, "cuda: cannot allocate {} bytes, {} of {} are free on the {}: {}",
+           bytes, free_memory_bytes(), device_.total_bytes, device_.name, error_text(status));
+    }
+    owned_.push_back(data);
+    return data;
+  }
+
+  int* page_starts(const StepBatch& batch) {
+    return static_cast<int*>(
+        page_starts_.get((static_cast<size_t>(batch.num_seqs) + 1) * sizeof(int), stream_));
+  }
+
+  void norm(const void* x, const float* weight, float eps, const int32_t* row_index, int rows,
+            int hidden, void* y) {
+    if (rows == 0) return;
+    const RmsNormArgs args{.x = x,
+                           .weight = weight,
+                           .pre_scale = nullptr,
+                           .row_index = row_index,
+                           .y = y,
+                           .eps = eps,
+                           .rows = rows,
+                           .hidden = hidden,
+                           .dependent = kDependent};
+    check(cuda::rms_norm(args, stream_), "rms_norm");
+  }
+
+  const void* pre_scaled(const void* x, const LinearOperand& w, int rows) {
+    if (w.pre_scale == nullptr) return x;
+    void* scaled = scratch_.get(
+        static_cast<size_t>(rows) * static_cast<size_t>(w.in_features) * kActBytes, stream_);
+    check(scale_columns(x, w.pre_scale, scaled, rows, w.in_features, stream_), "pre-scale");
+    return scaled;
+  }
+
+  void dense(const void* x, const LinearOperand& w, int rows, const void* residual, bool f32,
+             void* y) {
+    dense_weight(w, "a linear");
+    const GenericLinearArgs args{.x = x,
+                                 .w = w.weight,
+                                 .out = y,
+                                 .residual = residual,
+                                 .m = rows,
+                                 .n = w.out_features,
+                                 .k = w.in_features,
+                                 .f32_out = f32};
+    check(generic_linear(args, stream_), "linear");
+  }
+
+  void int4(const void* x, const LinearOperand& w, int64_t out_rows, int tokens, Epilogue epilogue,
+            const float* out_scale, void* y) {
+    if (w.group_size != 128 || w.in_features % 8 != 0 ||
+        out_rows % (epilogue == Epilogue::kSiluMul ? 16 : 8) != 0) {
+      fail(ErrorKind::kUnsupported,
+           "the cuda backend's int4 linears have groups of 128 and sizes that are multiples of 8; "
+           "this one is {} x {} in groups of {}",
+           out_rows, w.in_features, w.group_size);
+    }
+    TensorMap map;
+    check(make_tensor_map(&map, x, tokens, w.in_features, int64_t{w.in_features} * 2,
+                          linear_wgmma_box_rows(tokens)),
+          "making a tensor map");
+    const LinearArgs args{.weights = w.weight,
+                          .rows = out_rows,
+                          .k = w.in_features,
+                          .tokens = tokens,
+                          .x = x,
+                          .x_stride = w.in_features,
+                          .x_map = &map,
+                          .out = y,
+                          .residual = epilogue == Epilogue::kResidual ? y : nullptr,
+                          .out_scale = out_scale,
+                          .epilogue = epilogue,
+                          .workspace = linear_workspace_,
+                          .num_sms = device_.num_sms,
+                          .dependent = kDependent,
+                          .tactic = -1,
+                          .early = 0,
+                          .trace = nullptr};
+    check(cuda::linear(args, stream_), "int4 linear");
+  }
+
+  void generic(const StepBatch& batch, const void* qkv, int64_t stride, int num_heads,
+               const KvLayer& kv, PageFormat format, const float* out_scale, void* y) {
+    const int queries = generic_attention_queries(num_heads, kv.num_kv_heads);
+    int tiles = 0;
+    for (int s = 0; s < batch.num_seqs; ++s) {
+      tiles += (batch.host_seq_starts[s + 1] - batch.host_seq_starts[s] + queries - 1) / queries;
+    }
+    const GenericAttentionArgs args{.q = qkv,
+                                    .q_stride = stride,
+                                    .pages = kv.data,
+                                    .positions = batch.positions,
+                                    .seq_starts = batch.seq_starts,
+                                    .kv_lens = batch.kv_lens,
+                                    .page_table = batch.block_tables,
+                                    .out_scale = out_scale,
+                                    .out = y,
+                                    .format = format,
+                                    .tokens = batch.num_tokens,
+                                    .sequences = batch.num_seqs,
+                                    .page_table_stride = batch.max_blocks_per_seq,
+                                    .heads = num_heads,
+                                    .kv_heads = kv.num_kv_heads,
+                                    .tiles = tiles};
+    check(generic_attention(args, stream_), "attention");
+  }
+
+  const Device device_;
+  void* stream_ = nullptr;
+  int max_logit_rows_ = 0;
+  std::unordered_map<uint64_t, void*> graphs_;  // null: seen once
+  std::vector<void*> owned_;                    // weights and workspaces, freed with the backend
+  void *linear_workspace_ = nullptr, *decode_workspace_ = nullptr;
+  uint64_t scratch_moves_ = 0, graphs_moves_ = 0;  // now; when the graphs were recorded
+  // scratch_: pre-scaled or normed rows; halves_: up's output of an unfused gate_up.
+  Scratch scratch_{&scratch_moves_}, halves_{&scratch_moves_}, page_starts_{&scratch_moves_},
+      prefill_{&scratch_moves_}, sampling_{&scratch_moves_};
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cuda_backend() { return std::make_unique<CudaBackend>(); }
+
+}  // namespace nibble::cuda

@@ -1,0 +1,22 @@
+// The cuda backend: the ops of the seam as kernels for sm_90a on one stream of device 0.
+// Activations bf16, sums f32, weights kCudaInt4 or kBf16Rows, pages of 64 tokens, head_dim 128.
+//
+// Where it keeps the seam's invariant (a row depends on its own sequence only, bit for bit), and
+// where not: embed, rms_norm, rope_store_kv, sample, bf16 linears and generic attention keep it.
+// int4 linears sum over k in an order that depends on the number of rows in the step (kernel and
+// tile by M). With an int8 cache and 4 query heads per KV head, one-token rows and prompt chunks
+// run different attention kernels, and a one-token row's order of summation depends on the lengths
+// in the whole batch. All of it is run-to-run deterministic.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <memory>
+
+#include "ops/backend.h"
+
+namespace nibble::cuda {
+
+/// Throws Error{kDevice} that names what is missing: driver, GPU, or sm_90.
+std::unique_ptr<Backend> make_cuda_backend();
+
+}  // namespace nibble::cuda

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "build/cuda_plugin.h"
+
+#include <dlfcn.h>
+
+#include <array>
+
+#include "base/error.h"
+#include "base/file.h"
+#include "ops/plugin_abi.h"
+
+namespace nibble {
+namespace {
+
+// Never closed: the backend's code lives in it, and so do the exceptions it throws.
+void* open_library() {
+  std::error_code ignored;
+  const fs::path program = fs::read_symlink("/proc/self/exe", ignored).parent_path();
+  std::string tried;
+  for (const fs::path& candidate :
+       {program / kCudaPluginFile, program / ".." / "lib" / kCudaPluginFile,
+        fs::path(kCudaPluginFile)}) {
+    const bool by_path = candidate.has_parent_path();
+    if (by_path && !fs::exists(candidate, ignored)) {
+      tried += fmt::format("\n  {}: no such file", candidate.string());
+      continue;
+    }
+    void* library = dlopen(candidate.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (library != nullptr) return library;
+    const char* reason = dlerror();
+    tried += fmt::format("\n  {}{}: {}", candidate.string(), by_path ? "" : " on the library path",
+                         reason != nullptr ? reason : "unknown error");
+  }
+  fail(ErrorKind::kDevice,
+       "the CUDA backend is not here: {} could not be opened. It is built where nvcc >= 12.8 is "
+       "found (cmake -DNIBBLE_CUDA=ON); put it beside the nibble binary. Tried:{}",
+       kCudaPluginFile, tried);
+}
+
+}  // namespace
+
+std::string resolve_cuda_target(const std::string& target) {
+  if (target == "cuda:sm_90") return target;
+  fail(ErrorKind::kUnsupported,
+       "target {}: this build of nibble has CUDA code for cuda:sm_90 (H100, H200) only; use "
+       "--target cuda:sm_90 or --target cpu:native",
+       target);
+}
+
+std::unique_ptr<Backend> open_cuda_backend(const std::string& target) {
+  const std::string resolved = resolve_cuda_target(target);
+  void* library = open_library();
+  auto* open = reinterpret_cast<PluginOpenFn*>(dlsym(library, kPluginOpenSymbol));
+  if (open == nullptr) {
+    fail(ErrorKind::kDevice, "{} has no function {}: it is not nibble's plugin; rebuild it",
+         kCudaPluginFile, kPluginOpenSymbol);
+  }
+  std::array<char, 2048> message{};
+  std::unique_ptr<Backend> backend(
+      open(kPluginAbi, resolved.c_str(), message.data(), message.size()));
+  if (!backend) fail(ErrorKind::kDevice, "target {}: {}", resolved, message.data());
+  return backend;
+}
+
+}  // namespace nibble

@@ -1,0 +1,20 @@
+// Finds and opens the CUDA backend, which is a plugin so that one nibble runs with and without a
+// GPU. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "ops/backend.h"
+
+namespace nibble {
+
+/// "cuda:sm_90" itself. Throws Error{kUnsupported} naming any other cuda target. Asks for no GPU:
+/// engines can be built elsewhere.
+std::string resolve_cuda_target(const std::string& target);
+
+/// Looks for the plugin beside the running program, then in ../lib, then on the library path.
+/// Throws Error{kDevice} that says what is missing: plugin, driver, GPU, or the right GPU.
+std::unique_ptr<Backend> open_cuda_backend(const std::string& target);
+
+}  // namespace nibble

@@ -1,0 +1,422 @@
+// The cuda backend's ops against the reference, with the tolerances bf16 leaves, and which of them
+// keep the seam's bitwise invariant. Skipped where the plugin finds no GPU.
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+
+#include <limits>
+
+#include "backends/reference/reference_backend.h"
+#include "base/error.h"
+#include "bench/op_cases.h"
+#include "build/cuda_plugin.h"
+#include "ops/cpu_test_util.h"
+#include "pack/cuda_int4.h"
+
+namespace nibble::ops {
+namespace {
+
+using Chunk = AttentionRun::Chunk;
+
+class CudaOps : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    try {
+      cuda_ = open_cuda_backend("cuda:sm_90").release();
+    } catch (const Error& error) {
+      why_not_ = new std::string(error.what());
+    }
+  }
+  static void TearDownTestSuite() {
+    delete cuda_;
+    cuda_ = nullptr;
+    delete why_not_;
+    why_not_ = nullptr;
+  }
+  void SetUp() override {
+    if (cuda_ == nullptr) GTEST_SKIP() << *why_not_;
+  }
+  static Backend* cuda_;
+  static std::string* why_not_;
+  const std::unique_ptr<Backend> reference_ = make_reference_backend();
+};
+Backend* CudaOps::cuda_ = nullptr;
+std::string* CudaOps::why_not_ = nullptr;
+
+/// Largest |a - b| over |b| plus the root mean square of b's row: bf16 rounds relative to the
+/// element, and sums carry an error relative to what was added.
+double element_error(const std::vector<float>& a, const std::vector<float>& b, size_t row) {
+  double worst = 0;
+  for (size_t begin = 0; begin < b.size(); begin += row) {
+    double squares = 0;
+    for (size_t i = begin; i < begin + row; ++i) squares += double{b[i]} * b[i];
+    const double rms = std::sqrt(squares / static_cast<double>(row));
+    for (size_t i = begin; i < begin + row; ++i) {
+      worst = std::max(worst, std::fabs(double{a[i]} - b[i]) / (std::fabs(double{b[i]}) + rms));
+    }
+  }
+  return worst;
+}
+
+std::vector<float> normal(size_t n, uint64_t seed) {
+  std::vector<float> x(n);
+  fill_normal(x, seed);
+  round_to_bf16(x);
+  return x;
+}
+
+// Linears
+// ------------------------------------------------------------------------------------------------
+
+/// The weights of a case in one backend. On cuda an int4 gate_up may be `fused`: one matrix.
+struct Weights {
+  Weights(Backend& backend, const LinearCase& c, WeightLayout layout, bool fused = false)
+      : w(backend, layout, c.out_features, c.in_features, c.group_size, c.seed, c.pre_scale),
+        up(backend, layout, c.out_features, c.in_features, c.group_size, c.seed + 50, c.pre_scale) {
+    gate_operand = w.operand();
+    up_operand = up.operand();
+    up_operand.pre_scale = gate_operand.pre_scale;
+    if (!fused) return;
+    const auto host = make_reference_backend();
+    Int4Matrix both = matrix(*host, c, c.seed);
+    const Int4Matrix second = matrix(*host, c, c.seed + 50);
+    both.out_features *= 2;
+    both.q.insert(both.q.end(), second.q.begin(), second.q.end());
+    both.scales.insert(both.scales.end(), second.scales.begin(), second.scales.end());
+    const std::vector<std::byte> packed = pack_cuda_int4(both, /*gate_up=*/true);
+    gate_operand.weight = up_operand.weight = backend.import_weights(packed.data(), packed.size());
+    backend.sync();
+  }
+  static Int4Matrix matrix(Backend& host, const LinearCase& c, uint64_t seed) {
+    const TestWeight portable(host, WeightLayout::kInt4Portable, c.out_features, c.in_features,
+                              c.group_size, seed, false);
+    const LinearOperand& o = portable.operand();
+    const auto elements = static_cast<size_t>(c.out_features) * static_cast<size_t>(c.in_features);
+    return unpack_int4({static_cast<const std::byte*>(o.weight), elements / 2},
+                       {o.scales, elements / static_cast<size_t>(c.group_size)}, c.out_features,
+                       c.in_features, c.group_size, WeightLayout::kInt4Portable);
+  }
+  TestWeight w, up;
+  LinearOperand gate_operand, up_operand;
+};
+
+std::vector<float> run(Backend& backend, const LinearCase& c, const Weights& weights,
+                       const std::vector<float>& x, int rows) {
+  const auto n = static_cast<size_t>(c.out_features);
+  GuardedOutput y(backend, static_cast<size_t>(rows) * n, backend.act_bytes());
+  if (c.add) y.fill(normal(static_cast<size_t>(rows) * n, c.seed + 4));
+  const Buffer in = acts_to_device(backend, x);
+  const Buffer scale = to_device(backend, normal(n, c.seed + 9));
+  if (c.gate_up) {
+    backend.gate_up(in.data(), weights.gate_operand, weights.up_operand, rows,
+                    c.seed % 2 == 0 ? scale.as<float>() : nullptr, y.data());
+  } else {
+    backend.linear(in.data(), weights.gate_operand, rows, c.add, y.data());
+  }
+  return y.read();
+}
+
+std::vector<LinearCase> cuda_linear_cases() {
+  std::vector<LinearCase> cases;
+  for (const LinearCase& c : linear_cases()) {  // those of the common table that cuda takes
+    const bool int4 = c.layout == WeightLayout::kCpuInt4;
+    if (int4 && (c.group_size != 128 || c.out_features % 8 != 0)) continue;
+    if (!int4 && (c.layout != WeightLayout::kBf16Rows || c.in_features % 8 != 0)) continue;
+    if (c.gate_up && c.out_features % 8 != 0) continue;
+    cases.push_back(c);
+  }
+  uint64_t seed = 9000;
+  const int shapes[][3] = {{16, 128, 128},   {264, 256, 128},  {128, 1024, 128},
+                           {512, 5120, 128}, {1024, 384, 128}, {1000, 264, 0},
+                           {256, 1032, 0},   {1, 8, 0},        {130, 64, 0}};
+  for (const auto& [n, k, group] : shapes) {
+    for (const int rows : {1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 100, 129, 200, 300}) {
+      const bool gate_up = seed % 3 == 0 && n % 8 == 0;
+      cases.push_back({.layout = group != 0 ? WeightLayout::kCpuInt4 : WeightLayout::kBf16Rows,
+                       .out_features = n,
+                       .in_features = k,
+                       .group_size = group,
+                       .rows = rows,
+                       .add = !gate_up && seed % 2 == 0,
+                       .pre_scale = seed % 5 < 1,
+                       .gate_up = gate_up,
+                       .seed = seed});
+      ++seed;
+    }
+  }
+  return cases;
+}
+
+TEST_F(CudaOps, LinearsMatchReference) {
+  int fused_cases = 0;
+  for (const LinearCase& c : cuda_linear_cases()) {
+    const bool int4 = c.layout == WeightLayout::kCpuInt4;
+    const std::vector<float> x =
+        normal(static_cast<size_t>(c.rows) * static_cast<size_t>(c.in_features), c.seed + 3);
+    const Weights host(*reference_, c, int4 ? WeightLayout::kInt4Portable : c.layout);
+    const std::vector<float> want = run(*reference_, c, host, x, c.rows);
+    for (const bool fused : {false, true}) {
+      if (fused && !(int4 && c.gate_up)) continue;
+      fused_cases += fused;
+      const Weights weights(*cuda_, c, int4 ? WeightLayout::kCudaInt4 : c.layout, fused);
+      const std::vector<float> got = run(*cuda_, c, weights, x, c.rows);
+      // Weights, output and (where there are any) pre-scaled inputs are rounded to bf16, 2^-9 each.
+      EXPECT_LT(rms_error(got, want), 0.012) << c.name() << (fused ? " fused" : "");
+      EXPECT_LT(element_error(got, want, got.size()), 0.04) << c.name() << (fused ? " fused" : "");
+      const std::vector<float> again = run(*cuda_, c, weights, x, c.rows);
+      EXPECT_TRUE(same_bits(got.data(), again.data(), got.size())) << c.name() << " second run";
+    }
+  }
+  EXPECT_GT(fused_cases, 10);
+}
+
+TEST_F(CudaOps, DenseRowsDoNotDependOnTheBatch) {
+  const LinearCase c{.layout = WeightLayout::kBf16Rows,
+                     .out_features = 300,
+                     .in_features = 520,
+                     .rows = 150,
+                     .seed = 5};
+  const Weights weights(*cuda_, c, c.layout);
+  const std::vector<float> x = normal(150 * 520, 8);
+  const std::vector<float> all = run(*cuda_, c, weights, x, 150);
+  for (const auto& [first, rows] : std::vector<std::pair<int, int>>{
+           {0, 1}, {149, 1}, {3, 2}, {11, 8}, {20, 9}, {7, 33}, {50, 100}}) {
+    const std::vector<float> some =
+        run(*cuda_, c, weights, {x.begin() + first * 520, x.begin() + (first + rows) * 520}, rows);
+    EXPECT_TRUE(same_bits(some.data(), all.data() + first * 300, some.size()))
+        << "rows " << first << '+' << rows;
+  }
+}
+
+TEST_F(CudaOps, EmbedNormAndHeadMatchReference) {
+  for (const int hidden : {8, 264, 5120}) {
+    for (const int num_logits : {1, 5, 20, 64, 90}) {
+      const int vocab = 77, tokens = 100;
+      const auto h = static_cast<size_t>(hidden), r = static_cast<size_t>(num_logits);
+      std::vector<int32_t> ids(tokens), logit_rows(r);
+      for (int t = 0; t < tokens; ++t) ids[static_cast<size_t>(t)] = t * 31 % vocab;
+      for (size_t i = 0; i < r; ++i) logit_rows[i] = static_cast<int32_t>(i * 37 % tokens);
+      const std::vector<float> weight = normal(h, 12);
+      std::vector<float> results[2][3];
+      for (Backend* backend : {reference_.get(), cuda_}) {
+        auto& out = results[backend == cuda_];
+        const TestWeight table(*backend, WeightLayout::kBf16Rows, vocab, hidden, 0, 5, false);
+        const Buffer device_ids = to_device(*backend, ids), rows = to_device(*backend, logit_rows);
+        const Buffer norm = to_device(*backend, weight);
+        const StepBatch batch{.num_tokens = tokens,
+                              .num_logit_rows = num_logits,
+                              .token_ids = device_ids.as<int32_t>(),
+                              .logit_rows = rows.as<int32_t>()};
+        const size_t act = backend->act_bytes();
+        GuardedOutput x(*backend, tokens * h, act), y(*backend, tokens * h, act),
+            logits(*backend, r * vocab);
+        backend->embed(batch, table.operand(), x.data());
+        backend->rms_norm(x.data(), norm.as<float>(), 1e-5f, tokens, hidden, y.data());
+        backend->lm_head(batch, x.data(), norm.as<float>(), 1e-5f, table.operand(), logits.data());
+        out[0] = x.read();
+        out[1] = y.read();
+        out[2] = logits.read();
+      }
+      EXPECT_EQ(results[0][0], results[1][0]) << "embed " << hidden;
+      EXPECT_LT(rms_error(results[1][1], results[0][1]), 3e-3) << "rms_norm " << hidden;
+      EXPECT_LT(element_error(results[1][1], results[0][1], h), 6e-3) << "rms_norm " << hidden;
+      EXPECT_LT(rms_error(results[1][2], results[0][2]), 5e-3)
+          << "lm_head " << hidden << " rows " << num_logits;
+    }
+  }
+}
+
+// Attention
+// ------------------------------------------------------------------------------------------------
+
+std::vector<AttentionShape> cuda_attention_shapes() {
+  std::vector<AttentionShape> shapes;
+  for (const KvFormat format : {KvFormat::kInt8Dynamic, KvFormat::kInt8Static, KvFormat::kF16}) {
+    for (const auto& [heads, kv_heads] :
+         {std::pair{4, 1}, {8, 2}, {2, 1}, {6, 2}, {3, 3}, {8, 1}}) {
+      shapes.push_back({heads, kv_heads, 128, 64, format});
+    }
+  }
+  return shapes;
+}
+
+TEST_F(CudaOps, AttentionMatchesReference) {
+  for (const AttentionShape& shape : cuda_attention_shapes()) {
+    AttentionRun want(*reference_, shape, 4, 620, 3, true), got(*cuda_, shape, 4, 620, 5, true);
+    // Prompts, decode in front of a chunk and behind one, decode alone, a long prompt.
+    const std::vector<std::vector<Chunk>> steps = {
+        {{0, 33}, {1, 1}}, {{0, 1}, {1, 40}, {2, 7}}, {{1, 63}, {0, 1}}, {{0, 1}, {1, 1}, {2, 1}},
+        {{3, 575}},        {{3, 1}, {0, 1}},          {{3, 20}, {0, 3}}};
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const std::vector<float> expected = want.step(steps[i]), result = got.step(steps[i]);
+      EXPECT_LT(rms_error(result, expected), 1e-2) << shape.name() << " step " << i;
+      // Scales are f16 here: one value in sixteen is rounded to the next of its 127 steps, which a
+      // token that attends to itself alone passes on whole (times out_scale, up to 2.6).
+      const auto row = static_cast<size_t>(shape.num_heads * shape.head_dim);
+      EXPECT_LT(element_error(result, expected, row), 0.08) << shape.name() << " step " << i;
+    }
+  }
+}
+
+TEST_F(CudaOps, GenericAttentionDoesNotDependOnChunksOrBatch) {
+  for (const AttentionShape& shape : {AttentionShape{2, 1, 128, 64, KvFormat::kInt8Dynamic},
+                                      AttentionShape{4, 1, 128, 64, KvFormat::kF16}}) {
+    const int length = 400;
+    const auto row = static_cast<size_t>(shape.num_heads * shape.head_dim);
+    AttentionRun whole(*cuda_, shape, 1, length, 0);
+    const std::vector<float> all = whole.step({{0, length}});
+    AttentionRun chunked(*cuda_, shape, 2, length, 11);
+    int done = 0;
+    for (const auto& step : std::vector<std::vector<Chunk>>{{{1, 50}, {0, 1}},
+                                                            {{0, 63}},
+                                                            {{0, 1}, {1, 30}},
+                                                            {{1, 1}, {0, 130}},
+                                                            {{0, 1}},
+                                                            {{0, 204}}}) {
+      const std::vector<float> y = chunked.step(step);
+      size_t at = 0;
+      for (const Chunk& chunk : step) {
+        const size_t n = static_cast<size_t>(chunk.count) * row;
+        if (chunk.sequence == 0) {
+          ASSERT_TRUE(same_bits(y.data() + at, all.data() + static_cast<size_t>(done) * row, n))
+              << shape.name() << " positions " << done << '+' << chunk.count;
+          done += chunk.count;
+        }
+        at += n;
+      }
+    }
+    EXPECT_EQ(done, length);
+  }
+}
+
+TEST_F(CudaOps, RefusesWhatItsKernelsCannotDo) {
+  EXPECT_THROW(cuda_->kv_block_bytes(KvFormat::kF32, 64, 1, 128), Error);
+  EXPECT_THROW(cuda_->kv_block_bytes(KvFormat::kInt8Dynamic, 32, 1, 128), Error);
+  EXPECT_THROW(cuda_->kv_block_bytes(KvFormat::kInt8Dynamic, 64, 1, 64), Error);
+  const Buffer memory = cuda_->alloc(4096);
+  EXPECT_THROW(cuda_->linear(memory.data(),
+                             {.layout = WeightLayout::kInt4Portable,
+                              .out_features = 8,
+                              .in_features = 128,
+                              .group_size = 128,
+                              .weight = memory.data()},
+                             1, false, memory.data()),
+               Error);
+}
+
+// Sampling
+// ------------------------------------------------------------------------------------------------
+
+constexpr int kLogprobs = 5;
+
+struct Drawn {
+  std::vector<int32_t> tokens, top_tokens;
+  std::vector<float> logprobs, top_logprobs;
+};
+
+struct SampleInput {
+  std::vector<SampleRow> rows;
+  std::vector<TokenCount> history;
+  std::vector<TokenBias> bias;
+  std::vector<uint64_t> allowed;  // empty: all
+  std::vector<float> logits;
+  int vocab = 0;
+};
+
+template <typename T>
+std::vector<T> from_device(Backend& backend, const Buffer& buffer, size_t count) {
+  std::vector<T> host(count);
+  backend.sync();
+  backend.download(host.data(), buffer.data(), count * sizeof(T));
+  backend.sync();
+  return host;
+}
+
+Drawn draw(Backend& backend, const SampleInput& in) {
+  const size_t rows = in.rows.size(), top = rows * kLogprobs;
+  const Buffer device_rows = to_device(backend, in.rows), history = to_device(backend, in.history),
+               bias = to_device(backend, in.bias), allowed = to_device(backend, in.allowed),
+               logits = to_device(backend, in.logits);
+  const Buffer tokens = to_device(backend, std::vector<int32_t>(rows, -7)),
+               top_tokens = to_device(backend, std::vector<int32_t>(top, -7)),
+               logprobs = to_device(backend, std::vector<float>(rows, -7)),
+               top_logprobs = to_device(backend, std::vector<float>(top, -7));
+  backend.sample({.num_rows = static_cast<int>(rows),
+                  .vocab_size = in.vocab,
+                  .rows = device_rows.as<SampleRow>(),
+                  .history = history.as<TokenCount>(),
+                  .bias = bias.as<TokenBias>(),
+                  .allowed = in.allowed.empty() ? nullptr : allowed.as<uint64_t>(),
+                  .max_logprobs = kLogprobs},
+                 logits.as<float>(),
+                 {.tokens = tokens.as<int32_t>(),
+                  .logprobs = logprobs.as<float>(),
+                  .top_tokens = top_tokens.as<int32_t>(),
+                  .top_logprobs = top_logprobs.as<float>()});
+  return {
+      from_device<int32_t>(backend, tokens, rows), from_device<int32_t>(backend, top_tokens, top),
+      from_device<float>(backend, logprobs, rows), from_device<float>(backend, top_logprobs, top)};
+}
+
+TEST_F(CudaOps, SampleMatchesReference) {
+  for (const int vocab : {1, 5, 64, 1000, 5003, 131072}) {
+    SampleInput in;
+    in.vocab = vocab;
+    for (const float temperature : {0.0f, 0.7f, 1.0f, 3.0f}) {
+      for (const float top_p : {1.0f, 0.9f, 0.3f, 1e-6f}) {
+        for (const int top_k : {0, 1, 40, 100000}) {
+          for (const float min_p : {0.0f, 0.05f}) {
+            if (vocab == 131072 && (in.rows.size() % 5 != 0 || in.rows.size() > 60)) {
+              in.rows.push_back({.temperature = 0});
+              continue;
+            }
+            SampleRow row{
+                .temperature = temperature, .top_p = top_p, .min_p = min_p, .top_k = top_k};
+            row.seed = in.rows.size() * 77;
+            row.position = in.rows.size();
+            if (in.rows.size() % 3 == 1)
+              row.num_logprobs = static_cast<int32_t>(in.rows.size() % 7);
+            if (in.rows.size() % 4 == 2) {
+              row.repetition_penalty = 1.3f;
+              row.presence_penalty = 0.4f;
+              row.frequency_penalty = 0.2f;
+              row.history_end = std::min(vocab, 5);
+              row.bias_end = std::min(vocab, 2);
+            }
+            if (in.rows.size() % 16 == 9) row.forced_token = vocab / 2;
+            in.rows.push_back(row);
+          }
+        }
+      }
+    }
+    for (int i = 0; i < std::min(vocab, 5); ++i)
+      in.history.push_back({i * (vocab / std::min(vocab, 5)), i % 3});
+    in.bias = {{0, -std::numeric_limits<float>::infinity()}, {vocab - 1, 2.5f}};
+    if (vocab == 1000) {
+      in.allowed.assign(static_cast<size_t>(vocab) / 64 + 1, ~uint64_t{0});
+      in.allowed[0] = 0xfffffffffffffff5u;  // two ids banned
+    }
+    in.logits.resize(in.rows.size() * static_cast<size_t>(vocab));
+    fill_normal(in.logits, static_cast<uint64_t>(vocab), 2.0f);
+    for (float& logit : in.logits) logit = std::round(logit * 8) / 8;  // ties
+    const Drawn want = draw(*reference_, in), got = draw(*cuda_, in);
+    for (size_t r = 0; r < in.rows.size(); ++r) {
+      EXPECT_EQ(got.tokens[r], want.tokens[r])
+          << "vocab " << vocab << " row " << r << " temperature " << in.rows[r].temperature
+          << " top_p " << in.rows[r].top_p << " top_k " << in.rows[r].top_k << " min_p "
+          << in.rows[r].min_p;
+    }
+    EXPECT_EQ(got.top_tokens, want.top_tokens) << vocab;
+    for (size_t i = 0; i < want.logprobs.size(); ++i)
+      EXPECT_NEAR(got.logprobs[i], want.logprobs[i], 1e-5);
+    for (size_t i = 0; i < want.top_logprobs.size(); ++i) {
+      if (std::isinf(want.top_logprobs[i])) {
+        EXPECT_EQ(got.top_logprobs[i], want.top_logprobs[i]);
+      } else {
+        EXPECT_NEAR(got.top_logprobs[i], want.top_logprobs[i], 1e-5);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace nibble::ops
