@@ -19,6 +19,7 @@
 #include "serve/token_hub.h"
 #include "serve/web_page.h"
 #include "serve/worker_pool.h"
+#include "text/output_parser.h"
 #include "text/utf8.h"
 
 namespace nibble {
@@ -302,7 +303,17 @@ class ApiServerImpl final : public ApiServer {
     GenerationBody& body = out.body;
     body.model = resolve_model(body.model);
     if (is_chat) {
+      if (body.uses_tools() && !can_call_tools(model.tokenizer())) {
+        throw ApiError::unsupported("tools",
+                                    "tools is given, but this model's tokenizer has no "
+                                    "[TOOL_CALLS]: it cannot call tools; leave tools out");
+      }
       out.prompts.push_back(encode_chat(model, std::move(body.chat)));
+      using Choice = GenerationBody::ToolChoice;
+      if (body.tool_choice == Choice::kRequired || body.tool_choice == Choice::kNamed) {
+        out.forced = forced_tool_call(model.tokenizer(), body.tool_name);
+        out.prompts[0].insert(out.prompts[0].end(), out.forced.begin(), out.forced.end());
+      }
       return out;
     }
     for (Prompt& prompt : body.prompts) {
