@@ -164,7 +164,10 @@ class ApiServerImpl final : public ApiServer {
     for (const Route& route : kRoutes) {
       if (route.path != request.path) continue;
       if (route.method != method) wrong_method(request, route.method);
-      if (!route.open) check_key(request);
+      if (!route.open) {
+        refuse_blind_posts(request);
+        check_key(request);
+      }
       (this->*route.handler)(call);
       return;
     }
@@ -196,6 +199,20 @@ class ApiServerImpl final : public ApiServer {
     error.type = "invalid_request_error";
     error.code = "method_not_allowed";
     error.allow = wanted == "GET" ? "GET, HEAD, OPTIONS" : "POST, OPTIONS";
+    throw error;
+  }
+
+  /// A page of any site can make a browser send such a request without asking (no preflight), to
+  /// a server that only this machine should reach. It cannot read the answer, but it would be made.
+  static void refuse_blind_posts(const HttpRequest& request) {
+    if (request.header("Sec-Fetch-Mode") != "no-cors") return;
+    ApiError error(
+        "a web page sent this with mode \"no-cors\", whose answer it may not read; allow its "
+        "origin "
+        "with --cors-origin and send it as an ordinary request");
+    error.status = 403;
+    error.type = "invalid_request_error";
+    error.code = "forbidden";
     throw error;
   }
 

@@ -443,6 +443,18 @@ TEST_F(Api, CorsOnlyForThoseInvited) {
   EXPECT_EQ(client.read_reply().headers.at("access-control-allow-origin"), "https://app.example");
 }
 
+TEST_F(Api, PagesCannotPostBlindly) {
+  start();
+  const std::string body = chat_body(R"("max_tokens":1)");
+  const auto send = [&](const std::string& mode) {
+    return post(port(), "/v1/chat/completions", body, "Sec-Fetch-Mode: " + mode + "\r\n");
+  };
+  EXPECT_EQ(send("cors").status, 200);
+  const Reply blind = send("no-cors");
+  EXPECT_EQ(blind.status, 403);
+  EXPECT_EQ(blind.json().at("error").at("code"), "forbidden");
+}
+
 TEST_F(Api, NoCorsHeadersUnlessAsked) {
   start();
   EXPECT_FALSE(get(port(), "/v1/models", "Origin: https://app.example\r\n")
