@@ -48,7 +48,7 @@ class ApiServerImpl final : public ApiServer {
     const std::shared_future<void> is_ready = ready.get_future().share();
     http_ = HttpServer::start(options_.http,
                               {.handler =
-                                   [this, is_ready](ExchangePtr exchange) {
+                                   [this, is_ready](const ExchangePtr& exchange) {
                                      is_ready.wait();
                                      handle(exchange);
                                    },

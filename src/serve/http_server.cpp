@@ -636,7 +636,7 @@ class Server final : public HttpServer {
   }
 
   template <class S>
-  void start(std::shared_ptr<S> session) {
+  void start(const std::shared_ptr<S>& session) {
     sessions_.insert(session.get());
     count_sessions();
     asio::co_spawn(io_, session->run(), [this, session](std::exception_ptr) {
