@@ -57,13 +57,13 @@ TEST(Interrupt, QuantizeLeavesNothing) {
             scratch.path(), out, out / "trt-llm/checkpoints/config.json", SIGINT);
 }
 
-// Whoever ended it, the same command goes on after the last finished layer and writes what a run in one
-// go writes.
+// Whoever ended it, the same command goes on after the last finished layer and writes what a run in
+// one go writes.
 TEST(Interrupt, QuantizeGoesOnAfterBeingKilledOrInterrupted) {
   const TemporaryDirectory scratch;
   const auto arguments = [&](const fs::path& out) {
-    return std::vector<std::string>{"quantize", kNano,  "--out",      out,
-                                    "--calib-size", "4", "--calib-seq-len", "128"};
+    return std::vector<std::string>{"quantize",     kNano, "--out",           out,
+                                    "--calib-size", "4",   "--calib-seq-len", "128"};
   };
   const fs::path whole = scratch / "whole", out = scratch / "model";
   ASSERT_EQ(nibble(arguments(whole)).status, 0);
@@ -71,10 +71,9 @@ TEST(Interrupt, QuantizeGoesOnAfterBeingKilledOrInterrupted) {
   int layer = 1;
   for (const int signal : {SIGKILL, SIGINT}) {
     const fs::path finished = kept / fmt::format("layer-{}.safetensors", layer++);
-    const Result result =
-        run_nibble({.arguments = arguments(out),
-                    .signal_when = [&] { return fs::exists(finished); },
-                    .signal = signal});
+    const Result result = run_nibble({.arguments = arguments(out),
+                                      .signal_when = [&] { return fs::exists(finished); },
+                                      .signal = signal});
     ASSERT_TRUE(result.was_signalled) << result.err;
     EXPECT_FALSE(fs::exists(out));
     ASSERT_TRUE(fs::exists(finished)) << result.err;

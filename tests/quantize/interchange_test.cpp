@@ -1,6 +1,6 @@
-// What others can do with a checkpoint: a reader in Python and numpy, written from docs/formats.md alone
-// (interchange.py), finds the rank files of tp 2 and 4 to be slices of tp 1, and computes the same logits
-// from the weights. Skipped where python3 has no numpy (scripts/setup installs it).
+// What others can do with a checkpoint: a reader in Python and numpy, written from docs/formats.md
+// alone (interchange.py), finds the rank files of tp 2 and 4 to be slices of tp 1, and computes the
+// same logits from the weights. Skipped where python3 has no numpy (scripts/setup installs it).
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
@@ -9,8 +9,8 @@
 #include "build/model_loader.h"
 #include "formats/synthetic.h"
 #include "model/single_sequence.h"
-#include "quantize/quantizer.h"
 #include "quantize/quantize_testing.h"
+#include "quantize/quantizer.h"
 
 namespace nibble {
 namespace {

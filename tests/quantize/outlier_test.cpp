@@ -1,6 +1,6 @@
-// The outliers of a large model put into nano without changing what it computes: awq must lose about as
-// much as on nano itself, where rounding to nearest loses far more. Few windows here; bench/quality has the
-// full figures. SPDX-License-Identifier: Apache-2.0
+// The outliers of a large model put into nano without changing what it computes: awq must lose
+// about as much as on nano itself, where rounding to nearest loses far more. Few windows here;
+// bench/quality has the full figures. SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
 #include "eval/evaluate.h"

@@ -1,5 +1,5 @@
-// nibble_outlier_model HF_DIR OUT [SEED]: see outlier_model.h. bench/quality measures what it makes.
-// SPDX-License-Identifier: Apache-2.0
+// nibble_outlier_model HF_DIR OUT [SEED]: see outlier_model.h. bench/quality measures what it
+// makes. SPDX-License-Identifier: Apache-2.0
 #include <cstdio>
 #include <cstdlib>
 
