@@ -126,6 +126,32 @@ json::object full_report(const QuantizeFlags& flags, const QuantizeOptions& opti
   return full;
 }
 
+constexpr const char* kUnfinished =
+    "unfinished";  // in OUT.tmp: finished layers of an unfinished run
+
+bool has_layers(const fs::path& directory) {
+  return fs::exists(directory / kUnfinished / "layer-0.safetensors");
+}
+
+// OUT.tmp, of what an earlier run left there only its finished layers. From then on no error may
+// cost these layers: a mistyped flag must not throw hours away.
+AtomicDirectory open_output(const std::string& path, bool can_continue) {
+  AtomicDirectory out = AtomicDirectory::open_or_create(path);
+  const bool continues = has_layers(out.path());
+  if (continues) out.keep();
+  if (continues && !can_continue) {
+    fail(
+        ErrorKind::kUsage,
+        "{} holds an unfinished quantization begun with other arguments; repeat the command it was "
+        "begun with to continue it, or remove {} to begin anew",
+        out.path().string(), out.path().string());
+  }
+  for (const auto& entry : fs::directory_iterator(out.path())) {
+    if (!continues || entry.path().filename() != kUnfinished) fs::remove_all(entry.path());
+  }
+  return out;
+}
+
 // Sizes are counted before the card itself is there.
 uint64_t bytes_under(const fs::path& directory) {
   uint64_t bytes = 0;
@@ -193,12 +219,12 @@ int run_quantize(const QuantizeFlags& flags) {
 
   std::optional<CalibrationData> calibration;
   std::unique_ptr<Backend> backend;
-  AtomicDirectory out = AtomicDirectory::open_or_create(flags.out);
+  AtomicDirectory out = open_output(flags.out, needs_calibration(options));
   if (needs_calibration(options)) {
     calibration = calibrate(flags, progress);
     backend = make_backend(flags.device == "ref" ? "ref" : "cpu:native", ActivationPrecision::kF32,
                            flags.threads);
-    options.resume_directory = out.path() / "unfinished";
+    options.resume_directory = out.path() / kUnfinished;
   }
   const double calibration_seconds = seconds();
   const fs::path checkpoint = out.path() / "trt-llm" / "checkpoints";
@@ -213,10 +239,7 @@ int run_quantize(const QuantizeFlags& flags) {
                          measure_quality(flags, out.path(), source->spec(), progress),
                          calibration_seconds);
     } catch (const Error& error) {
-      // Other arguments, or Ctrl-C after a layer was finished: the work stays for the same command.
-      if (error.kind() == ErrorKind::kUsage) out.keep();
-      if (error.kind() == ErrorKind::kInterrupted && !options.resume_directory.empty() &&
-          fs::exists(options.resume_directory / "layer-0.safetensors")) {
+      if (error.kind() == ErrorKind::kInterrupted && has_layers(out.path())) {
         out.keep();
         fail(ErrorKind::kInterrupted,
              "interrupted; the layers done so far are in {}, and the same command goes on from "
@@ -226,7 +249,7 @@ int run_quantize(const QuantizeFlags& flags) {
       throw;
     }
   }();
-  fs::remove_all(out.path() / "unfinished");
+  fs::remove_all(out.path() / kUnfinished);
   write_file_atomically(out.path() / "README.md",
                         render_model_card(model_card(flags, options, *source, checkpoint, report)));
   write_file_atomically(out.path() / "report.html", render_report_html(report));

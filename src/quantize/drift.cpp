@@ -60,17 +60,8 @@ void correct_drift(ThreadPool& pool, const InputStatistics& input, float strengt
   if (input.drift().empty()) return;
   const int64_t features = input.gram().features, block = input.gram().block;
   const int64_t out = static_cast<int64_t>(weight.size()) / features;
-  Gram damped = input.gram();
-  double mean = 0;
-  for (int64_t j = 0; j < features; ++j)
-    mean += double{damped.at(j / block)[(j % block) * (block + 1)]} / static_cast<double>(features);
-  for (int64_t j = 0; j < features; ++j) {
-    damped.values[static_cast<size_t>(j / block * block * block + (j % block) * (block + 1))] +=
-        kDamping * static_cast<float>(mean);
-  }
   std::vector<float> factor, diagonal;
-  factor_gram(pool, damped, 0, factor, &diagonal);
-  damped.values = {};
+  factor_gram(pool, input.gram(), kDamping, factor, &diagonal);
   const bool has_residual = !input.residual().empty();
   NIBBLE_CHECK(!has_residual || static_cast<int64_t>(input.residual().size()) == features * out,
                "residual of {} values for {} x {}", input.residual().size(), features, out);

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
+#include <iterator>
 #include <vector>
 
 namespace nibble {
@@ -65,7 +65,7 @@ std::string tick_label(double value) { return fmt::format("{:.4g}", value); }
 
 /// Dots joined by lines over the layers. Every dot says its value when pointed at.
 std::string layer_plot(const std::vector<Series>& series, bool log_scale, const char* unit) {
-  constexpr double kWidth = 900, kHeight = 280, kLeft = 64, kRight = 130, kTop = 14, kBottom = 34;
+  constexpr double kWidth = 900, kHeight = 280, kLeft = 64, kRight = 130, kTop = 30, kBottom = 40;
   double low = INFINITY, high = -INFINITY;
   int layers = 1;
   for (const Series& s : series) {
@@ -96,7 +96,9 @@ std::string layer_plot(const std::vector<Series>& series, bool log_scale, const 
     const double pad = std::max(0.06 * (high - low), 1e-9 + 0.02 * std::fabs(high));
     low = low >= 0 ? std::max(0.0, low - pad) : low - pad, high += pad;
     double step = std::pow(10.0, std::floor(std::log10((high - low) / 4)));
-    while ((high - low) / step > 8) step *= 2;
+    for (const double factor : {2.0, 2.5, 2.0}) {  // 1, 2, 5, 10
+      if ((high - low) / step > 8) step *= factor;
+    }
     for (double tick = std::ceil(low / step) * step; tick <= high; tick += step) {
       ticks.push_back(tick);
     }
@@ -222,15 +224,22 @@ class Page {
     return value == nullptr ? std::string() : plain(*value);
   }
 
+  // One series a linear; gate and up become one where they are the same.
   std::vector<Series> series(const char* key, bool hollow = false, const char* suffix = "") const {
     std::vector<Series> all;
-    std::map<std::string, size_t> index;
-    for (const json::object* linear : linears_) {
-      const auto [layer, name] = split_name(std::string_view(linear->at("name").as_string()));
-      const auto [found, is_new] = index.try_emplace(name, all.size());
-      if (is_new) all.push_back({name + suffix, static_cast<int>(all.size()) % 5, hollow, {}});
-      all[found->second].points.emplace_back(layer, number(*linear, key));
+    const char* const names[] = {"qkv", "o", "gate", "up", "down"};
+    for (size_t i = 0; i < std::size(names); ++i) {
+      Series& s = all.emplace_back(Series{names[i], static_cast<int>(i), hollow, {}});
+      for (const json::object* linear : linears_) {
+        const auto [layer, name] = split_name(std::string_view(linear->at("name").as_string()));
+        if (name == names[i]) s.points.emplace_back(layer, number(*linear, key));
+      }
     }
+    if (all[2].points == all[3].points) {
+      all[2].name = "gate, up";
+      all.erase(all.begin() + 3);
+    }
+    for (Series& s : all) s.name += suffix;
     return all;
   }
 

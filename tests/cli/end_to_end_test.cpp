@@ -58,6 +58,65 @@ class EndToEnd : public testing::Test {
   TemporaryDirectory scratch_;
 };
 
+TEST_F(EndToEnd, QuantizeTellsWhatItDidInReportAndCard) {
+  const std::string texts = path("own.jsonl"), more = path("more.txt");
+  testing_::write_text(texts,
+                       "{\"messages\": [{\"role\": \"user\", \"content\": \"Where is the "
+                       "station?\"}, {\"role\": \"assistant\", \"content\": \"Here.\"}]}\n");
+  testing_::write_text(more, std::string(2000, 'a') + " and a few words more.");
+  const std::string out =
+      must({"quantize", kNano, "--out", path("awq"), "--calib", texts + ":3", "--calib", more,
+            "--calib-size", "4", "--calib-seq-len", "64", "--eval", kWiki, "--eval-windows", "1",
+            "--report-json", "--base-model", "somebody/nano"});
+  EXPECT_THAT(out, HasSubstr("eval_wiki.u16: perplexity"));
+  const fs::path awq = path("awq");
+  const json::object config =
+      parse_json(read_file(awq / "trt-llm/checkpoints/config.json"), "config").as_object();
+  const json::object& sources = config.at("nibble").at("calibration").as_object();
+  EXPECT_EQ(sources.at("sources").at(0).at("file"), "own.jsonl");
+  EXPECT_EQ(sources.at("sources").at(0).at("weight"), 3.0);
+  EXPECT_EQ(sources.at("sources").at(1).at("tokens"), 64);
+
+  const json::object report = parse_json(read_file(awq / "report.json"), "report.json").as_object();
+  EXPECT_EQ(report.at("linears").as_array().size(), 30u);
+  EXPECT_EQ(report.at("quality").at(0).at("windows"), 1);
+  EXPECT_GT(report.at("quality").at(0).at("kl_divergence").to_number<double>(), 0);
+  const std::string html = read_file(awq / "report.html");
+  EXPECT_THAT(html,
+              AllOf(HasSubstr("<svg"), HasSubstr("eval_wiki.u16"), HasSubstr("more.txt"),
+                    Not(HasSubstr("src=")), Not(HasSubstr("<script")), Not(HasSubstr("http"))));
+  EXPECT_TRUE(html.ends_with("</html>\n"));
+
+  const std::string card = read_file(awq / "README.md");
+  EXPECT_THAT(card, AllOf(HasSubstr("pipeline_tag: text-generation"),
+                          HasSubstr("base_model:\n- somebody/nano"), HasSubstr("`own.jsonl`"),
+                          HasSubstr("| `eval_wiki.u16` | 1 |"), HasSubstr("None was built yet")));
+  // A build inside the published layout completes the card there, and gives the engine a copy.
+  const std::string engine = path("awq") + "/trt-llm/engines/here";
+  build(path("awq"), "awq/trt-llm/engines/here");
+  EXPECT_THAT(read_file(awq / "README.md"),
+              AllOf(HasSubstr("| `here` | cpu:"), Not(HasSubstr("None was built yet"))));
+  EXPECT_EQ(read_file(fs::path(engine) / "README.md"), read_file(awq / "README.md"));
+  must({"inspect", engine, "--verify"});
+}
+
+TEST_F(EndToEnd, QuantizeRefusesFlagsItsMethodHasNoUseFor) {
+  for (const auto& [flags, part] :
+       {std::pair{std::vector<std::string>{"--method", "rtn", "--sweeps", "2"},
+                  "rounds to nearest"},
+        {{"--method", "awq-lite", "--rounding", "compensated"}, "rounds to nearest"},
+        {{"--method", "awq-lite", "--clip", "on"}, "does not clip"},
+        {{"--rounding", "nearest", "--sweeps", "2"}, "leave one of the two flags out"},
+        {{"--sequential", "off", "--correct-drift", "on"}, "knows no layers before"}}) {
+    std::vector<std::string> arguments = {"quantize", kNano, "--out", path("never")};
+    arguments.insert(arguments.end(), flags.begin(), flags.end());
+    const Result result = nibble(arguments);
+    EXPECT_EQ(result.status, 2) << part;
+    EXPECT_THAT(result.err, HasSubstr(part));
+    EXPECT_FALSE(fs::exists(path("never") + ".tmp"));
+  }
+}
+
 TEST_F(EndToEnd, QuantizeBuildRunWithAwq) {
   const std::string out = must({"quantize", kNano, "--out", path("awq"), "--calib-size", "2",
                                 "--calib-seq-len", "64", "--calib-batch", "2"});

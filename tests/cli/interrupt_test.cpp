@@ -53,8 +53,52 @@ void interrupt(const std::vector<std::string>& arguments, const fs::path& direct
 TEST(Interrupt, QuantizeLeavesNothing) {
   const TemporaryDirectory scratch;
   const fs::path out = scratch / "model";
-  interrupt({"quantize", kNano, "--out", out, "--calib-size", "8", "--calib-seq-len", "256"},
+  interrupt({"quantize", kNano, "--out", out, "--method", "rtn", "--kv-cache", "none"},
             scratch.path(), out, out / "trt-llm/checkpoints/config.json", SIGINT);
+}
+
+// Whoever ended it, the same command goes on after the last finished layer and writes what a run in
+// one go writes.
+TEST(Interrupt, QuantizeGoesOnAfterBeingKilledOrInterrupted) {
+  const TemporaryDirectory scratch;
+  const auto arguments = [&](const fs::path& out) {
+    return std::vector<std::string>{"quantize",     kNano, "--out",           out,
+                                    "--calib-size", "4",   "--calib-seq-len", "128"};
+  };
+  const fs::path whole = scratch / "whole", out = scratch / "model";
+  ASSERT_EQ(nibble(arguments(whole)).status, 0);
+  const fs::path kept = out.string() + ".tmp/unfinished";
+  int layer = 1;
+  for (const int signal : {SIGKILL, SIGINT}) {
+    const fs::path finished = kept / fmt::format("layer-{}.safetensors", layer++);
+    const Result result = run_nibble({.arguments = arguments(out),
+                                      .signal_when = [&] { return fs::exists(finished); },
+                                      .signal = signal});
+    ASSERT_TRUE(result.was_signalled) << result.err;
+    EXPECT_FALSE(fs::exists(out));
+    ASSERT_TRUE(fs::exists(finished)) << result.err;
+    if (signal == SIGINT) {
+      EXPECT_EQ(result.status, 130);
+      EXPECT_THAT(result.err, HasSubstr("continuing after layer 2 of 6"));
+      EXPECT_THAT(result.err, HasSubstr("the same command goes on from there"));
+    }
+  }
+  std::vector<std::string> other = arguments(out);
+  other.insert(other.end(), {"--group-size", "64"});
+  const Result refused = nibble(other);
+  EXPECT_EQ(refused.status, 2);
+  EXPECT_THAT(refused.err, HasSubstr("begun with"));
+  ASSERT_TRUE(fs::exists(kept)) << "the work of hours went with a mistyped flag";
+  const Result result = nibble(arguments(out));
+  ASSERT_EQ(result.status, 0) << result.err;
+  EXPECT_THAT(result.err, HasSubstr("continuing after layer"));
+  EXPECT_FALSE(fs::exists(out.string() + ".tmp"));
+  EXPECT_FALSE(fs::exists(out / "unfinished"));
+  for (const char* name : {"config.json", "rank0.safetensors"}) {
+    EXPECT_EQ(read_file(out / "trt-llm/checkpoints" / name),
+              read_file(whole / "trt-llm/checkpoints" / name))
+        << name;
+  }
 }
 
 TEST(Interrupt, BuildLeavesNothing) {

@@ -14,6 +14,7 @@
 #include "base/error.h"
 #include "formats/synthetic.h"
 #include "quantize/layer_stream.h"
+#include "quantize/quantize_testing.h"
 
 namespace nibble {
 namespace {
@@ -33,17 +34,7 @@ ModelSpec tiny_spec() {
   return spec;
 }
 
-CalibrationData random_calibration(std::vector<size_t> lengths, int vocab = 320) {
-  CalibrationData data;
-  std::mt19937 random(3);
-  for (const size_t length : lengths) {
-    auto& sequence = data.sequences.emplace_back();
-    for (size_t i = 0; i < length; ++i)
-      sequence.push_back(static_cast<int32_t>(random() % static_cast<unsigned>(vocab)));
-    data.tokens += static_cast<int64_t>(length);
-  }
-  return data;
-}
+using testing_::random_calibration;
 
 class Quantize : public testing::Test {
  protected:
