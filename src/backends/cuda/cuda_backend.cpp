@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <unordered_map>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/runtime.h"
 #include "base/error.h"
+#include "base/thread_pool.h"
 
 namespace nibble::cuda {
 namespace {
@@ -92,6 +94,62 @@ class Scratch {
   size_t bytes_ = 0;
 };
 
+/// Host memory to the device at the speed of the link: threads copy pieces of a mapped file into
+/// one pinned buffer while the device reads the other.
+class WeightLoader {
+ public:
+  static constexpr size_t kMinBytes = size_t{4} << 20;
+
+  explicit WeightLoader(void* stream) : stream_(stream), pool_(std::min(usable_cpu_count(), 16)) {
+    for (Stage& stage : stages_) {
+      stage.pinned = static_cast<std::byte*>(pinned_alloc(kStageBytes));
+      if (stage.pinned == nullptr) {
+        fail(ErrorKind::kMemory, "cuda: cannot pin {} bytes of host memory", kStageBytes);
+      }
+      check(event_create(&stage.copied), "making an event");
+    }
+  }
+  WeightLoader(const WeightLoader&) = delete;
+  WeightLoader& operator=(const WeightLoader&) = delete;
+  ~WeightLoader() {
+    stream_sync(stream_);
+    for (const Stage& stage : stages_) {
+      pinned_free(stage.pinned);
+      event_destroy(stage.copied);
+    }
+  }
+
+  void copy(void* to, const std::byte* from, size_t bytes) {
+    for (size_t done = 0; done < bytes; done += kStageBytes) {
+      const size_t count = std::min(kStageBytes, bytes - done);
+      Stage& stage = stages_[next_];
+      next_ = (next_ + 1) % kNumStages;
+      check(event_sync(stage.copied), "copying weights to the device");
+      const std::byte* source = from + done;
+      const auto pieces = static_cast<int64_t>((count + kPieceBytes - 1) / kPieceBytes);
+      pool_.parallel_for(pieces, [&](int64_t piece, int) {
+        const size_t begin = static_cast<size_t>(piece) * kPieceBytes;
+        std::memcpy(stage.pinned + begin, source + begin, std::min(kPieceBytes, count - begin));
+      });
+      check(copy_to_device(static_cast<std::byte*>(to) + done, stage.pinned, count, stream_),
+            "copying weights to the device");
+      check(event_record(stage.copied, stream_), "recording an event");
+    }
+  }
+
+ private:
+  static constexpr size_t kStageBytes = size_t{32} << 20, kPieceBytes = size_t{1} << 20;
+  static constexpr int kNumStages = 2;
+  struct Stage {
+    std::byte* pinned = nullptr;
+    void* copied = nullptr;  // event: the device has read it
+  };
+  void* stream_;
+  ThreadPool pool_;
+  Stage stages_[kNumStages];
+  int next_ = 0;
+};
+
 class CudaBackend final : public Backend {
  public:
   CudaBackend() : device_(open_checked_device()) {
@@ -115,6 +173,7 @@ class CudaBackend final : public Backend {
   size_t act_bytes() const override { return kActBytes; }
 
   void reserve(const ModelSpec& spec, const EngineLimits& limits, int max_logit_rows) override {
+    loader_.reset();  // the weights are there
     max_logit_rows_ = max_logit_rows;
     const auto rows = static_cast<size_t>(std::max(limits.max_num_tokens, max_logit_rows));
     const auto widest = static_cast<size_t>(std::max({spec.hidden_size, spec.q_size()}));
@@ -151,9 +210,15 @@ class CudaBackend final : public Backend {
   void copy(void* to, const void* from, size_t bytes) override {
     check(copy_on_device(to, from, bytes, stream_), "copying on the device");
   }
+  /// Small tensors go directly, large ones through the loader's pinned buffers.
   const void* import_weights(const std::byte* host, size_t bytes) override {
     void* data = own(bytes);
-    check(copy_to_device(data, host, bytes, stream_), "copying weights to the device");
+    if (bytes < WeightLoader::kMinBytes) {
+      check(copy_to_device(data, host, bytes, stream_), "copying weights to the device");
+      return data;
+    }
+    if (!loader_) loader_ = std::make_unique<WeightLoader>(stream_);
+    loader_->copy(data, host, bytes);
     return data;
   }
   /// The first step of a key runs directly, so that every scratch buffer has its size; the second
@@ -539,6 +604,7 @@ class CudaBackend final : public Backend {
   void* stream_ = nullptr;
   int max_logit_rows_ = 0;
   std::unordered_map<uint64_t, void*> graphs_;  // null: seen once
+  std::unique_ptr<WeightLoader> loader_;        // while weights are loaded
   std::vector<void*> owned_;                    // weights and workspaces, freed with the backend
   void *linear_workspace_ = nullptr, *decode_workspace_ = nullptr;
   uint64_t scratch_moves_ = 0, graphs_moves_ = 0;  // now; when the graphs were recorded
