@@ -10,6 +10,7 @@
 #include "base/error.h"
 #include "base/half.h"
 #include "base/thread_pool.h"
+#include "ops/cuda_int4_layout.h"
 
 namespace nibble {
 namespace {
@@ -52,7 +53,9 @@ void pack_strip(const uint8_t* const (&rows)[16], uint32_t* words /*[k64 2][lane
 }  // namespace
 
 size_t cuda_int4_bytes(int out_features, int in_features) {
-  return static_cast<size_t>(Shape{out_features, in_features}.packed_bytes());
+  const auto bytes = static_cast<size_t>(Shape{out_features, in_features}.packed_bytes());
+  NIBBLE_CHECK(bytes == cuda_int4_packed_bytes(out_features, in_features));
+  return bytes;
 }
 
 std::vector<std::byte> pack_cuda_int4(const Int4Matrix& m, bool gate_up) {
