@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -199,15 +200,24 @@ class CudaBackend final : public Backend {
     }
     return Buffer(this, data, bytes);
   }
-  void free(void* data, size_t) noexcept override { memory_free(data); }
+  void free(void* data, size_t) noexcept override {
+    put_off_.reset();  // whoever frees reads nothing of it any more
+    memory_free(data);
+  }
   void upload(void* device, const void* host, size_t bytes) override {
+    flush();
     check(copy_to_device(device, host, bytes, stream_), "copying to the device");
   }
   void download(void* host, const void* device, size_t bytes) override {
+    flush();
     check(copy_to_host(host, device, bytes, stream_), "copying from the device");
   }
-  void sync() override { check(stream_sync(stream_), "a kernel or copy before this point"); }
+  void sync() override {
+    flush();
+    check(stream_sync(stream_), "a kernel or copy before this point");
+  }
   void copy(void* to, const void* from, size_t bytes) override {
+    flush();
     check(copy_on_device(to, from, bytes, stream_), "copying on the device");
   }
   /// Small tensors go directly, large ones through the loader's pinned buffers.
@@ -291,6 +301,7 @@ class CudaBackend final : public Backend {
   // ------------------------------------------------------------------------------------------
 
   void embed(const StepBatch& batch, const LinearOperand& table, void* x) override {
+    flush();
     dense_weight(table, "the embedding");
     if (batch.num_tokens == 0) return;
     check(cuda::embed(batch.token_ids, table.weight, x, batch.num_tokens, table.in_features,
@@ -300,6 +311,7 @@ class CudaBackend final : public Backend {
 
   void rms_norm(const void* x, const float* weight, float eps, int rows, int hidden,
                 void* y) override {
+    flush();
     norm(x, weight, eps, nullptr, rows, hidden, y);
   }
 
@@ -307,6 +319,7 @@ class CudaBackend final : public Backend {
   // ------------------------------------------------------------------------------------------
 
   void linear(const void* x, const LinearOperand& w, int rows, bool add, void* y) override {
+    flush();
     if (rows == 0) return;
     x = pre_scaled(x, w, rows);
     if (w.layout == WeightLayout::kCudaInt4) {
@@ -318,6 +331,7 @@ class CudaBackend final : public Backend {
 
   void gate_up(const void* x, const LinearOperand& gate, const LinearOperand& up, int rows,
                const float* out_scale, void* y) override {
+    flush();
     NIBBLE_CHECK(gate.out_features == up.out_features && gate.in_features == up.in_features &&
                  gate.pre_scale == up.pre_scale && gate.layout == up.layout);
     if (rows == 0) return;
@@ -340,32 +354,124 @@ class CudaBackend final : public Backend {
 
   void lm_head(const StepBatch& batch, const void* x, const float* norm_weight, float eps,
                const LinearOperand& head, float* logits) override {
+    flush();
     const int rows = batch.num_logit_rows;
     if (rows == 0) return;
     dense_weight(head, "lm_head");
     void* normed = scratch_.get(
         static_cast<size_t>(rows) * static_cast<size_t>(head.in_features) * kActBytes, stream_);
     norm(x, norm_weight, eps, batch.logit_rows, rows, head.in_features, normed);
-    if (rows <= kSkinnyRows) {
-      const DenseArgs args{.x = normed,
-                           .weight = head.weight,
-                           .out = logits,
-                           .rows = rows,
-                           .n = head.out_features,
-                           .k = head.in_features,
-                           .dependent = kDependent};
-      check(dense_linear(args, stream_), "lm_head");
-    } else {
-      dense(normed, head, rows, nullptr, true, logits);
-    }
+    const DenseArgs args{.x = normed,
+                         .weight = head.weight,
+                         .out = logits,
+                         .rows = rows,
+                         .n = head.out_features,
+                         .k = head.in_features,
+                         .num_sms = device_.num_sms,
+                         .dependent = kDependent};
+    check(dense_linear(args, stream_), "lm_head");
   }
 
   // Attention
   // ------------------------------------------------------------------------------------------
 
+  /// Waits for attention() where one kernel does both; any other op first does what was put off.
   void rope_store_kv(const StepBatch& batch, void* qkv, int num_heads, const RopeTable& rope,
                      const KvLayer& kv) override {
+    flush();
     if (batch.num_tokens == 0) return;
+    if (is_step(batch, num_heads, kv)) {
+      put_off_ = {batch, qkv, num_heads, rope, kv};
+    } else {
+      rope_store(batch, qkv, num_heads, rope, kv);
+    }
+  }
+
+  /// NOTE: the decode kernel reads the page sums that rope_store_kv() of the same batch left.
+  void attention(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
+                 const float* out_scale, void* y) override {
+    if (put_off_ && put_off_->qkv == qkv && put_off_->kv.data == kv.data &&
+        put_off_->batch.num_seqs == batch.num_seqs) {
+      const RopeTable rope = put_off_->rope;
+      put_off_.reset();
+      step(batch, qkv, rope, kv, out_scale, y);
+      return;
+    }
+    flush();
+    attend(batch, qkv, num_heads, kv, out_scale, y);
+  }
+
+  // Sampling
+  // ------------------------------------------------------------------------------------------
+
+  void sample(const SampleBatch& batch, float* logits, const SampleResult& result) override {
+    flush();
+    if (batch.num_rows == 0) return;
+    const int most_rows = std::max(batch.num_rows, max_logit_rows_);
+    void* workspace = sampling_.get(sample_workspace_bytes(most_rows, batch.vocab_size), stream_);
+    check(cuda::sample(batch, logits, result, workspace, kDependent, stream_), "sample");
+  }
+
+ private:
+  static constexpr size_t kMaxGraphs = 256;
+
+  /// A rope_store_kv() that has not been done yet.
+  struct RopeStore {
+    StepBatch batch;
+    void* qkv;
+    int num_heads;
+    RopeTable rope;
+    KvLayer kv;
+  };
+
+  // A decode step of few sequences: attention_step.cu. Decided by what graph_key() covers.
+  static bool is_step(const StepBatch& batch, int num_heads, const KvLayer& kv) {
+    return batch.num_tokens == batch.num_seqs && step_attention_fits(batch.num_seqs) &&
+           batch.host_seq_starts[batch.num_seqs] == batch.num_seqs && every_one(batch) &&
+           num_heads == kFastGroup * kv.num_kv_heads &&
+           page_format(kv.format, kv.block_tokens, kv.head_dim) == PageFormat::kInt8;
+  }
+  static bool every_one(const StepBatch& batch) {
+    for (int s = 0; s < batch.num_seqs; ++s) {
+      if (batch.host_seq_starts[s + 1] - batch.host_seq_starts[s] != 1) return false;
+    }
+    return true;
+  }
+
+  void flush() {
+    if (!put_off_) return;
+    const RopeStore r = *put_off_;
+    put_off_.reset();
+    rope_store(r.batch, r.qkv, r.num_heads, r.rope, r.kv);
+  }
+
+  void step(const StepBatch& batch, const void* qkv, const RopeTable& rope, const KvLayer& kv,
+            const float* out_scale, void* y) {
+    const bool fixed = kv.format == KvFormat::kInt8Static;
+    const StepAttentionArgs args{
+        .qkv = qkv,
+        .qkv_stride = int64_t{(kFastGroup + 2) * kv.num_kv_heads} * kHeadDim,
+        .cos = rope.cos,
+        .sin = rope.sin,
+        .pages = kv.data,
+        .page_table = batch.block_tables,
+        .page_table_stride = batch.max_blocks_per_seq,
+        .lengths = batch.kv_lens,
+        .out = y,
+        .out_stride = int64_t{kFastGroup * kv.num_kv_heads} * kHeadDim,
+        .sequences = batch.num_seqs,
+        .kv_heads = kv.num_kv_heads,
+        .k_scale = fixed ? kv.k_scale : 0,
+        .v_scale = fixed ? kv.v_scale : 0,
+        .softmax_scale = 1.0f / std::sqrt(static_cast<float>(kHeadDim)),
+        .out_scale = out_scale,
+        .num_sms = device_.num_sms,
+        .dependent = kDependent};
+    check(step_attention(args, stream_), "decode step attention");
+  }
+
+  void rope_store(const StepBatch& batch, void* qkv, int num_heads, const RopeTable& rope,
+                  const KvLayer& kv) {
     const bool fixed = kv.format == KvFormat::kInt8Static;
     const GenericRopeArgs args{.qkv = qkv,
                                .positions = batch.positions,
@@ -387,9 +493,8 @@ class CudaBackend final : public Backend {
     check(generic_rope_store(args, stream_), "rope_store_kv");
   }
 
-  /// NOTE: the decode kernel reads the page sums that rope_store_kv() of the same batch left.
-  void attention(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
-                 const float* out_scale, void* y) override {
+  void attend(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
+              const float* out_scale, void* y) {
     if (batch.num_tokens == 0) return;
     const PageFormat format = page_format(kv.format, kv.block_tokens, kv.head_dim);
     const int64_t stride = int64_t{num_heads + 2 * kv.num_kv_heads} * kHeadDim;
@@ -444,27 +549,12 @@ class CudaBackend final : public Backend {
     }
   }
 
-  // Sampling
-  // ------------------------------------------------------------------------------------------
-
-  void sample(const SampleBatch& batch, float* logits, const SampleResult& result) override {
-    if (batch.num_rows == 0) return;
-    const int most_rows = std::max(batch.num_rows, max_logit_rows_);
-    void* workspace = sampling_.get(sample_workspace_bytes(most_rows, batch.vocab_size), stream_);
-    check(cuda::sample(batch, logits, result, workspace, kDependent, stream_), "sample");
-  }
-
- private:
-  static constexpr size_t kMaxGraphs = 256;
-
   void destroy_graphs() {
     for (const auto& [key, graph] : graphs_) {
       if (graph != nullptr) graph_destroy(graph);
     }
     graphs_.clear();
   }
-
-  static constexpr int kSkinnyRows = 64;  // lm_head.cu reads the weights once up to here
 
   static PageFormat page_format(KvFormat format, int block_tokens, int head_dim) {
     if (block_tokens != kPageTokens || head_dim != kHeadDim) {
@@ -604,8 +694,9 @@ class CudaBackend final : public Backend {
   void* stream_ = nullptr;
   int max_logit_rows_ = 0;
   std::unordered_map<uint64_t, void*> graphs_;  // null: seen once
-  std::unique_ptr<WeightLoader> loader_;        // while weights are loaded
-  std::vector<void*> owned_;                    // weights and workspaces, freed with the backend
+  std::optional<RopeStore> put_off_;
+  std::unique_ptr<WeightLoader> loader_;  // while weights are loaded
+  std::vector<void*> owned_;              // weights and workspaces, freed with the backend
   void *linear_workspace_ = nullptr, *decode_workspace_ = nullptr;
   uint64_t scratch_moves_ = 0, graphs_moves_ = 0;  // now; when the graphs were recorded
   // scratch_: pre-scaled or normed rows; halves_: up's output of an unfused gate_up.

@@ -89,6 +89,28 @@ struct DecodeAttentionArgs {
 size_t decode_attention_workspace_bytes(int num_sms);
 int decode_attention(const DecodeAttentionArgs& args, void* stream);
 
+// attention_step.cu: the same for few sequences, the step's RoPE and append to the cache included.
+struct StepAttentionArgs {
+  const void* qkv;         // bf16 [sequences, 6 * kv_heads, 128], not rotated yet; left as it is
+  int64_t qkv_stride;      // elements between sequences
+  const float *cos, *sin;  // [positions, 64]
+  void* pages;             // kv_layout.h
+  const int* page_table;   // [sequences, page_table_stride]
+  int page_table_stride;
+  const int* lengths;  // [sequences], the new token included
+  void* out;           // bf16 [sequences, 4 * kv_heads, 128]
+  int64_t out_stride;
+  int sequences, kv_heads;
+  float k_scale, v_scale;  // 0: dynamic, per token and head; else static
+  float softmax_scale;     // 1 / sqrt(128)
+  const float* out_scale;  // as above
+  int num_sms;
+  bool dependent;
+};
+int step_attention(const StepAttentionArgs& args, void* stream);
+// Whether it is the faster way for this many sequences.
+bool step_attention_fits(int sequences);
+
 // attention_prefill.cu: the last `count` tokens of one sequence over its paged KV, causal.
 struct PrefillAttentionArgs {
   const void* q;     // bf16, after RoPE: [count, 4 * kv_heads, 128]
@@ -143,6 +165,7 @@ struct DenseArgs {
   const void *x, *weight;
   float* out;
   int rows, n, k;
+  int num_sms;
   bool dependent;
 };
 int dense_linear(const DenseArgs& args, void* stream);
