@@ -175,9 +175,8 @@ void measure_latency(const BenchFlags& flags, Load& load, double bandwidth) {
     first_to_end = std::min(first_to_end, time.last);
   }
   const std::vector<Clock::time_point>& steps = last_to_start->times;
-  const size_t num_steps =
-      static_cast<size_t>(std::upper_bound(steps.begin(), steps.end(), first_to_end) -
-                          steps.begin());
+  const size_t num_steps = static_cast<size_t>(
+      std::upper_bound(steps.begin(), steps.end(), first_to_end) - steps.begin());
   if (num_steps < 2) {
     fail(ErrorKind::kUsage,
          "bench latency: the first of {} sequences had its {} tokens before the last had read its "

@@ -1,6 +1,7 @@
-// K5: a decode step's RoPE, append and attention for few sequences in one launch: where K3
-// (attention_decode.cu) is bound by latency, this kernel spreads a (sequence, KV head) over a
-// cluster. Shapes and layouts are K3's; q, k and v come as the qkv linear left them.
+// K5: a decode step's RoPE, append and attention in one launch. Where K3 (attention_decode.cu)
+// shares all pages of a batch evenly, this kernel gives a (sequence, KV head) to one CTA, or to a
+// cluster where there are few. Shapes and layouts are K3's; q, k and v come as the qkv linear left
+// them.
 //
 // A cluster of CTAs shares the pages of one (sequence, head) evenly; in a CTA four warps share a
 // page, 16 tokens each, and two pages are in work at a time. Pages are requested before
@@ -34,9 +35,8 @@ namespace {
 
 using namespace kv_layout;
 
-constexpr int kWarps = 8, kThreads = kWarps * 32;
-constexpr int kStages = 4;  // pages in flight
-constexpr int kGroup = 4;   // query heads per KV head
+constexpr int kWarps = 8, kThreads = (kWarps + 2) * 32;  // two more for the new token's k and v
+constexpr int kGroup = 4;                                // query heads per KV head
 constexpr int kOutputs = kGroup * kHeadDim;
 constexpr int kPart = 2 * kGroup + kOutputs;  // floats: (max, sum) of each head, then O
 
@@ -45,11 +45,14 @@ struct NewToken {  // as the page wants it
   __half scales[2];
 };
 
+template <int kStages>
 struct alignas(128) Shared {
   uint8_t ring[kStages][kPairBytes];
   float parts[kWarps][kPart];
   float inbox[kPart * 2];  // [source][2 kGroup + slice], at most 8 (2 kGroup + kOutputs / 8)
+  alignas(16) float angles[2][kHeadDim / 2];  // cos, sin of the new token
   NewToken token;
+  int table[kThreads];  // the page table's first entries
   uint64_t bars[kStages];
 };
 
@@ -65,10 +68,11 @@ __device__ __forceinline__ void load_shared_8(uint32_t (&r)[2], uint32_t address
   asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address));
 }
 
-template <int kCluster>
+// kStages: pages in flight.
+template <int kCluster, int kStages>
 __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionArgs p) {
   extern __shared__ __align__(128) uint8_t smem[];
-  Shared& shared = *reinterpret_cast<Shared*>(smem);
+  auto& shared = *reinterpret_cast<Shared<kStages>*>(smem);
   const int tid = threadIdx.x, lane = tid & 31, g = lane >> 2, t = lane & 3;
   const int warp = __shfl_sync(0xffffffffu, tid >> 5, 0);
   const int rank = blockIdx.x % kCluster, item = blockIdx.x / kCluster;
@@ -76,41 +80,55 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
   const uint32_t ring = ptx::smem_address(shared.ring), bars = ptx::smem_address(shared.bars);
 
   ptx::grid_launch_dependents();
+  // Length and table in one trip to L2, pages and angles in the next: every trip is 0.6 us here.
+  const int* table = p.page_table + static_cast<int64_t>(sequence) * p.page_table_stride;
+  if (tid < p.page_table_stride) shared.table[tid] = table[tid];
   const int length = p.lengths[sequence], position = length - 1;
   const int pages = (length + kPageTokens - 1) / kPageTokens;
   const int begin = rank * pages / kCluster, count = (rank + 1) * pages / kCluster - begin;
-  const int* table = p.page_table + static_cast<int64_t>(sequence) * p.page_table_stride + begin;
+  auto page_offset = [&](int i) {
+    i += begin;
+    return pair_offset(i < kThreads ? shared.table[i] : table[i], p.kv_heads, head);
+  };
   auto request = [&](int i) {
     const int stage = i % kStages;
     ptx::mbarrier_expect(bars + stage * 8, kPairBytes);
-    ptx::bulk_load(ring + stage * kPairBytes,
-                   static_cast<const uint8_t*>(p.pages) + pair_offset(table[i], p.kv_heads, head),
+    ptx::bulk_load(ring + stage * kPairBytes, static_cast<const uint8_t*>(p.pages) + page_offset(i),
                    kPairBytes, bars + stage * 8, ptx::policy_evict_first());
   };
-  if (tid == 0) {
-    for (int i = 0; i < kStages; ++i) ptx::mbarrier_init(bars + i * 8, 1);
+  if (tid < kStages) {
+    ptx::mbarrier_init(bars + tid * 8, 1);
     ptx::mbarrier_init_fence();
-    for (int i = 0; i < min(kStages, count); ++i) request(i);
   }
-  // cos and sin of this lane's d (modulo 64): 32 (t & 1) ...
-  const float* angle = p.cos + static_cast<int64_t>(position) * 64 + 32 * (t & 1);
-  const int64_t to_sin = p.sin - p.cos;
+  __syncthreads();
+  if (tid < min(kStages, count)) request(tid);
+  if (tid >= 64 && tid < 192) {
+    const int at = tid - 64;
+    (&shared.angles[0][0])[at] = (at < 64 ? p.cos : p.sin)[int64_t{position} * 64 + at % 64];
+  }
+  // Thread: outputs 2 tid and 2 tid + 1 of the slice this CTA writes in the end.
+  constexpr int kSlice = kOutputs / kCluster;
+  const int output = rank * kSlice + 2 * tid;
+  float2 out_scale = make_float2(1.0f, 1.0f);
+  if (p.out_scale && 2 * tid < kSlice) {
+    out_scale = *reinterpret_cast<const float2*>(p.out_scale + head * kOutputs + output);
+  }
   __syncthreads();
   if constexpr (kCluster > 1) ptx::cluster_sync();  // its inboxes exist from here on
   ptx::grid_dependency_wait();
 
   const auto* qkv = static_cast<const __nv_bfloat16*>(p.qkv) + sequence * p.qkv_stride;
-  if (rank == kCluster - 1 && warp < 2) {
-    // The new token: warp 0 its k, warp 1 its v. Lane l has d 2l, 2l + 1 and their partners 64 on.
-    const bool is_v = warp == 1;
+  if (rank == kCluster - 1 && warp >= kWarps) {
+    // The new token's k, and its v. Lane l has d 2l, 2l + 1 and their partners 64 on.
+    const bool is_v = warp > kWarps;
     const auto* from =
         reinterpret_cast<const uint32_t*>(qkv + ((is_v ? 5 : 4) * p.kv_heads + head) * kHeadDim) +
         lane;
     const uint32_t first = from[0], second = from[32];
     float x[4] = {low(first), high(first), low(second), high(second)};
     if (!is_v) {
-      const float2 c = reinterpret_cast<const float2*>(p.cos)[int64_t{position} * 32 + lane];
-      const float2 s = reinterpret_cast<const float2*>(p.sin)[int64_t{position} * 32 + lane];
+      const float2 c = reinterpret_cast<const float2*>(shared.angles[0])[lane];
+      const float2 s = reinterpret_cast<const float2*>(shared.angles[1])[lane];
       const float a0 = x[0], a1 = x[1];
       x[0] = ptx::rope_first(a0, x[2], c.x, s.x);
       x[1] = ptx::rope_first(a1, x[3], c.y, s.y);
@@ -120,8 +138,7 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
     uint32_t u[4];
     const __half scale = quantize_head(x, is_v ? p.v_scale : p.k_scale, u);
     const int row = position % kPageTokens;
-    uint8_t* pair =
-        static_cast<uint8_t*>(p.pages) + pair_offset(table[count - 1], p.kv_heads, head);
+    uint8_t* pair = static_cast<uint8_t*>(p.pages) + page_offset(count - 1);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int d = 2 * lane + (i & 1) + 64 * (i >> 1);
@@ -143,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
 
   // q, rotated and rounded to bf16 as rope_store_kv leaves it, then f16.
   uint32_t q[8][2];
-  {
+  if (warp < kWarps) {
     const bool real = g < kGroup;
     const auto* from =
         reinterpret_cast<const uint4*>(qkv + (head * kGroup + (real ? g : 0)) * kHeadDim + t * 32);
@@ -156,8 +173,8 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       const uint32_t other = __shfl_xor_sync(0xffffffffu, words[i], 2);  // 64 on or back
-      const float2 c = *reinterpret_cast<const float2*>(angle + 2 * i);
-      const float2 s = *reinterpret_cast<const float2*>(angle + to_sin + 2 * i);
+      const float2 c = *reinterpret_cast<const float2*>(&shared.angles[0][32 * (t & 1) + 2 * i]);
+      const float2 s = *reinterpret_cast<const float2*>(&shared.angles[1][32 * (t & 1) + 2 * i]);
       const bool second = t >= 2;
       const float a0 = second ? ptx::rope_second(low(other), low(words[i]), c.x, s.x)
                               : ptx::rope_first(low(words[i]), low(other), c.x, s.x);
@@ -177,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
   float m = -1e30f, l = 0.0f;  // of row g, in log2 units; l is this lane's part
 
 #pragma unroll 1
-  for (int i = slot; i < count; i += 2) {
+  for (int i = slot; warp < kWarps && i < count; i += 2) {
     const int stage = i % kStages, first_token = (begin + i) * kPageTokens + 16 * quarter;
     const uint32_t k_tile = ring + stage * kPairBytes, v_tile = k_tile + kTileBytes;
     ptx::mbarrier_wait(bars + stage * 8, i / kStages & 1);
@@ -263,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
   // This CTA's sums.
   l += __shfl_xor_sync(0xffffffffu, l, 1);
   l += __shfl_xor_sync(0xffffffffu, l, 2);
-  if (g < kGroup) {
+  if (g < kGroup && warp < kWarps) {
     float* part = shared.parts[warp];
     if (t == 0) part[2 * g] = m, part[2 * g + 1] = l;
     float2* to = reinterpret_cast<float2*>(part + 2 * kGroup + g * kHeadDim) + t;
@@ -271,8 +288,9 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
     for (int n = 0; n < 16; ++n) to[n * 4] = make_float2(o[n][0], o[n][1]);
   }
   __syncthreads();
-  // Thread: outputs 2 tid and 2 tid + 1, of head tid / 64.
-  const int of_head = tid >> 6;
+  // Thread: outputs 2 tid and 2 tid + 1, of head tid / 64. The last two warps have none.
+  const bool has_outputs = 2 * tid < kOutputs;
+  const int of_head = has_outputs ? tid >> 6 : 0;
   float peak = -1e30f;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, shared.parts[w][2 * of_head]);
@@ -280,25 +298,28 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
     const float factor = ptx::exp2_fast(shared.parts[w][2 * of_head] - peak);
-    const float2 v = *reinterpret_cast<const float2*>(shared.parts[w] + 2 * kGroup + 2 * tid);
+    const float2 v =
+        *reinterpret_cast<const float2*>(shared.parts[w] + 2 * kGroup + 2 * tid % kOutputs);
     total = fmaf(shared.parts[w][2 * of_head + 1], factor, total);
     sum0 = fmaf(v.x, factor, sum0);
     sum1 = fmaf(v.y, factor, sum1);
   }
   if constexpr (kCluster > 1) {
     // To the owner of the slice: outputs [rank * kSlice, (rank + 1) * kSlice).
-    constexpr int kSlice = kOutputs / kCluster, kEntry = 2 * kGroup + kSlice;
+    constexpr int kEntry = 2 * kGroup + kSlice;
     static_assert(kCluster * kEntry <= 2 * kPart);
-    const int owner = 2 * tid / kSlice;
-    const uint32_t mine = ptx::smem_address(shared.inbox) + rank * kEntry * 4;
-    const uint32_t theirs = ptx::cluster_address(mine, owner);
-    ptx::store_cluster_f32x2(theirs + (2 * kGroup + 2 * tid % kSlice) * 4, sum0, sum1);
-    if (2 * tid % kSlice == 0 || tid % 64 == 0) {
-      ptx::store_cluster_f32x2(theirs + 2 * of_head * 4, peak, total);
+    if (has_outputs) {
+      const int owner = 2 * tid / kSlice;
+      const uint32_t mine = ptx::smem_address(shared.inbox) + rank * kEntry * 4;
+      const uint32_t theirs = ptx::cluster_address(mine, owner);
+      ptx::store_cluster_f32x2(theirs + (2 * kGroup + 2 * tid % kSlice) * 4, sum0, sum1);
+      if (2 * tid % kSlice == 0 || tid % 64 == 0) {
+        ptx::store_cluster_f32x2(theirs + 2 * of_head * 4, peak, total);
+      }
     }
     ptx::cluster_sync();
     if (2 * tid >= kSlice) return;
-    const int output = rank * kSlice + 2 * tid, out_head = output / kHeadDim;
+    const int out_head = output / kHeadDim;
     peak = -1e30f;
 #pragma unroll
     for (int r = 0; r < kCluster; ++r) {
@@ -315,36 +336,31 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
       sum1 = fmaf(v.y, factor, sum1);
     }
   }
-  const int output = (kCluster > 1 ? rank * (kOutputs / kCluster) : 0) + 2 * tid;
+  if (!has_outputs) return;
   const float norm = 1.0f / (256.0f * total);
-  float v0 = sum0 * norm, v1 = sum1 * norm;
-  if (p.out_scale) {
-    const float2 scale = *reinterpret_cast<const float2*>(p.out_scale + head * kOutputs + output);
-    v0 *= scale.x, v1 *= scale.y;
-  }
+  const float v0 = sum0 * norm * out_scale.x, v1 = sum1 * norm * out_scale.y;
   *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.out) + sequence * p.out_stride +
                                      head * kOutputs + output) = __floats2bfloat162_rn(v0, v1);
 }
 
-template <int kCluster>
+template <int kCluster, int kStages>
 int launch(const StepAttentionArgs& args, void* stream) {
   LinearArgs common{};
   common.dependent = args.dependent;
-  return launch_linear(step_kernel<kCluster>, common, args.sequences * args.kv_heads * kCluster,
-                       kThreads, sizeof(Shared), stream, kCluster, args);
+  return launch_linear(step_kernel<kCluster, kStages>, common,
+                       args.sequences * args.kv_heads * kCluster, kThreads, sizeof(Shared<kStages>),
+                       stream, kCluster, args);
 }
 
 }  // namespace
 
-bool step_attention_fits(int sequences) { return sequences <= 8; }
-
 int step_attention(const StepAttentionArgs& args, void* stream) {
   const int items = args.sequences * args.kv_heads;
-  // About one CTA an SM.
-  if (items * 8 <= args.num_sms) return launch<8>(args, stream);
-  if (items * 4 <= args.num_sms) return launch<4>(args, stream);
-  if (items * 2 <= args.num_sms) return launch<2>(args, stream);
-  return launch<1>(args, stream);
+  // At most one CTA an SM, as far as there are pages to share.
+  if (items * 8 <= args.num_sms) return launch<8, 6>(args, stream);
+  if (items * 4 <= args.num_sms) return launch<4, 6>(args, stream);
+  if (items * 2 <= args.num_sms) return launch<2, 6>(args, stream);
+  return launch<1, 4>(args, stream);  // two CTAs an SM
 }
 
 }  // namespace nibble::cuda

@@ -151,13 +151,23 @@ class WeightLoader {
   int next_ = 0;
 };
 
+/// The parts of a norm that a linear does: for the norm after it, and for the one before it.
+struct NormParts {
+  void* next = nullptr;
+  const float* next_weight = nullptr;
+  bool scales = false;
+  float eps = 0;
+};
+
 class CudaBackend final : public Backend {
  public:
   CudaBackend() : device_(open_checked_device()) {
     check(stream_create(&stream_), "making a stream");
+    for (void*& mark : marks_) check(event_create(&mark), "making an event");
     const size_t linear = linear_workspace_bytes(device_.num_sms);
     const size_t decode = decode_attention_workspace_bytes(device_.num_sms);
     linear_workspace_ = own(linear);
+    squares_ = static_cast<float*>(own(size_t{8} * 512 * sizeof(float)));
     decode_workspace_ = own(decode);
     check(memory_fill(linear_workspace_, 0xff, linear, stream_), "clearing a workspace");
     check(memory_fill(decode_workspace_, 0xff, decode, stream_), "clearing a workspace");
@@ -167,6 +177,7 @@ class CudaBackend final : public Backend {
     stream_sync(stream_);
     destroy_graphs();
     for (void* data : owned_) memory_free(data);
+    for (void* mark : marks_) event_destroy(mark);
     stream_destroy(stream_);
   }
 
@@ -202,6 +213,8 @@ class CudaBackend final : public Backend {
   }
   void free(void* data, size_t) noexcept override {
     put_off_.reset();  // whoever frees reads nothing of it any more
+    put_off_linear_.reset();
+    half_normed_.reset();
     memory_free(data);
   }
   void upload(void* device, const void* host, size_t bytes) override {
@@ -220,6 +233,25 @@ class CudaBackend final : public Backend {
     flush();
     check(copy_on_device(to, from, bytes, stream_), "copying on the device");
   }
+  bool overlaps() const override { return true; }
+  void* host_alloc(size_t bytes) override {
+    void* data = pinned_alloc(bytes);
+    if (data == nullptr) {
+      fail(ErrorKind::kMemory, "cuda: cannot pin {} bytes of host memory", bytes);
+    }
+    return data;
+  }
+  void host_free(void* data) noexcept override { pinned_free(data); }
+  int mark() override {
+    flush();
+    const int mark = next_mark_;
+    next_mark_ = (next_mark_ + 1) % kNumMarks;
+    check(event_record(marks_[mark], stream_), "recording an event");
+    return mark;
+  }
+  void wait(int mark) override {
+    check(event_sync(marks_[mark]), "a kernel or copy before this point");
+  }
   /// Small tensors go directly, large ones through the loader's pinned buffers.
   const void* import_weights(const std::byte* host, size_t bytes) override {
     void* data = own(bytes);
@@ -234,8 +266,10 @@ class CudaBackend final : public Backend {
   /// The first step of a key runs directly, so that every scratch buffer has its size; the second
   /// is recorded. A key that comes once, as most do while prompts are read, costs no graph.
   void run(uint64_t key, const std::function<void()>& step) override {
+    flush();
     if (key == 0) {
       step();
+      flush();
       return;
     }
     if (scratch_moves_ != graphs_moves_ || graphs_.size() > kMaxGraphs) {
@@ -246,12 +280,14 @@ class CudaBackend final : public Backend {
     auto [it, is_new] = graphs_.try_emplace(key, nullptr);
     if (is_new) {
       step();
+      flush();
       return;
     }
     if (it->second == nullptr) {
       check(capture_begin(stream_), "beginning a graph");
       try {
         step();
+        flush();
       } catch (...) {
         void* unfinished = nullptr;
         capture_end(stream_, &unfinished);
@@ -304,13 +340,23 @@ class CudaBackend final : public Backend {
     flush();
     dense_weight(table, "the embedding");
     if (batch.num_tokens == 0) return;
-    check(cuda::embed(batch.token_ids, table.weight, x, batch.num_tokens, table.in_features,
-                      kDependent, stream_),
+    check(cuda::embed(batch.token_ids, batch.previous_tokens, table.weight, x, batch.num_tokens,
+                      table.in_features, kDependent, stream_),
           "embed");
   }
 
   void rms_norm(const void* x, const float* weight, float eps, int rows, int hidden,
                 void* y) override {
+    if (put_off_linear_ && put_off_linear_->y == x && put_off_linear_->rows == rows &&
+        put_off_linear_->w.out_features == hidden) {
+      // The linear that is still to come writes x; it writes the norm's input to the next one too.
+      const ResidualLinear l = *put_off_linear_;
+      put_off_linear_.reset();
+      int4(l.x, l.w, hidden, rows, Epilogue::kResidual, nullptr, l.y,
+           {.next = y, .next_weight = weight});
+      half_normed_ = {x, weight, eps, rows, hidden, y};
+      return;
+    }
     flush();
     norm(x, weight, eps, nullptr, rows, hidden, y);
   }
@@ -319,27 +365,35 @@ class CudaBackend final : public Backend {
   // ------------------------------------------------------------------------------------------
 
   void linear(const void* x, const LinearOperand& w, int rows, bool add, void* y) override {
-    flush();
     if (rows == 0) return;
-    x = pre_scaled(x, w, rows);
     if (w.layout == WeightLayout::kCudaInt4) {
-      int4(x, w, w.out_features, rows, add ? Epilogue::kResidual : Epilogue::kPlain, nullptr, y);
+      const NormParts norm = take_normed(x, w, rows);  // flushes
+      if (add && w.pre_scale == nullptr && linear_fuses_norm(rows, w.out_features)) {
+        put_off_linear_ = {x, w, rows, y};
+        return;
+      }
+      x = pre_scaled(x, w, rows);
+      int4(x, w, w.out_features, rows, add ? Epilogue::kResidual : Epilogue::kPlain, nullptr, y,
+           norm);
     } else {
+      flush();
+      x = pre_scaled(x, w, rows);
       dense(x, w, rows, add ? y : nullptr, false, y);
     }
   }
 
   void gate_up(const void* x, const LinearOperand& gate, const LinearOperand& up, int rows,
                const float* out_scale, void* y) override {
-    flush();
     NIBBLE_CHECK(gate.out_features == up.out_features && gate.in_features == up.in_features &&
                  gate.pre_scale == up.pre_scale && gate.layout == up.layout);
     if (rows == 0) return;
     if (gate.layout == WeightLayout::kCudaInt4 && gate.weight == up.weight) {
+      const NormParts norm = take_normed(x, gate, rows);
       int4(pre_scaled(x, gate, rows), gate, 2 * gate.out_features, rows, Epilogue::kSiluMul,
-           out_scale, y);
+           out_scale, y, norm);
       return;
     }
+    flush();
     LinearOperand plain_gate = gate, plain_up = up;
     plain_gate.pre_scale = plain_up.pre_scale = nullptr;
     const void* scaled = pre_scaled(x, gate, rows);
@@ -424,9 +478,9 @@ class CudaBackend final : public Backend {
     KvLayer kv;
   };
 
-  // A decode step of few sequences: attention_step.cu. Decided by what graph_key() covers.
+  // A step of one token a sequence: attention_step.cu. Decided by what graph_key() covers.
   static bool is_step(const StepBatch& batch, int num_heads, const KvLayer& kv) {
-    return batch.num_tokens == batch.num_seqs && step_attention_fits(batch.num_seqs) &&
+    return batch.num_tokens == batch.num_seqs &&
            batch.host_seq_starts[batch.num_seqs] == batch.num_seqs && every_one(batch) &&
            num_heads == kFastGroup * kv.num_kv_heads &&
            page_format(kv.format, kv.block_tokens, kv.head_dim) == PageFormat::kInt8;
@@ -438,11 +492,51 @@ class CudaBackend final : public Backend {
     return true;
   }
 
+  /// A linear that adds to the residual stream and has not been done yet: should an RMSNorm follow,
+  /// one kernel does both.
+  struct ResidualLinear {
+    const void* x;
+    LinearOperand w;
+    int rows;
+    void* y;
+  };
+  /// An RMSNorm of which the multiplication by 1/rms is left to the linear that reads it.
+  struct HalfNormed {
+    const void* x;
+    const float* weight;
+    float eps;
+    int rows, hidden;
+    void* y;
+  };
+  /// Does whatever has been put off. Every op begins with it or takes what was put off for it.
   void flush() {
-    if (!put_off_) return;
-    const RopeStore r = *put_off_;
-    put_off_.reset();
-    rope_store(r.batch, r.qkv, r.num_heads, r.rope, r.kv);
+    if (put_off_) {
+      const RopeStore r = *put_off_;
+      put_off_.reset();
+      rope_store(r.batch, r.qkv, r.num_heads, r.rope, r.kv);
+    }
+    if (put_off_linear_) {
+      const ResidualLinear l = *put_off_linear_;
+      put_off_linear_.reset();
+      int4(l.x, l.w, l.w.out_features, l.rows, Epilogue::kResidual, nullptr, l.y);
+    }
+    if (half_normed_) {
+      const HalfNormed n = *half_normed_;
+      half_normed_.reset();
+      norm(n.x, n.weight, n.eps, nullptr, n.rows, n.hidden, n.y);
+    }
+  }
+
+  /// What a linear that reads x has left to do of a norm; other work that was put off is done.
+  NormParts take_normed(const void* x, const LinearOperand& w, int rows) {
+    if (half_normed_ && half_normed_->y == x && half_normed_->rows == rows &&
+        half_normed_->hidden == w.in_features && w.pre_scale == nullptr) {
+      const NormParts parts{.scales = true, .eps = half_normed_->eps};
+      half_normed_.reset();
+      return parts;
+    }
+    flush();
+    return {};
   }
 
   void step(const StepBatch& batch, const void* qkv, const RopeTable& rope, const KvLayer& kv,
@@ -632,7 +726,7 @@ class CudaBackend final : public Backend {
   }
 
   void int4(const void* x, const LinearOperand& w, int64_t out_rows, int tokens, Epilogue epilogue,
-            const float* out_scale, void* y) {
+            const float* out_scale, void* y, const NormParts& norm = {}) {
     if (w.group_size != 128 || w.in_features % 8 != 0 ||
         out_rows % (epilogue == Epilogue::kSiluMul ? 16 : 8) != 0) {
       fail(ErrorKind::kUnsupported,
@@ -655,6 +749,11 @@ class CudaBackend final : public Backend {
                           .residual = epilogue == Epilogue::kResidual ? y : nullptr,
                           .out_scale = out_scale,
                           .epilogue = epilogue,
+                          .next = norm.next,
+                          .next_weight = norm.next_weight,
+                          .next_squares = squares_,
+                          .squares = norm.scales ? squares_ : nullptr,
+                          .eps = norm.eps,
                           .workspace = linear_workspace_,
                           .num_sms = device_.num_sms,
                           .dependent = kDependent,
@@ -692,9 +791,15 @@ class CudaBackend final : public Backend {
 
   const Device device_;
   void* stream_ = nullptr;
+  static constexpr int kNumMarks = 2;
+  void* marks_[kNumMarks] = {};  // events
+  int next_mark_ = 0;
   int max_logit_rows_ = 0;
   std::unordered_map<uint64_t, void*> graphs_;  // null: seen once
   std::optional<RopeStore> put_off_;
+  std::optional<ResidualLinear> put_off_linear_;
+  std::optional<HalfNormed> half_normed_;
+  float* squares_ = nullptr;              // [8, tiles of the widest row that fuses]
   std::unique_ptr<WeightLoader> loader_;  // while weights are loaded
   std::vector<void*> owned_;              // weights and workspaces, freed with the backend
   void *linear_workspace_ = nullptr, *decode_workspace_ = nullptr;

@@ -54,7 +54,8 @@ void* pinned_alloc(size_t bytes) {
 void pinned_free(void* data) { cudaFreeHost(data); }
 int event_create(void** event) {
   cudaEvent_t created = nullptr;
-  const cudaError_t status = cudaEventCreateWithFlags(&created, cudaEventDisableTiming);
+  const cudaError_t status =
+      cudaEventCreateWithFlags(&created, cudaEventDisableTiming | cudaEventBlockingSync);
   *event = created;
   return status;
 }

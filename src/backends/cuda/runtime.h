@@ -32,7 +32,7 @@ void pinned_free(void* data);
 int event_create(void** event);
 void event_destroy(void* event);
 int event_record(void* event, void* stream);
-int event_sync(void* event);
+int event_sync(void* event);  // sleeps
 
 // Records what the stream is given between the two instead of running it.
 int capture_begin(void* stream);

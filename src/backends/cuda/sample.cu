@@ -5,7 +5,7 @@
 // A CTA keeps an eighth of the row's logits in shared memory and walks only those; what the eight
 // find meets in distributed shared memory, one cluster barrier a reduction. No sort: the kept ids
 // are a prefix of (logit descending, id ascending), so each filter is a threshold on the logit's
-// order-preserving bits plus a count among its equals, found by radix descent over 6-bit digits (of
+// order-preserving bits plus a count among its equals, found by radix descent over digits (of
 // counts for top_k, of weights for top_p). Weights are 2^40 times exp((logit - best) / temperature)
 // as integers, so that sums do not depend on the order of atomics: run-to-run deterministic. The
 // draw walks ids upwards, as the reference does.
@@ -25,7 +25,10 @@ namespace {
 
 constexpr int kCluster = 8, kThreads = 512, kWarps = kThreads / 32;
 constexpr int kMaxSlice = 48 << 10;  // ids of one CTA
-constexpr int kBits = 6, kBins = 1 << kBits;
+// Digits of a descent: wide for counts, narrow for weights, which need three counters a bin.
+constexpr int kCountBits = 8, kWeightBits = 6;
+constexpr int kBins = 1 << kCountBits, kCopyWords = kBins * 32;
+static_assert(3 * (1 << kWeightBits) <= kBins);
 constexpr double kOne = 1099511627776.0;  // 2^40
 
 struct Params {
@@ -37,8 +40,8 @@ struct Params {
 };
 
 struct Shared {
-  uint32_t copies[3][kBins][32];  // counters of 14 bits of a mass each, one copy a lane
-  uint64_t sent[2][kBins];        // read by the neighbours: every second exchange uses one half
+  uint32_t copies[kCopyWords];  // [14 bits of a mass each][bin][lane]: counters, one copy a lane
+  uint64_t sent[2][kBins];      // read by the neighbours: every second exchange uses one half
   uint64_t warp_values[kWarps];
   uint64_t total;
   uint64_t bins[kBins];
@@ -167,39 +170,44 @@ struct Slice {
   // The shortest prefix whose mass (measure(i, key), summed) reaches `target`: returns its key, and
   // in `above` the mass of the keys above it. 64-bit shared atomics are loops, and logits share few
   // leading bits: hence the 32-bit counters.
-  template <typename Measure>
+  template <int kBits, typename Measure>
   __device__ uint32_t descend(uint64_t target, uint64_t& above, Measure measure) {
+    constexpr int kDigits = 1 << kBits, kPieces = kBits == kCountBits ? 1 : 3;
     const int tid = threadIdx.x, lane = tid % 32;
     uint32_t prefix = 0;
     above = 0;
     int decided = 0;
     while (decided < 32) {
       const int bits = min(kBits, 32 - decided), shift = 32 - decided - bits;
-      uint32_t* copies = &s.copies[0][0][0];
-      for (int i = tid; i < 3 * kBins * 32; i += kThreads) copies[i] = 0;
+      for (int i = tid; i < kPieces * kDigits * 32; i += kThreads) s.copies[i] = 0;
       __syncthreads();
       for (int i = tid; i < count; i += kThreads) {
         const uint32_t key = order_bits(x[i]);
         if (decided > 0 && key >> (32 - decided) != prefix >> (32 - decided)) continue;
         const uint64_t mass = measure(i, key);
-        uint32_t* bin = &s.copies[0][key >> shift & ((1u << bits) - 1)][lane];
+        uint32_t* bin = s.copies + (key >> shift & ((1u << bits) - 1)) * 32 + lane;
+        if constexpr (kPieces == 1) {
+          if (mass) atomicAdd(bin, 1u);
+          continue;
+        }
         const auto low = static_cast<uint32_t>(mass) & 0x3fffu;
         const auto middle = static_cast<uint32_t>(mass >> 14) & 0x3fffu;
         const auto high = static_cast<uint32_t>(mass >> 28);
         if (low) atomicAdd(bin, low);
-        if (middle) atomicAdd(bin + kBins * 32, middle);
-        if (high) atomicAdd(bin + 2 * kBins * 32, high);
+        if (middle) atomicAdd(bin + kDigits * 32, middle);
+        if (high) atomicAdd(bin + 2 * kDigits * 32, high);
       }
       __syncthreads();
       uint64_t* sent = s.sent[exchanges++ & 1];
       {
-        constexpr int kPer = kThreads / kBins, kOf = 32 / kPer;  // threads a bin; copies a thread
+        constexpr int kPer = kThreads / kDigits, kOf = 32 / kPer;  // threads a bin; copies a thread
         const int bin = tid / kPer;
         uint64_t sum = 0;
         for (int c = 0; c < kOf; ++c) {
-          const int copy = (tid % kPer * kOf + c + bin) % 32;
-          sum += s.copies[0][bin][copy] + (uint64_t{s.copies[1][bin][copy]} << 14) +
-                 (uint64_t{s.copies[2][bin][copy]} << 28);
+          const uint32_t* at = s.copies + bin * 32 + (tid % kPer * kOf + c + bin) % 32;
+          for (int piece = 0; piece < kPieces; ++piece) {
+            sum += uint64_t{at[piece * kDigits * 32]} << (14 * piece);
+          }
         }
         for (int offset = kPer / 2; offset; offset /= 2) {
           sum += __shfl_xor_sync(0xffffffffu, sum, offset);
@@ -207,7 +215,7 @@ struct Slice {
         if (tid % kPer == 0) sent[bin] = sum;
       }
       ptx::cluster_sync();
-      if (tid < kBins) {
+      if (tid < kDigits) {
         uint64_t sum = 0;
 #pragma unroll
         for (int r = 0; r < kCluster; ++r) sum += of_rank(sent, r)[tid];
@@ -215,20 +223,24 @@ struct Slice {
       }
       __syncthreads();
       if (tid < 32) {
-        // Lane l: bins 63 - 2l and 62 - 2l, from the top.
-        const uint64_t upper = s.bins[kBins - 1 - 2 * lane], lower = s.bins[kBins - 2 - 2 * lane];
-        uint64_t through = upper + lower;
+        // From the top: a lane has kEach bins in a row.
+        constexpr int kEach = kDigits / 32;
+        const uint64_t* top = s.bins + kDigits - 1 - lane * kEach;
+        uint64_t own = 0;
+        for (int i = 0; i < kEach; ++i) own += top[-i];
+        uint64_t through = own;
         for (int offset = 1; offset < 32; offset *= 2) {
           const uint64_t other = __shfl_up_sync(0xffffffffu, through, offset);
           if (lane >= offset) through += other;
         }
-        const uint64_t over = above + through - upper - lower;  // the mass above this lane's bins
         const uint32_t reached = __ballot_sync(0xffffffffu, above + through >= target);
         const int at = reached ? __ffs(static_cast<int>(reached)) - 1 : 31;
         if (lane == at) {
-          const bool is_upper = reached && over + upper >= target;
-          s.digit = kBins - 1 - 2 * lane - (is_upper ? 0 : 1);
-          s.above = over + (is_upper ? 0 : upper);
+          uint64_t over = above + through - own;  // the mass above this lane's bins
+          int i = 0;
+          for (; i + 1 < kEach && over + top[-i] < target; ++i) over += top[-i];
+          s.digit = kDigits - 1 - lane * kEach - i;
+          s.above = over;
         }
       }
       __syncthreads();
@@ -256,8 +268,8 @@ struct Slice {
     Prefix kept{0, ~uint64_t{0}};  // everything
     if (row.top_k > 0 && row.top_k < vocab) {
       uint64_t above;
-      kept.key = descend(static_cast<uint64_t>(row.top_k), above,
-                         [](int, uint32_t) { return uint64_t{1}; });
+      kept.key = descend<kCountBits>(static_cast<uint64_t>(row.top_k), above,
+                                     [](int, uint32_t) { return uint64_t{1}; });
       kept.ties = static_cast<uint64_t>(row.top_k) - above;
     }
     // Weights of what is left; exp of a double is what costs here. Below 2^-40 all are 0.
@@ -283,7 +295,10 @@ struct Slice {
       uint64_t target = static_cast<uint64_t>(ceil(wanted));
       if (target == 0) target = 1;
       uint64_t above;
-      const uint32_t key = descend(target, above, [&](int i, uint32_t) { return weights[i]; });
+      const uint32_t floor_key = kept.key;
+      const uint32_t key = descend<kWeightBits>(target, above, [&](int i, uint32_t key) {
+        return key < floor_key ? uint64_t{0} : weights[i];  // known without a look at memory
+      });
       const uint64_t each = weight_of(from_order_bits(key), best_logit, row.temperature);
       uint64_t ties = each ? (target - above + each - 1) / each : 1;
       if (ties == 0) ties = 1;
