@@ -33,8 +33,12 @@ struct EngineStats {
   uint64_t preemptions = 0;
   uint64_t steps = 0;
   uint64_t step_tokens = 0;  // rows computed
-  uint64_t step_us = 0;      // whole steps: plan, run, commit, sinks
-  uint64_t run_us = 0;       // inside Executor::run
+  /// Steps by their rows: up to each of kStepSizes, and above the last.
+  static constexpr std::array<int, 13> kStepSizes{1,   8,    16,   32,   64,   128,  256,
+                                                  512, 1024, 2048, 4096, 8192, 16384};
+  std::array<uint64_t, kStepSizes.size() + 1> steps_by_size{};
+  uint64_t step_us = 0;  // whole steps: plan, run, commit, sinks
+  uint64_t run_us = 0;   // inside Executor::run
   uint64_t forward_us =
       0;  // inside the decoder and the sampling op: step_us - forward_us is overhead
 };

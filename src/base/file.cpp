@@ -168,6 +168,14 @@ void write_file_atomically(const fs::path& path, std::string_view content) {
 }
 
 AtomicDirectory AtomicDirectory::create(const fs::path& final_path) {
+  return make(final_path, /*clear=*/true);
+}
+
+AtomicDirectory AtomicDirectory::open_or_create(const fs::path& final_path) {
+  return make(final_path, /*clear=*/false);
+}
+
+AtomicDirectory AtomicDirectory::make(const fs::path& final_path, bool clear) {
   std::error_code ignored;
   AtomicDirectory directory;
   directory.final_path_ = final_path.has_filename() ? final_path : final_path.parent_path();
@@ -179,7 +187,7 @@ AtomicDirectory AtomicDirectory::create(const fs::path& final_path) {
   }
   directory.temporary_path_ = directory.final_path_;
   directory.temporary_path_ += ".tmp";
-  fs::remove_all(directory.temporary_path_, ignored);  // what a killed run left
+  if (clear) fs::remove_all(directory.temporary_path_, ignored);  // what a killed run left
   std::error_code error;
   fs::create_directories(directory.temporary_path_, error);
   if (error) {
@@ -191,10 +199,11 @@ AtomicDirectory AtomicDirectory::create(const fs::path& final_path) {
 
 AtomicDirectory::AtomicDirectory(AtomicDirectory&& other) noexcept
     : final_path_(std::move(other.final_path_)),
-      temporary_path_(std::exchange(other.temporary_path_, {})) {}
+      temporary_path_(std::exchange(other.temporary_path_, {})),
+      keep_(other.keep_) {}
 
 AtomicDirectory::~AtomicDirectory() {
-  if (temporary_path_.empty()) return;
+  if (temporary_path_.empty() || keep_) return;
   std::error_code ignored;
   fs::remove_all(temporary_path_, ignored);
 }

@@ -67,17 +67,23 @@ void write_file_atomically(const fs::path& path, std::string_view content);
 class AtomicDirectory {
  public:
   static AtomicDirectory create(const fs::path& final_path);
+  /// The same, but what an earlier run left in `final.tmp` is still there.
+  static AtomicDirectory open_or_create(const fs::path& final_path);
   AtomicDirectory(AtomicDirectory&& other) noexcept;
   AtomicDirectory& operator=(AtomicDirectory&&) = delete;
   ~AtomicDirectory();
 
   const fs::path& path() const { return temporary_path_; }
   void commit();
+  /// Without commit(), leaves `final.tmp` for open_or_create() instead of removing it.
+  void keep() { keep_ = true; }
 
  private:
   AtomicDirectory() = default;
+  static AtomicDirectory make(const fs::path& final_path, bool clear);
   fs::path final_path_;
   fs::path temporary_path_;
+  bool keep_ = false;
 };
 
 }  // namespace nibble

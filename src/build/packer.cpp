@@ -46,6 +46,13 @@ class Packer {
         case WeightRole::kMlpNorm: {
           const std::vector<float> gate = pre_scale_of(table, i, WeightRole::kGate);
           shared_gate_up_ = gate == pre_scale_of(table, i, WeightRole::kUp);
+          if (!shared_gate_up_ && plan_.target.starts_with("cuda")) {
+            fail(ErrorKind::kUnsupported,
+                 "layer {}: gate and up have different pre-scales (as ModelOpt's awq_lite makes "
+                 "them), which the cuda target cannot run; build for cpu:native, or quantize with "
+                 "nibble's --method awq, whose gate and up share one",
+                 row.layer);
+          }
           norm(row, shared_gate_up_ ? gate : std::vector<float>());
           break;
         }

@@ -13,6 +13,7 @@
 #include "base/interrupt.h"
 #include "engine/engine_parts.h"
 #include "model/kv_cache.h"
+#include "text/output_parser.h"
 
 namespace nibble {
 namespace {
@@ -121,6 +122,7 @@ std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory,
 
 std::vector<int32_t> ChatModel::encode_chat(ChatRequest request) const {
   request.roles = roles_;
+  normalize_tool_calls(request.messages, /*parse_arguments=*/!template_.is_built_in());
   const RenderedSegments rendered = template_.render(request);
   std::vector<Tokenizer::Segment> segments;
   for (const RenderedSegment& segment : rendered)

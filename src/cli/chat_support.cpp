@@ -53,7 +53,8 @@ SpeedReport::SpeedReport(const ChatModel& model)
 
 std::string SpeedReport::line(const Generated& generated) const {
   const Usage& usage = generated.usage;
-  std::string line = fmt::format("[{} tokens", usage.completion_tokens);
+  std::string line =
+      fmt::format("[{} token{}", usage.completion_tokens, usage.completion_tokens == 1 ? "" : "s");
   if (usage.completion_tokens > 1 && usage.decode_us > 0) {
     const double rate =
         (usage.completion_tokens - 1) / (static_cast<double>(usage.decode_us) * 1e-6);

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "build/engine_builder.h"
+#include "build/model_card.h"
 #include "build/model_loader.h"
 #include "build/tokenizer_files.h"
 #include "cli/names.h"
@@ -59,6 +60,12 @@ int run_build(const BuildFlags& flags) {
                     synthetic ? flags.synthetic : flags.checkpoint));
   }
   build_engine(flags.checkpoint, *source, options, flags.out, progress);
+  if (kind == ModelKind::kCheckpoint) {
+    const fs::path config = fs::path(flags.out) / "config.json";
+    update_cards(flags.checkpoint, flags.out,
+                 EnginePlan::from_json(parse_json(read_file(config), config.string()).as_object(),
+                                       config.string()));
+  }
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const uint64_t bytes = fs::file_size(fs::path(flags.out) / "rank0.engine");

@@ -4,12 +4,14 @@
 #include <histedit.h>
 #include <unistd.h>
 
+#include <array>
 #include <clocale>
 #include <cstdio>
 #include <iostream>
 
 #include "base/error.h"
 #include "base/interrupt.h"
+#include "base/nearest.h"
 #include "cli/chat_support.h"
 #include "cli/options.h"
 #include "cli/terminal.h"
@@ -111,7 +113,10 @@ class Conversation {
     } else if (name == "/save") {
       save(argument);
     } else {
-      fmt::print("unknown command {}; /help lists them\n", name);
+      constexpr std::array<std::string_view, 7> kNames{
+          "/regenerate", "/continue", "/system", "/save", "/reset", "/quit", "/help"};
+      fmt::print("unknown command {}; did you mean {}? /help lists them\n", name,
+                 nearest_name(name, kNames));
     }
     return true;
   }

@@ -18,27 +18,6 @@
 namespace nibble::cli {
 namespace {
 
-std::vector<int32_t> read_ids(const fs::path& path) {
-  const std::string bytes = read_file(path);
-  const size_t width = path.extension() == ".u32" ? 4 : 2;
-  if (path.extension() != ".u16" && path.extension() != ".u32") {
-    fail(ErrorKind::kUsage, "--ids {}: wanted a .u16 or .u32 file of little-endian token ids",
-         path.string());
-  }
-  if (bytes.size() % width != 0) {
-    fail(ErrorKind::kInput, "{} has {} bytes, not a multiple of {}", path.string(), bytes.size(),
-         width);
-  }
-  std::vector<int32_t> ids;
-  for (size_t i = 0; i < bytes.size(); i += width) {
-    uint32_t id = 0;
-    for (size_t b = 0; b < width; ++b)
-      id |= uint32_t{static_cast<uint8_t>(bytes[i + b])} << (8 * b);
-    ids.push_back(static_cast<int32_t>(id));
-  }
-  return ids;
-}
-
 LoadedModel load(const std::string& directory, const EvalFlags& flags) {
   LoadOptions options;
   options.num_threads = flags.threads;
@@ -99,7 +78,7 @@ int run_eval(const EvalFlags& flags) {
   }
   const LoadedModel model = load(flags.model, flags);
   const std::vector<int32_t> ids =
-      !flags.ids.empty() ? read_ids(flags.ids)
+      !flags.ids.empty() ? read_ids_file(flags.ids)
                          : encode_text_file(model.directory, flags.text, flags.tokenizer_regex);
   const EvalOptions options{.context = flags.context, .max_windows = flags.max_windows};
   TerminalProgress progress;

@@ -1,70 +1,173 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 
 #include "base/error.h"
+#include "build/model_card.h"
 #include "build/model_loader.h"
 #include "build/tokenizer_files.h"
-#include "cli/builtin_calibration.h"
+#include "cli/calibrate.h"
 #include "cli/options.h"
 #include "cli/terminal.h"
+#include "cli/texts.h"
+#include "eval/evaluate.h"
 #include "formats/inspect.h"
 #include "quantize/quantizer.h"
-#include "text/chat_template.h"
-#include "text/tokenizer.h"
+#include "quantize/report_html.h"
 
 namespace nibble::cli {
 namespace {
 
-CalibrationData calibrate(const QuantizeFlags& flags, TerminalProgress& progress) {
-  const fs::path model = flags.model;
-  if (!fs::exists(model / "tokenizer.json")) {
-    fail(ErrorKind::kInput,
-         "{} has no tokenizer.json, which calibration needs (--method rtn --kv-cache none does "
-         "without)",
-         flags.model);
+// A flag that the method has no use for is an error: it would be taken for something that was done.
+void set_method(const QuantizeFlags& flags, QuantizeOptions& options) {
+  const auto refuse = [&](const char* flag, const std::string& value, const char* why) {
+    fail(ErrorKind::kUsage, "{} {}: --method {} {}; leave the flag out or use --method awq", flag,
+         value, flags.method, why);
+  };
+  options.method = flags.method == "rtn"        ? QuantizeMethod::kRtn
+                   : flags.method == "awq-lite" ? QuantizeMethod::kAwqLite
+                                                : QuantizeMethod::kAwq;
+  options.sequential = options.method == QuantizeMethod::kAwq;
+  if (options.method != QuantizeMethod::kAwq) {
+    options.rounding = awq::Rounding::kNearest;
+    options.clip = false;
+    if (flags.rounding == "compensated") refuse("--rounding", "compensated", "rounds to nearest");
+    if (flags.clip == "on") refuse("--clip", "on", "does not clip");
+    if (flags.sweeps > 0) refuse("--sweeps", std::to_string(flags.sweeps), "rounds to nearest");
+    if (options.method == QuantizeMethod::kRtn && flags.sequential == "on")
+      refuse("--sequential", "on", "chooses nothing from activations");
   }
-  const Tokenizer tokenizer =
-      Tokenizer::load(model, {parse_tokenizer_regex(flags.tokenizer_regex)});
-  for (const std::string& notice : tokenizer.notices()) progress.note(notice);
-  const ChatTemplate chat = ChatTemplate::load(model);
-  CalibrationEncoder encoder;
-  encoder.chat = [&](const json::object& row) {
-    ChatRequest request;
-    request.messages = row.at("messages").as_array();
-    if (const json::value* tools = row.if_contains("tools")) request.tools = *tools;
-    request.add_generation_prompt = false;
-    const RenderedSegments rendered = chat.render(request);
-    std::vector<Tokenizer::Segment> segments;
-    for (const RenderedSegment& segment : rendered)
-      segments.push_back({segment.text, segment.is_template});
-    return tokenizer.encode_segments(segments);
+  if (!flags.rounding.empty()) {
+    options.rounding =
+        flags.rounding == "nearest" ? awq::Rounding::kNearest : awq::Rounding::kCompensated;
+  }
+  if (options.rounding == awq::Rounding::kNearest) {
+    if (flags.sweeps > 0 && options.method == QuantizeMethod::kAwq) {
+      fail(ErrorKind::kUsage,
+           "--sweeps {}: --rounding nearest has none; leave one of the two flags out",
+           flags.sweeps);
+    }
+    options.sweeps = 0;
+  } else if (flags.sweeps >= 0) {
+    options.sweeps = flags.sweeps;
+  }
+  if (!flags.clip.empty()) options.clip = flags.clip == "on";
+  if (!flags.sequential.empty()) options.sequential = flags.sequential == "on";
+  options.correct_drift = options.method == QuantizeMethod::kAwq && options.sequential;
+  if (flags.correct_drift == "on" && !options.correct_drift) {
+    refuse("--correct-drift", "on",
+           options.method == QuantizeMethod::kAwq ? "with --sequential off knows no layers before"
+                                                  : "moves no weights");
+  }
+  if (flags.correct_drift == "off") options.correct_drift = false;
+}
+
+// Perplexity, KL divergence and top-1 agreement of the checkpoint with the model it came from: the
+// weights alone, with exact activations and cache.
+json::array measure_quality(const QuantizeFlags& flags, const fs::path& quantized,
+                            const ModelSpec& spec, Progress& progress) {
+  json::array rows;
+  if (flags.eval.empty()) return rows;
+  LoadOptions options;
+  options.num_threads = flags.threads;
+  options.build.limits.max_input_len = std::min(1024, spec.max_position);
+  options.build.limits.max_output_len = 1;
+  options.build.activation_precision = ActivationPrecision::kF32;
+  options.build.kv_format = KvFormat::kF32;
+  const LoadedModel model = load_model(quantized, options),
+                    parent = load_model(flags.model, options);
+  for (const std::string& file : flags.eval) {
+    const std::vector<int32_t> ids = eval_ids(flags.model, file, flags.tokenizer_regex);
+    const Comparison result =
+        compare(model, parent, ids,
+                {.context = options.build.limits.max_input_len, .max_windows = flags.eval_windows},
+                progress);
+    rows.push_back({{"text", fs::path(file).filename().string()},
+                    {"windows", result.model.num_windows},
+                    {"perplexity", result.model.perplexity},
+                    {"perplexity_parent", result.other.perplexity},
+                    {"kl_divergence", result.kl_mean},
+                    {"top1_agreement", result.top1_agreement},
+                    {"seconds", result.model.seconds}});
+  }
+  return rows;
+}
+
+// report.json: what was asked for, what was done, what was measured, how long it took.
+json::object full_report(const QuantizeFlags& flags, const QuantizeOptions& options,
+                         const QuantizeReport& report, const CalibrationData* calibration,
+                         json::array quality, double calibration_seconds) {
+  json::object settings = {{"method", flags.method}};
+  if (options.method == QuantizeMethod::kAwq) {
+    settings["rounding"] = rounding_name(options.rounding);
+    settings["clip"] = options.clip;
+    settings["sweeps"] = options.sweeps;
+    settings["drift corrected"] = options.correct_drift;
+  }
+  if (options.method != QuantizeMethod::kRtn) settings["sequential"] = options.sequential;
+  settings["group size"] = options.group_size;
+  settings["unquantized tensors"] = dtype_name(options.dtype);
+  settings["static int8 KV scales"] = options.int8_kv;
+  json::object full = report.to_json();
+  full["model"] = fs::path(flags.model).filename().string();
+  full["settings"] = std::move(settings);
+  full["calibration"] = calibration != nullptr ? json::value(calibration->to_json()) : nullptr;
+  double evaluation = 0;
+  for (const json::value& row : quality) evaluation += row.at("seconds").to_number<double>();
+  full["stages"] = {{"calibration texts", calibration_seconds},
+                    {"passes over the tokens", report.forward_seconds},
+                    {"scales, clips and rounding", report.search_seconds},
+                    {"reading and writing", report.write_seconds},
+                    {"evaluation", evaluation}};
+  full["quality"] = std::move(quality);
+  return full;
+}
+
+// Sizes are counted before the card itself is there.
+uint64_t bytes_under(const fs::path& directory) {
+  uint64_t bytes = 0;
+  for (const auto& entry : fs::recursive_directory_iterator(directory)) {
+    if (entry.is_regular_file()) bytes += entry.file_size();
+  }
+  return bytes;
+}
+
+ModelCard model_card(const QuantizeFlags& flags, const QuantizeOptions& options,
+                     const WeightSource& source, const fs::path& checkpoint,
+                     const json::object& report) {
+  const auto name = [](const std::string& directory) {
+    const fs::path path = fs::absolute(directory).lexically_normal();
+    return (path.has_filename() ? path : path.parent_path()).filename().string();
   };
-  encoder.text = [&](std::string_view text) {
-    std::vector<int32_t> ids = tokenizer.encode(text);
-    if (tokenizer.bos_id()) ids.insert(ids.begin(), *tokenizer.bos_id());
-    if (tokenizer.eos_id()) ids.push_back(*tokenizer.eos_id());
-    return ids;
-  };
-  const CalibrationOptions options{
-      .size = flags.calib_size, .seq_len = flags.calib_seq_len, .seed = flags.seed};
-  CalibrationData data =
-      flags.calib.empty()
-          ? make_calibration("builtin.jsonl", builtin_calibration(), options, encoder)
-          : load_calibration(flags.calib, options, encoder);
-  for (const std::string& notice : data.notices()) progress.note(notice);
-  progress.note(fmt::format("calibrating on {} tokens in {} sequences from {}", data.tokens,
-                            data.sequences.size(),
-                            flags.calib.empty() ? "the texts shipped with nibble" : flags.calib));
-  return data;
+  ModelCard card{.name = name(flags.out),
+                 .base_name = name(flags.model),
+                 .base_model = flags.base_model,
+                 .base = read_hf_card(flags.model),
+                 .spec = source.spec(),
+                 .report = report,
+                 .tp_size = options.tp_size,
+                 .group_size = options.group_size,
+                 .dtype = dtype_name(options.dtype),
+                 .checkpoint_bytes = bytes_under(checkpoint)};
+  for (const WeightRow& row : weight_table(source.spec())) {
+    uint64_t elements = 1;
+    for (const int64_t size : row.shape) elements *= static_cast<uint64_t>(size);
+    card.parameters += elements;
+    card.base_bytes += elements * static_cast<uint64_t>(dtype_bits(source.spec().dtype)) / 8;
+  }
+  return card;
 }
 
 }  // namespace
 
 int run_quantize(const QuantizeFlags& flags) {
   const auto start = std::chrono::steady_clock::now();
+  const auto seconds = [&] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
   const ModelKind kind = model_kind(flags.model);
   if (kind != ModelKind::kHuggingFace) {
     fail(ErrorKind::kInput,
@@ -77,7 +180,7 @@ int run_quantize(const QuantizeFlags& flags) {
   for (const std::string& notice : source->notices()) progress.note(notice);
 
   QuantizeOptions options;
-  options.method = flags.method == "rtn" ? QuantizeMethod::kRtn : QuantizeMethod::kAwq;
+  set_method(flags, options);
   options.group_size = flags.group_size;
   options.tp_size = flags.tp;
   options.dtype = flags.dtype.empty()        ? source->spec().dtype
@@ -90,39 +193,74 @@ int run_quantize(const QuantizeFlags& flags) {
 
   std::optional<CalibrationData> calibration;
   std::unique_ptr<Backend> backend;
+  AtomicDirectory out = AtomicDirectory::open_or_create(flags.out);
   if (needs_calibration(options)) {
     calibration = calibrate(flags, progress);
     backend = make_backend(flags.device == "ref" ? "ref" : "cpu:native", ActivationPrecision::kF32,
                            flags.threads);
+    options.resume_directory = out.path() / "unfinished";
   }
-  AtomicDirectory out = AtomicDirectory::create(flags.out);
+  const double calibration_seconds = seconds();
   const fs::path checkpoint = out.path() / "trt-llm" / "checkpoints";
   fs::create_directories(checkpoint);
-  const QuantizeReport report = quantize(checkpoint, *source, backend.get(),
-                                         calibration ? &*calibration : nullptr, options, progress);
-  copy_tokenizer_files(flags.model, out.path());
+  const json::object report = [&] {
+    try {
+      const QuantizeReport done =
+          quantize(checkpoint, *source, backend.get(), calibration ? &*calibration : nullptr,
+                   options, progress);
+      copy_tokenizer_files(flags.model, out.path());
+      return full_report(flags, options, done, calibration ? &*calibration : nullptr,
+                         measure_quality(flags, out.path(), source->spec(), progress),
+                         calibration_seconds);
+    } catch (const Error& error) {
+      // Other arguments, or Ctrl-C after a layer was finished: the work stays for the same command.
+      if (error.kind() == ErrorKind::kUsage) out.keep();
+      if (error.kind() == ErrorKind::kInterrupted && !options.resume_directory.empty() &&
+          fs::exists(options.resume_directory / "layer-0.safetensors")) {
+        out.keep();
+        fail(ErrorKind::kInterrupted,
+             "interrupted; the layers done so far are in {}, and the same command goes on from "
+             "there (remove it to begin anew)",
+             out.path().string());
+      }
+      throw;
+    }
+  }();
+  fs::remove_all(out.path() / "unfinished");
+  write_file_atomically(out.path() / "README.md",
+                        render_model_card(model_card(flags, options, *source, checkpoint, report)));
+  write_file_atomically(out.path() / "report.html", render_report_html(report));
+  if (flags.report_json) {
+    write_file_atomically(out.path() / "report.json", dump_json(report, {.indent = 2}) + "\n");
+  }
   out.commit();
 
-  uint64_t bytes = 0;
-  for (const auto& entry : fs::recursive_directory_iterator(flags.out)) {
-    if (entry.is_regular_file()) bytes += entry.file_size();
-  }
+  fmt::print("quantized {} to {}: {} ({}, group {}, {}tp {}) in {}\n", flags.model, flags.out,
+             human_bytes(bytes_under(flags.out)), flags.method, flags.group_size,
+             options.int8_kv ? "int8 KV scales, " : "", flags.tp, human_duration(seconds()));
   double before = 0, after = 0;
-  for (const LinearReport& linear : report.linears) {
-    before += linear.search.error_rtn;
-    after += linear.search.error;
+  const json::array& linears = report.at("linears").as_array();
+  for (const json::value& linear : linears) {
+    before += linear.at("error_rtn").to_number<double>();
+    after += linear.at("error").to_number<double>();
   }
-  fmt::print("quantized {} to {}: {} ({}, group {}, {}{}) in {}\n", flags.model, flags.out,
-             human_bytes(bytes), flags.method, flags.group_size,
-             options.int8_kv ? "int8 KV scales, " : "", fmt::format("tp {}", flags.tp),
-             human_duration(
-                 std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()));
   if (before > 0) {
     fmt::print(
         "mean output error of the linears on the calibration set: {:.4f} % (round to nearest: "
         "{:.4f} %)\n",
-        100 * after / static_cast<double>(report.linears.size()),
-        100 * before / static_cast<double>(report.linears.size()));
+        100 * after / static_cast<double>(linears.size()),
+        100 * before / static_cast<double>(linears.size()));
+  }
+  for (const json::value& row : report.at("quality").as_array()) {
+    const double parent = row.at("perplexity_parent").to_number<double>();
+    fmt::print(
+        "{}: perplexity {:.4f} before, {:.4f} after ({:+.3f} %), KL divergence {:.5f} nats, "
+        "same top token {:.2f} %\n",
+        std::string_view(row.at("text").as_string()), parent,
+        row.at("perplexity").to_number<double>(),
+        100 * (row.at("perplexity").to_number<double>() / parent - 1),
+        row.at("kl_divergence").to_number<double>(),
+        100 * row.at("top1_agreement").to_number<double>());
   }
   fmt::print("next: nibble build {} --out ENGINE\n", flags.out);
   return 0;

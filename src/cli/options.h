@@ -15,16 +15,22 @@ struct CommonOptions {
 
 struct QuantizeFlags : CommonOptions {
   std::string model, out;
-  std::string calib;  // empty: the built-in texts
+  std::vector<std::string> calib;  // FILE or FILE:WEIGHT; empty: the built-in texts
   int calib_size = 64, calib_seq_len = 5675, calib_batch = 16;
   int group_size = 128;
-  std::string kv_cache = "int8";  // int8 | none
-  std::string method = "awq";     // awq | rtn
+  std::string kv_cache = "int8";                          // int8 | none
+  std::string method = "awq";                             // awq | awq-lite | rtn
+  std::string rounding, sequential, clip, correct_drift;  // empty: the method's own
+  int sweeps = -1;                                        // -1: the method's own
   int tp = 1;
   std::string dtype;           // bfloat16 | float16; empty: the model's own
   std::string device = "cpu";  // cpu | ref
   uint64_t seed = 1234;
   std::string tokenizer_regex = "shipped";
+  std::string base_model;         // "org/name", for the card
+  std::vector<std::string> eval;  // texts or ids to measure the result on, against the model
+  int eval_windows = 16;
+  bool report_json = false;
 };
 
 struct BuildFlags {

@@ -16,6 +16,7 @@
 #include "cli/options.h"
 #include "cli/terminal.h"
 #include "formats/synthetic.h"
+#include "quantize/awq.h"
 
 namespace nibble::cli {
 namespace {
@@ -179,9 +180,10 @@ class Parser {
         [this] { return run_quantize(quantize_); });
     c->add_option("HF_DIR", f.model, "directory with config.json and *.safetensors")->required();
     c->add_option("--out", f.out, "directory to create")->required();
-    c->add_option("--calib", f.calib,
-                  "calibration texts: .jsonl with \"messages\" or \"text\", or .txt; default: "
-                  "texts shipped with nibble");
+    c->add_option(
+        "--calib", f.calib,
+        "calibration texts: .jsonl with \"messages\" or \"text\", or .txt; several make a "
+        "mixture, FILE:WEIGHT sets a file's share; default: texts shipped with nibble");
     c->add_option("--calib-size", f.calib_size, "calibration sequences")
         ->check(CLI::Range(1, 1 << 20))
         ->capture_default_str();
@@ -197,8 +199,21 @@ class Parser {
     add_choice(c, "--kv-cache", f.kv_cache, {"int8", "none"},
                "calibrate int8 KV scales, or leave them out")
         ->capture_default_str();
-    add_choice(c, "--method", f.method, {"awq", "rtn"}, "activation-aware, or round to nearest")
+    add_choice(c, "--method", f.method, {"awq", "awq-lite", "rtn"},
+               "activation-aware; as ModelOpt's awq_lite does it, to compare; or round to nearest")
         ->capture_default_str();
+    add_choice(c, "--rounding", f.rounding, {"nearest", "compensated"},
+               "each weight by itself, or errors pushed into the weights not yet rounded (awq: "
+               "compensated)");
+    c->add_option("--sweeps", f.sweeps,
+                  fmt::format("of coordinate descent after compensated rounding, with refitted "
+                              "scales; 0: none (awq: {})",
+                              awq::RoundingOptions().sweeps))
+        ->check(CLI::Range(0, 100));
+    add_choice(c, "--clip", f.clip, {"on", "off"}, "search each group's largest weight (awq: on)");
+    add_choice(c, "--sequential", f.sequential, {"on", "off"},
+               "calibrate a layer on what the quantized layers before it make (awq: on, awq-lite: "
+               "off)");
     c->add_option("--tp", f.tp, "write this many rank files")
         ->check(CLI::Range(1, 64))
         ->capture_default_str();
@@ -206,7 +221,20 @@ class Parser {
                "of what stays unquantized; default: the model's");
     add_choice(c, "--device", f.device, {"cpu", "ref"}, "where calibration runs")
         ->capture_default_str();
+    add_choice(c, "--correct-drift", f.correct_drift, {"on", "off"},
+               "move the weights, before they are rounded, to make up for errors of the layers "
+               "before (awq with --sequential on: on)");
     c->add_option("--seed", f.seed, "order of the calibration samples")->capture_default_str();
+    c->add_option(
+        "--eval", f.eval,
+        "measure perplexity, KL divergence and top-1 agreement with the unquantized model "
+        "on a text or .u16 ids (may be repeated); goes into report.html and README.md");
+    c->add_option("--eval-windows", f.eval_windows, "windows of 1024 tokens of each; 0: all")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c->add_option("--base-model", f.base_model,
+                  "the original's name on Hugging Face, for README.md: org/name");
+    c->add_flag("--report-json", f.report_json, "write report.json beside report.html");
     add_regex(c, f.tokenizer_regex);
     add_common(c, f, false);
   }

@@ -58,4 +58,31 @@ std::vector<int32_t> encode_text_file(const fs::path& model_dir, const fs::path&
   return ids;
 }
 
+std::vector<int32_t> read_ids_file(const fs::path& path) {
+  const std::string bytes = read_file(path);
+  const size_t width = path.extension() == ".u32" ? 4 : 2;
+  if (path.extension() != ".u16" && path.extension() != ".u32") {
+    fail(ErrorKind::kUsage, "--ids {}: wanted a .u16 or .u32 file of little-endian token ids",
+         path.string());
+  }
+  if (bytes.size() % width != 0) {
+    fail(ErrorKind::kInput, "{} has {} bytes, not a multiple of {}", path.string(), bytes.size(),
+         width);
+  }
+  std::vector<int32_t> ids;
+  for (size_t i = 0; i < bytes.size(); i += width) {
+    uint32_t id = 0;
+    for (size_t b = 0; b < width; ++b)
+      id |= uint32_t{static_cast<uint8_t>(bytes[i + b])} << (8 * b);
+    ids.push_back(static_cast<int32_t>(id));
+  }
+  return ids;
+}
+
+std::vector<int32_t> eval_ids(const fs::path& model_dir, const fs::path& file,
+                              const std::string& regex) {
+  if (file.extension() == ".u16" || file.extension() == ".u32") return read_ids_file(file);
+  return encode_text_file(model_dir, file, regex);
+}
+
 }  // namespace nibble::cli

@@ -16,4 +16,11 @@ namespace nibble::cli {
 std::vector<int32_t> encode_text_file(const fs::path& model_dir, const fs::path& file,
                                       const std::string& regex);
 
+/// Token ids as little-endian integers, .u16 or .u32. Throws Error{kUsage} for other names.
+std::vector<int32_t> read_ids_file(const fs::path& path);
+
+/// One or the other, by the file's name.
+std::vector<int32_t> eval_ids(const fs::path& model_dir, const fs::path& file,
+                              const std::string& regex);
+
 }  // namespace nibble::cli

@@ -333,6 +333,9 @@ class EngineImpl final : public Engine {
 
     counters_.steps += 1;
     counters_.step_tokens += plan.num_tokens;
+    const auto& sizes = EngineStats::kStepSizes;
+    ++counters_.steps_by_size[static_cast<size_t>(
+        std::lower_bound(sizes.begin(), sizes.end(), plan.num_tokens) - sizes.begin())];
     for (const ScheduledSequence& scheduled : plan.sequences) {
       counters_.generated_tokens += scheduled.draws && !scheduled.is_dropped;
     }

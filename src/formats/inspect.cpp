@@ -356,6 +356,7 @@ std::string describe_model(const json::object& report) {
     for (const auto& file : report.at("metadata").as_object()) {
       out += fmt::format("{}:\n", std::string_view(file.key()));
       for (const auto& member : file.value().as_object()) {
+        if (member.key() == "plan") continue;  // long, and shown by itself
         out += fmt::format("  {}: {}\n", std::string_view(member.key()), text_of(member.value()));
       }
     }

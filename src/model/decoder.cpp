@@ -84,6 +84,7 @@ void Decoder::layer(int layer, const LayerWeights& weights, const StepBatch& bat
     if (tap) tap(layer, what, act, rows, cols);
   };
 
+  listen(Tap::kAttnResidual, x, spec.hidden_size);
   backend_.rms_norm(x, weights.attn_norm, eps, rows, spec.hidden_size, normed_.data());
   listen(Tap::kQkvInput, normed_.data(), spec.hidden_size);
   backend_.linear(normed_.data(), weights.qkv, rows, false, qkv_.data());
@@ -96,6 +97,7 @@ void Decoder::layer(int layer, const LayerWeights& weights, const StepBatch& bat
   o.pre_scale = nullptr;
   backend_.linear(attn_.data(), o, rows, true, x);
 
+  listen(Tap::kMlpResidual, x, spec.hidden_size);
   backend_.rms_norm(x, weights.mlp_norm, eps, rows, spec.hidden_size, normed_.data());
   listen(Tap::kGateUpInput, normed_.data(), spec.hidden_size);
   backend_.gate_up(normed_.data(), weights.gate, weights.up, rows, weights.down.pre_scale,

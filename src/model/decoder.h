@@ -14,7 +14,9 @@ enum class Tap : uint8_t {
   kOInput,
   kGateUpInput,
   kDownInput,
-  kRotatedQkv /* after RoPE */
+  kRotatedQkv /* after RoPE */,
+  kAttnResidual,  // x before o adds to it
+  kMlpResidual    // x before down adds to it
 };
 using TapFn = std::function<void(int layer, Tap tap, const void* act, int rows, int cols)>;
 

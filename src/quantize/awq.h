@@ -39,17 +39,27 @@ class InputStatistics {
   InputStatistics(int64_t features, int64_t granularity, uint64_t max_gram_bytes);
   /// x: host [rows, features].
   void add(ThreadPool& pool, const float* x, int64_t rows);
+  /// How the same rows would be in the unquantized model: `dense` host [rows, features], and for
+  /// linears that add to the residual stream what that lacks, `residual` host [rows, out_features]
+  /// (may be null). Beside add(), for correct_drift().
+  void add_drift(ThreadPool& pool, const float* x, const float* dense, const float* residual,
+                 int64_t out_features, int64_t rows);
   void finish(ThreadPool& pool);  // once, after the last add()
 
   int64_t tokens() const { return tokens_; }
   const Gram& gram() const { return gram_; }
   const std::vector<float>& mean_abs() const { return mean_abs_; }  // [features]
   float max_abs() const { return max_abs_; }
+  /// X^T (X_dense - X) / tokens, cut to the Gram matrix's blocks; empty without add_drift().
+  const std::vector<float>& drift() const { return drift_; }
+  /// X^T residual / tokens [features, out_features]; empty without residuals.
+  const std::vector<float>& residual() const { return residual_; }
 
  private:
   Gram gram_;
   std::vector<float> mean_abs_;
   std::vector<double> sum_abs_;
+  std::vector<float> drift_, residual_;
   float max_abs_ = 0;
   int64_t tokens_ = 0;
 };
@@ -98,6 +108,17 @@ CheckpointLinear round_to_nearest(ThreadPool& pool, const DenseLinear& linear, i
 QuantizedGroup quantize_group(ThreadPool& pool, std::span<const DenseLinear> linears,
                               int64_t in_features, const InputStatistics& input,
                               const RoundingOptions& options);
+
+struct LiteResult {
+  CheckpointLinear linear;     // the parts' rows one after another
+  GroupReport report;          // alpha: mean over the parts
+  std::vector<double> alphas;  // one a part
+};
+
+/// ModelOpt's awq_lite of one checkpoint linear: q, k and v as three `parts`, any other linear as
+/// one. Of the options only group_size and dtype count.
+LiteResult quantize_lite(ThreadPool& pool, std::span<const DenseLinear> parts, int64_t in_features,
+                         const InputStatistics& input, const RoundingOptions& options);
 
 /// q * scale * pre: the weight a checkpoint linear stands for, [out, in].
 std::vector<float> dequantize(ThreadPool& pool, const CheckpointLinear& linear,

@@ -225,21 +225,27 @@ StepBatch LayerStream::upload(const Step& step) {
 
 void LayerStream::run(int layer, const LayerWeights& weights, const Listener& listen, bool keep,
                       const std::function<void(int64_t tokens)>& on_step) {
+  for (size_t step = 0; step < steps_.size(); ++step) {
+    run_step(step, layer, weights, listen, keep);
+    on_step(tokens_after(step));
+  }
+}
+
+void LayerStream::run_step(size_t index, int layer, const LayerWeights& weights,
+                           const Listener& listen, bool keep) {
+  throw_if_interrupted();
   const TapFn tap = [&](int, Tap what, const void* act, int rows, int cols) {
     tap_.resize(static_cast<size_t>(rows) * static_cast<size_t>(cols) * sizeof(float));
     backend_.download(tap_.data(), act, tap_.size());
     backend_.sync();
     listen(what, reinterpret_cast<const float*>(tap_.data()), rows, cols);
   };
-  for (const Step& step : steps_) {
-    throw_if_interrupted();
-    const size_t bytes = static_cast<size_t>(step.num_tokens) * row_bytes_;
-    backend_.upload(decoder_->x(), state(step), bytes);
-    decoder_->layer(layer, weights, upload(step), kv_, decoder_->x(), listen ? tap : TapFn());
-    if (keep) backend_.download(state(step), decoder_->x(), bytes);
-    backend_.sync();
-    on_step(step.first_token + step.num_tokens);
-  }
+  const Step& step = steps_[index];
+  const size_t bytes = static_cast<size_t>(step.num_tokens) * row_bytes_;
+  backend_.upload(decoder_->x(), state(step), bytes);
+  decoder_->layer(layer, weights, upload(step), kv_, decoder_->x(), listen ? tap : TapFn());
+  if (keep) backend_.download(state(step), decoder_->x(), bytes);
+  backend_.sync();
 }
 
 }  // namespace nibble

@@ -49,6 +49,17 @@ class LayerStream {
   /// layer's outputs, otherwise they stay what they were. `on_step` hears the tokens done so far.
   void run(int layer, const LayerWeights& weights, const Listener& listen, bool keep,
            const std::function<void(int64_t tokens)>& on_step);
+  /// One step of it; two streams of the same sequences have the same steps.
+  void run_step(size_t step, int layer, const LayerWeights& weights, const Listener& listen,
+                bool keep);
+  size_t num_steps() const { return steps_.size(); }
+  int64_t tokens_after(size_t step) const {
+    return steps_[step].first_token + steps_[step].num_tokens;
+  }
+
+  /// [tokens, hidden] floats: what the next layer will read. A run that continues an earlier one
+  /// puts them back.
+  std::span<std::byte> states() { return states_; }
 
  private:
   struct Step {

@@ -6,12 +6,16 @@
 #include <cmath>
 #include <map>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "base/error.h"
+#include "base/hash.h"
 #include "base/interrupt.h"
 #include "formats/checkpoint_writer.h"
+#include "quantize/drift.h"
 #include "quantize/layer_stream.h"
+#include "quantize/resume.h"
 
 namespace nibble {
 namespace {
@@ -56,13 +60,31 @@ void check_options(const WeightSource& source, const QuantizeOptions& options) {
   }
 }
 
+bool searches(const QuantizeOptions& options) { return options.method != QuantizeMethod::kRtn; }
+
+bool corrects_drift(const QuantizeOptions& options) {
+  return options.method == QuantizeMethod::kAwq && options.sequential && options.correct_drift;
+}
+
+InputReport describe(const awq::InputStatistics& input) {
+  std::vector<float> sorted = input.mean_abs();
+  const auto middle = sorted.begin() + static_cast<int64_t>(sorted.size() / 2);
+  std::nth_element(sorted.begin(), middle, sorted.end());
+  const auto loudest = std::max_element(input.mean_abs().begin(), input.mean_abs().end());
+  return {.max_abs = input.max_abs(),
+          .median_channel = *middle,
+          .loudest_channel_mean = *loudest,
+          .loudest_channel = loudest - input.mean_abs().begin()};
+}
+
 class Quantizer {
  public:
   Quantizer(const WeightSource& source, Backend* backend, const CalibrationData* calibration,
-            const QuantizeOptions& options, Progress& progress)
+            const QuantizeOptions& options, std::optional<ResumeFolder> resume, Progress& progress)
       : source_(source),
         backend_(backend),
         options_(options),
+        resume_(std::move(resume)),
         progress_(progress),
         pool_(options.num_threads) {
     for (WeightRow& row : weight_table(source.spec())) {
@@ -73,27 +95,37 @@ class Quantizer {
     stream_ = std::make_unique<LayerStream>(*backend, source, calibration->sequences,
                                             options.calib_batch, options.max_step_tokens);
     report_.num_calibration_tokens = stream_->num_tokens();
-    stream_passes_ = options.method == QuantizeMethod::kAwq && options.sequential ? 2 : 1;
+    stream_passes_ = searches(options) && options.sequential ? 2 : 1;
+    if (corrects_drift(options)) {
+      dense_stream_ = std::make_unique<LayerStream>(*backend, source, calibration->sequences,
+                                                    options.calib_batch, options.max_step_tokens);
+    }
   }
 
   QuantizeReport run(const fs::path& directory, const CheckpointOptions& checkpoint) {
     const Clock::time_point start = Clock::now();
     const int layers = source_.spec().num_layers;
     units_per_layer_ = 100 * (stream_ ? stream_passes_ : 0) + 100;
+    if (resume_ && resume_->layers_done() > 0) {
+      report_.layers_continued = resume_->layers_done();
+      progress_.note(fmt::format("continuing after layer {} of {}: an earlier run got that far",
+                                 resume_->layers_done(), layers));
+      resume_->load_states(all_states());
+    }
     progress_.begin("quantizing", int64_t{layers} * units_per_layer_ / 100, "passes");
     CheckpointContent content;
     content.linear = [&](const WeightRow& row) {
-      if (row.layer != layer_) process_layer(row.layer);
-      const auto found = done_.find(row.role);
-      NIBBLE_CHECK(found != done_.end(), "{} asked for twice or out of order", row.name);
+      if (row.layer != layer_) next_layer(row.layer);
+      const auto found = done_.linears.find(row.role);
+      NIBBLE_CHECK(found != done_.linears.end(), "{} asked for twice or out of order", row.name);
       CheckpointLinear linear = std::move(found->second);
-      done_.erase(found);
+      done_.linears.erase(found);
       return linear;
     };
     content.kv_scales = [&] { return report_.kv_scales; };
     write_checkpoint(directory, source_, checkpoint, content);
     progress_.end();
-    report_.seconds = seconds_since(start);
+    report_.write_seconds = seconds_since(start) - searched_here_;
     return std::move(report_);
   }
 
@@ -108,60 +140,121 @@ class Quantizer {
     progress_.advance(percent / 100);
   }
 
-  void process_layer(int layer) {
-    NIBBLE_CHECK(layer == layer_ + 1 && done_.empty(), "layer {} after {}", layer, layer_);
+  // The layer's integers come to done_, from an earlier run or made now.
+  void next_layer(int layer) {
+    NIBBLE_CHECK(layer == layer_ + 1 && done_.linears.empty(), "layer {} after {}", layer, layer_);
     layer_ = layer;
-    const bool awq = options_.method == QuantizeMethod::kAwq;
+    if (resume_ && layer < resume_->layers_done()) {
+      done_ = resume_->load(layer);
+    } else {
+      done_ = LayerResult();
+      process_layer();
+      searched_here_ += done_.forward_seconds + done_.search_seconds;
+      if (resume_) {
+        resume_->save(done_, all_states());
+      }
+    }
+    report_.linears.insert(report_.linears.end(), done_.reports.begin(), done_.reports.end());
+    if (options_.int8_kv) {
+      report_.kv_scales.k.push_back(done_.k_scale);
+      report_.kv_scales.v.push_back(done_.v_scale);
+    }
+    report_.forward_seconds += done_.forward_seconds;
+    report_.search_seconds += done_.search_seconds;
+  }
+
+  std::vector<std::span<std::byte>> all_states() {
+    std::vector<std::span<std::byte>> states;
+    if (stream_) states.push_back(stream_->states());
+    if (dense_stream_) states.push_back(dense_stream_->states());
+    return states;
+  }
+
+  void process_layer() {
     std::map<Tap, awq::InputStatistics> statistics;
     std::unique_ptr<StreamedLayer> streamed;
     if (stream_) {
       const Clock::time_point start = Clock::now();
-      streamed = std::make_unique<StreamedLayer>(*backend_, source_, layer);
-      listen(*streamed, awq ? &statistics : nullptr);
-      report_.forward_seconds += seconds_since(start);
+      streamed = std::make_unique<StreamedLayer>(*backend_, source_, layer_);
+      listen(*streamed, searches(options_) ? &statistics : nullptr);
+      done_.forward_seconds += seconds_since(start);
       if (stream_passes_ == 1) streamed.reset();
     }
     const Clock::time_point start = Clock::now();
     int64_t searched = 0;
-    const int search_pass = stream_ ? 1 : 0;
     for (const InputGroup& group : input_groups()) {
-      std::vector<std::vector<float>> weights;
-      std::vector<awq::DenseLinear> linears;
-      for (const WeightRole role : group.roles) {
-        weights.push_back(load(row(role)));
-        linears.push_back({weights.back().data(), row(role).shape[0]});
-      }
-      const int64_t in_features = row(group.roles[0]).shape[1];
-      if (awq) {
-        awq::InputStatistics& input = statistics.at(group.tap);
-        const awq::RoundingOptions rounding = {.group_size = options_.group_size,
-                                               .dtype = options_.dtype,
-                                               .rounding = options_.rounding};
-        awq::QuantizedGroup result =
-            awq::quantize_group(pool_, linears, in_features, input, rounding);
-        for (size_t i = 0; i < group.roles.size(); ++i) {
-          report_.linears.push_back({row(group.roles[i]).name, result.report, input.max_abs()});
-          done_[group.roles[i]] = std::move(result.linears[i]);
-        }
-        statistics.erase(group.tap);
-      } else {
-        for (size_t i = 0; i < group.roles.size(); ++i) {
-          done_[group.roles[i]] =
-              awq::round_to_nearest(pool_, linears[i], in_features, options_.group_size);
-        }
-      }
-      tick(search_pass, ++searched, static_cast<int64_t>(input_groups().size()));
+      const auto input = statistics.find(group.tap);
+      quantize_group(group, input == statistics.end() ? nullptr : &input->second);
+      if (input != statistics.end()) statistics.erase(input);
+      tick(stream_ ? 1 : 0, ++searched, static_cast<int64_t>(input_groups().size()));
     }
-    report_.search_seconds += seconds_since(start);
+    done_.search_seconds += seconds_since(start);
     if (stream_passes_ == 2) {
       const Clock::time_point forward = Clock::now();
-      for (const auto& [role, linear] : done_) {
+      for (const auto& [role, linear] : done_.linears) {
         streamed->replace(role, awq::dequantize(pool_, linear, row(role).shape[1]));
       }
-      stream_->run(layer, streamed->weights(), {}, true,
+      stream_->run(layer_, streamed->weights(), {}, true,
                    [&](int64_t tokens) { tick(2, tokens, stream_->num_tokens()); });
-      report_.forward_seconds += seconds_since(forward);
+      done_.forward_seconds += seconds_since(forward);
     }
+  }
+
+  // `input` is null for kRtn.
+  void quantize_group(const InputGroup& group, const awq::InputStatistics* input) {
+    std::vector<std::vector<float>> weights;
+    std::vector<awq::DenseLinear> linears;
+    for (const WeightRole role : group.roles) {
+      weights.push_back(load(row(role)));
+      linears.push_back({weights.back().data(), row(role).shape[0]});
+    }
+    const int64_t in_features = row(group.roles[0]).shape[1];
+    if (dense_stream_) {
+      for (std::vector<float>& weight : weights)
+        awq::correct_drift(pool_, *input, awq::kDriftStrength, weight);
+    }
+    if (input == nullptr) {
+      for (size_t i = 0; i < group.roles.size(); ++i) {
+        done_.linears[group.roles[i]] =
+            awq::round_to_nearest(pool_, linears[i], in_features, options_.group_size);
+      }
+      return;
+    }
+    const awq::RoundingOptions rounding = {.group_size = options_.group_size,
+                                           .dtype = options_.dtype,
+                                           .rounding = options_.rounding,
+                                           .clip = options_.clip,
+                                           .sweeps = options_.sweeps};
+    if (options_.method == QuantizeMethod::kAwqLite) {
+      for (size_t i = 0; i < group.roles.size(); ++i) {
+        awq::LiteResult result = awq::quantize_lite(pool_, lite_parts(group.roles[i], linears[i]),
+                                                    in_features, *input, rounding);
+        keep(group.roles[i], std::move(result.linear), result.report, *input);
+      }
+    } else {
+      awq::QuantizedGroup result =
+          awq::quantize_group(pool_, linears, in_features, *input, rounding);
+      for (size_t i = 0; i < group.roles.size(); ++i)
+        keep(group.roles[i], std::move(result.linears[i]), result.report, *input);
+    }
+  }
+
+  // ModelOpt knows q, k and v as three linears.
+  std::vector<awq::DenseLinear> lite_parts(WeightRole role, const awq::DenseLinear& linear) const {
+    if (role != WeightRole::kQkv) return {linear};
+    const ModelSpec& spec = source_.spec();
+    const int64_t in_features = spec.hidden_size, q = spec.q_size(), kv = spec.kv_size();
+    return {{linear.weight, q},
+            {linear.weight + q * in_features, kv},
+            {linear.weight + (q + kv) * in_features, kv}};
+  }
+
+  void keep(WeightRole role, CheckpointLinear linear, const awq::GroupReport& search,
+            const awq::InputStatistics& input) {
+    const auto [least, most] =
+        std::minmax_element(linear.pre_scale.begin(), linear.pre_scale.end());
+    done_.reports.push_back({row(role).name, search, describe(input), *least, *most});
+    done_.linears[role] = std::move(linear);
   }
 
   // One pass of the dense layer: statistics of every linear's input, and the ranges of K after RoPE
@@ -179,19 +272,43 @@ class Quantizer {
     const auto range = [](const float* x, int count, float& maximum) {
       for (int i = 0; i < count; ++i) maximum = std::max(maximum, std::fabs(x[i]));
     };
-    stream_->run(
-        layer_, layer.weights(),
-        [&](Tap tap, const float* x, int rows, int cols) {
-          if (tap == Tap::kRotatedQkv) {
-            for (int64_t r = 0; r < rows; ++r) {
-              range(x + r * cols + spec.q_size(), spec.kv_size(), k_max);
-              range(x + r * cols + spec.q_size() + spec.kv_size(), spec.kv_size(), v_max);
-            }
-          } else if (statistics != nullptr) {
-            statistics->at(tap).add(pool_, x, rows);
-          }
-        },
-        keep, [&](int64_t tokens) { tick(0, tokens, stream_->num_tokens()); });
+    const int64_t hidden = spec.hidden_size;
+    std::map<Tap, std::vector<float>> dense;  // of one step: what the unquantized model has there
+    std::vector<float> residual;              // [rows, hidden] that the stream lacks
+    const auto hear = [&](Tap tap, const float* x, int rows, int cols) {
+      if (tap == Tap::kRotatedQkv) {
+        for (int64_t r = 0; r < rows; ++r) {
+          range(x + r * cols + spec.q_size(), spec.kv_size(), k_max);
+          range(x + r * cols + spec.q_size() + spec.kv_size(), spec.kv_size(), v_max);
+        }
+        return;
+      }
+      if (tap == Tap::kAttnResidual || tap == Tap::kMlpResidual) {
+        if (!dense_stream_) return;
+        residual = std::move(dense.at(tap));
+        for (int64_t i = 0; i < rows * hidden; ++i) residual[static_cast<size_t>(i)] -= x[i];
+        return;
+      }
+      if (statistics == nullptr) return;
+      awq::InputStatistics& input = statistics->at(tap);
+      input.add(pool_, x, rows);
+      if (!dense_stream_) return;
+      const bool adds_to_stream = tap == Tap::kOInput || tap == Tap::kDownInput;
+      input.add_drift(pool_, x, dense.at(tap).data(), adds_to_stream ? residual.data() : nullptr,
+                      hidden, rows);
+    };
+    for (size_t step = 0; step < stream_->num_steps(); ++step) {
+      if (dense_stream_) {
+        dense_stream_->run_step(
+            step, layer_, layer.weights(),
+            [&](Tap tap, const float* x, int rows, int cols) {
+              if (tap != Tap::kRotatedQkv) dense[tap].assign(x, x + int64_t{rows} * cols);
+            },
+            /*keep=*/true);
+      }
+      stream_->run_step(step, layer_, layer.weights(), hear, keep);
+      tick(0, stream_->tokens_after(step), stream_->num_tokens());
+    }
     if (statistics != nullptr) {
       for (auto& [tap, input] : *statistics) {
         input.finish(pool_);
@@ -205,8 +322,8 @@ class Quantizer {
     }
     if (options_.int8_kv) {
       // An all-zero layer still needs a positive scale.
-      report_.kv_scales.k.push_back(k_max > 0 ? k_max / 127.0f : 1.0f);
-      report_.kv_scales.v.push_back(v_max > 0 ? v_max / 127.0f : 1.0f);
+      done_.k_scale = k_max > 0 ? k_max / 127.0f : 1.0f;
+      done_.v_scale = v_max > 0 ? v_max / 127.0f : 1.0f;
     }
   }
 
@@ -225,25 +342,67 @@ class Quantizer {
   const WeightSource& source_;
   Backend* backend_;
   const QuantizeOptions& options_;
+  std::optional<ResumeFolder> resume_;
   Progress& progress_;
   ThreadPool pool_;
   std::map<std::pair<int, WeightRole>, WeightRow> rows_;
   std::unique_ptr<LayerStream> stream_;
-  int stream_passes_ = 0;  // over the tokens, per layer
+  std::unique_ptr<LayerStream> dense_stream_;  // the unquantized model, to correct drift
+  int stream_passes_ = 0;                      // over the tokens, per layer
   int64_t units_per_layer_ = 0;
   int layer_ = -1;  // the one in done_
-  std::map<WeightRole, CheckpointLinear> done_;
+  LayerResult done_;
+  double searched_here_ = 0;  // seconds of this run in passes and search
   QuantizeReport report_;
 };
 
+// Everything the integers and scales depend on. Of the weights the sizes and a sample: reading all
+// of them to begin with would cost as much as a layer.
+json::object fingerprint(const WeightSource& source, const Backend* backend,
+                         const CalibrationData* calibration, const QuantizeOptions& options,
+                         const json::object& facts) {
+  const ModelSpec& spec = source.spec();
+  uint64_t weights = 0;
+  for (const WeightRow& row : weight_table(spec)) {
+    std::vector<std::byte> storage;
+    const TensorView view = source.view_dense(row, storage);
+    const size_t sample = std::min<size_t>(view.bytes.size(), 4096);
+    weights = weights * 1099511628211u + xxh3_64(view.bytes.first(sample)) +
+              xxh3_64(view.bytes.last(sample));
+    source.release(row);
+  }
+  json::object print = facts;
+  print["version"] = NIBBLE_VERSION;
+  print["model"] = spec.to_json();
+  print["weights"] = hex64(weights);
+  print["dtype"] = dtype_name(options.dtype);
+  print["group_size"] = options.group_size;
+  print["int8_kv"] = options.int8_kv;
+  print["calib_batch"] = options.calib_batch;
+  print["max_step_tokens"] = options.max_step_tokens;
+  print["max_gram_bytes"] = options.max_gram_bytes;
+  if (backend != nullptr) print["backend"] = backend->name();
+  if (calibration != nullptr) print["tokens"] = calibration->checksum();
+  return print;
+}
+
 }  // namespace
+
+const char* method_name(QuantizeMethod method) {
+  switch (method) {
+    case QuantizeMethod::kAwq: return "awq";
+    case QuantizeMethod::kAwqLite: return "awq-lite";
+    case QuantizeMethod::kRtn: return "rtn";
+  }
+  fail(ErrorKind::kInternal, "no such method");
+}
 
 const char* rounding_name(awq::Rounding rounding) {
   return rounding == awq::Rounding::kNearest ? "nearest" : "compensated";
 }
 
 bool needs_calibration(const QuantizeOptions& options) {
-  return options.method == QuantizeMethod::kAwq || options.int8_kv;
+  return searches(options) || options.int8_kv;
 }
 
 QuantizeReport quantize(const fs::path& directory, const WeightSource& source, Backend* backend,
@@ -255,40 +414,27 @@ QuantizeReport quantize(const fs::path& directory, const WeightSource& source, B
   checkpoint.group_size = options.group_size;
   checkpoint.dtype = options.dtype;
   checkpoint.int8_kv = options.int8_kv;
-  json::object facts = {{"method", options.method == QuantizeMethod::kAwq ? "awq" : "rtn"}};
+  json::object facts = {{"method", method_name(options.method)}};
   if (options.method == QuantizeMethod::kAwq) {
     facts["rounding"] = rounding_name(options.rounding);
-    facts["sequential"] = options.sequential;
+    facts["sweeps"] = options.rounding == awq::Rounding::kCompensated ? options.sweeps : 0;
+    facts["clip"] = options.clip;
   }
+  if (searches(options)) facts["sequential"] = options.sequential;
+  if (options.method == QuantizeMethod::kAwq) facts["correct_drift"] = corrects_drift(options);
   if (needs_calibration(options)) {
     NIBBLE_CHECK(calibration != nullptr);
     facts["calibration"] = calibration->to_json();
     for (const std::string& sentence : calibration->notices()) progress.note(sentence);
   }
-  checkpoint.extra_config["nibble"] = std::move(facts);
-  return Quantizer(source, backend, calibration, options, progress).run(directory, checkpoint);
-}
-
-json::object QuantizeReport::to_json() const {
-  json::array list;
-  for (const LinearReport& linear : linears) {
-    const awq::GroupReport& search = linear.search;
-    list.push_back({{"name", linear.name},
-                    {"alpha", search.alpha},
-                    {"beta", search.beta},
-                    {"error_rtn", search.error_rtn},
-                    {"error_scaled", search.error_scaled},
-                    {"error", search.error},
-                    {"mean_clip", search.mean_clip},
-                    {"input_max_abs", linear.input_max_abs}});
+  std::optional<ResumeFolder> resume;
+  if (!options.resume_directory.empty()) {
+    resume = ResumeFolder::open(options.resume_directory,
+                                fingerprint(source, backend, calibration, options, facts));
   }
-  json::array k(kv_scales.k.begin(), kv_scales.k.end()), v(kv_scales.v.begin(), kv_scales.v.end());
-  return {{"linears", std::move(list)},
-          {"kv_scales", {{"k", std::move(k)}, {"v", std::move(v)}}},
-          {"calibration_tokens", num_calibration_tokens},
-          {"seconds", seconds},
-          {"forward_seconds", forward_seconds},
-          {"search_seconds", search_seconds}};
+  checkpoint.extra_config["nibble"] = std::move(facts);
+  return Quantizer(source, backend, calibration, options, std::move(resume), progress)
+      .run(directory, checkpoint);
 }
 
 }  // namespace nibble

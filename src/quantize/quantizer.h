@@ -14,39 +14,36 @@
 #include "ops/backend.h"
 #include "quantize/awq.h"
 #include "quantize/calibration.h"
+#include "quantize/report.h"
 
 namespace nibble {
 
-enum class QuantizeMethod : uint8_t { kAwq, kRtn };
+enum class QuantizeMethod : uint8_t {
+  kAwq,      // this project's search (awq.cpp)
+  kAwqLite,  // ModelOpt's (awq_lite.cpp), to compare with
+  kRtn       // round to nearest, no pre-scales
+};
 
 struct QuantizeOptions {
   QuantizeMethod method = QuantizeMethod::kAwq;
+  // The next three are kAwq's; kAwqLite and kRtn round to nearest and do not clip.
   awq::Rounding rounding = awq::Rounding::kCompensated;
-  int group_size = 128;  // 64 or 128
+  bool clip = true;
+  int sweeps = awq::RoundingOptions().sweeps;  // of coordinate descent, with kCompensated
+  int group_size = 128;                        // 64 or 128
   int tp_size = 1;
   DType dtype = DType::kBF16;  // of the checkpoint: kBF16 or kF16
   bool int8_kv = true;         // calibrate static scales for K after RoPE and for V
   int calib_batch = 16;        // sequences a step
   int max_step_tokens = 8192;  // tokens a step; a longer sequence is run in parts
   bool sequential = true;      // a layer's inputs come from the quantized layers before it
+  bool correct_drift = true;   // kAwq with sequential: make up for those layers' errors (drift.h)
   int num_threads = 0;         // of the search; 0: usable_cpu_count()
   uint64_t max_gram_bytes = uint64_t{1}
                             << 30;  // per linear input; beyond it the Gram matrix is cut to blocks
-};
-
-struct LinearReport {
-  std::string name;         // weight table row: "layers.3.qkv"
-  awq::GroupReport search;  // gate and up share one
-  float input_max_abs = 0;
-};
-
-struct QuantizeReport {
-  std::vector<LinearReport> linears;  // empty for kRtn
-  KvScales kv_scales;                 // empty without int8_kv
-  int64_t num_calibration_tokens = 0;
-  double seconds = 0, forward_seconds = 0, search_seconds = 0;
-
-  json::object to_json() const;
+  /// Finished layers are kept here, and a call with the same model, data and options goes on after
+  /// them and writes the same bytes. Empty: nothing is kept.
+  fs::path resume_directory;
 };
 
 /// True when quantize() needs a backend and calibration data: always, except for RTN without KV
@@ -61,6 +58,7 @@ QuantizeReport quantize(const fs::path& directory, const WeightSource& source, B
                         const CalibrationData* calibration, const QuantizeOptions& options,
                         Progress& progress);
 
+const char* method_name(QuantizeMethod method);     // "awq", "awq-lite", "rtn"
 const char* rounding_name(awq::Rounding rounding);  // "nearest", "compensated"
 
 }  // namespace nibble

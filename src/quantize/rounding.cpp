@@ -88,7 +88,9 @@ bool factor_block(ThreadPool& pool, float* h, int64_t size) {
 
 }  // namespace
 
-float factor_gram(ThreadPool& pool, const Gram& gram, float damping, std::vector<float>& factor) {
+float factor_gram(ThreadPool& pool, const Gram& gram, float damping, std::vector<float>& factor,
+                  std::vector<float>* diagonal) {
+  if (diagonal != nullptr) diagonal->resize(static_cast<size_t>(gram.features));
   const int64_t size = gram.block;
   // A channel that is always zero gets a diagonal of its own so that the factor exists; it costs
   // nothing anyway.
@@ -107,6 +109,9 @@ float factor_gram(ThreadPool& pool, const Gram& gram, float damping, std::vector
       good = factor_block(pool, h, size);
       for (int64_t j = 0; j < size && good; ++j) {
         const float inverse = 1.0f / h[j * (size + 1)];
+        if (diagonal != nullptr)
+          (*diagonal)[static_cast<size_t>(index * size + j)] =
+              h[j * (size + 1)] * h[j * (size + 1)];
         for (int64_t i = j; i < size; ++i) h[j * size + i] *= inverse;
       }
     }

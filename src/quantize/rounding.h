@@ -26,8 +26,10 @@ struct Panel {
 };
 
 /// G + damping * diag(G) = R^T R; each row of R divided by its diagonal element, stored like the
-/// Gram matrix. Damping grows until the factor exists; the one used is returned.
-float factor_gram(ThreadPool& pool, const Gram& gram, float damping, std::vector<float>& factor);
+/// Gram matrix. Damping grows until the factor exists; the one used is returned. `diagonal` gets
+/// the squares of R's diagonal elements, [features].
+float factor_gram(ThreadPool& pool, const Gram& gram, float damping, std::vector<float>& factor,
+                  std::vector<float>* diagonal = nullptr);
 
 /// The grid of each row and group: scale = ratio * amax / 7 (rounded to `dtype`), the ratio that
 /// loses least on the group's own block of G. Returns the sum of the ratios chosen. One ratio: no

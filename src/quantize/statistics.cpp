@@ -75,6 +75,34 @@ void InputStatistics::add(ThreadPool& pool, const float* x, int64_t rows) {
   tokens_ += rows;
 }
 
+void InputStatistics::add_drift(ThreadPool& pool, const float* x, const float* dense,
+                                const float* residual, int64_t out_features, int64_t rows) {
+  const int64_t features = gram_.features, block = gram_.block;
+  if (drift_.empty()) drift_.assign(gram_.values.size(), 0.0f);
+  std::vector<float> delta(static_cast<size_t>(rows * features));
+  pool.parallel_for(rows, [&](int64_t r, int) {
+    for (int64_t i = r * features; i < (r + 1) * features; ++i)
+      delta[static_cast<size_t>(i)] = dense[i] - x[i];
+  });
+  // out[i, j] += sum over rows of a[r, i] b[r, j], in tiles.
+  const auto add_product = [&](const float* a, int64_t m, const float* b, int64_t ldb, int64_t n,
+                               float* out, int64_t ldc) {
+    const int64_t across = (n + kTile - 1) / kTile, down = (m + kTile - 1) / kTile;
+    pool.parallel_for(down * across, [&](int64_t chunk, int) {
+      const int64_t i = chunk / across * kTile, j = chunk % across * kTile;
+      gemm(std::min(kTile, m - i), std::min(kTile, n - j), rows, {a + i, 1, features},
+           {b + j, 1, ldb}, true, out + i * ldc + j, ldc);
+    });
+  };
+  for (int64_t index = 0; index < gram_.num_blocks(); ++index) {
+    add_product(x + index * block, block, delta.data() + index * block, features, block,
+                drift_.data() + index * block * block, block);
+  }
+  if (residual == nullptr) return;
+  if (residual_.empty()) residual_.assign(static_cast<size_t>(features * out_features), 0.0f);
+  add_product(x, features, residual, out_features, out_features, residual_.data(), out_features);
+}
+
 void InputStatistics::finish(ThreadPool& pool) {
   NIBBLE_CHECK(tokens_ > 0, "no calibration tokens");
   const int64_t block = gram_.block;
@@ -88,6 +116,9 @@ void InputStatistics::finish(ThreadPool& pool) {
     const int64_t i = row % block;
     for (int64_t j = 0; j < i; ++j) base[i * block + j] = base[j * block + i];
   });
+  for (std::vector<float>* sums : {&drift_, &residual_}) {
+    for (float& value : *sums) value *= inverse;
+  }
   mean_abs_.resize(sum_abs_.size());
   for (size_t c = 0; c < sum_abs_.size(); ++c) {
     mean_abs_[c] = static_cast<float>(sum_abs_[c] / static_cast<double>(tokens_));

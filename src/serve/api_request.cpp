@@ -217,16 +217,6 @@ void refuse_unsupported(const Fields& fields) {
           name, fmt::format("{} is not supported by nibble; leave it out of the request", name));
     }
   }
-  if (const auto* tools = fields.find("tools")) {
-    const auto* choice = fields.find("tool_choice");
-    const bool off = choice != nullptr && choice->is_string() && choice->get_string() == "none";
-    const bool none = tools->is_array() && tools->get_array().empty();
-    if (!off && !none) {
-      throw ApiError::unsupported("tools",
-                                  "tools: nibble does not call tools yet; leave tools out, or send "
-                                  "\"tool_choice\": \"none\"");
-    }
-  }
   if (const auto* format = fields.find("response_format")) {
     const auto* type = format->is_object() ? format->get_object().if_contains("type") : nullptr;
     if (type == nullptr || !type->is_string() || type->get_string() != "text") {
@@ -327,6 +317,68 @@ void read_chat(const Fields& fields, ChatRequest& chat) {
   }
 }
 
+std::string tool_name(const json::value& tool) {
+  const auto* function = tool.is_object() ? tool.get_object().if_contains("function") : nullptr;
+  if (function == nullptr || !function->is_object()) return {};
+  const auto* name = function->get_object().if_contains("name");
+  return name != nullptr && name->is_string() ? std::string(name->get_string()) : std::string();
+}
+
+void check_tools(const json::array& tools) {
+  for (size_t i = 0; i < tools.size(); ++i) {
+    if (tool_name(tools[i]).empty()) {
+      wrong(fmt::format("tools[{}]", i), tools[i],
+            "{\"type\": \"function\", \"function\": {\"name\": ..., \"parameters\": ...}}");
+    }
+  }
+}
+
+/// tools, tool_choice, parallel_tool_calls.
+void read_tools(const Fields& fields, GenerationBody& body) {
+  using Choice = GenerationBody::ToolChoice;
+  fields.read("parallel_tool_calls", body.parallel_tool_calls);
+  const auto* tools = fields.find("tools");
+  if (tools != nullptr && !tools->is_array()) wrong("tools", *tools, "an array of functions");
+  const bool given = tools != nullptr && !tools->get_array().empty();
+  const auto* choice = fields.find("tool_choice");
+  body.tool_choice = given ? Choice::kAuto : Choice::kNone;
+  if (choice != nullptr) {
+    const std::string_view word =
+        choice->is_string() ? std::string_view(choice->get_string()) : std::string_view();
+    body.tool_name = tool_name(*choice);
+    if (word == "none") {
+      body.tool_choice = Choice::kNone;
+    } else if (word == "required") {
+      body.tool_choice = Choice::kRequired;
+    } else if (!body.tool_name.empty()) {
+      body.tool_choice = Choice::kNamed;
+    } else if (word != "auto") {
+      wrong("tool_choice", *choice,
+            "\"none\", \"auto\", \"required\" or {\"type\": \"function\", \"function\": {\"name\": "
+            "...}}");
+    }
+    if (body.uses_tools() && !given) {
+      if (word == "auto") {
+        body.tool_choice = Choice::kNone;
+        return;
+      }
+      throw ApiError::bad_request("tool_choice",
+                                  "tool_choice asks for a tool, but tools is missing; list them "
+                                  "there");
+    }
+  }
+  if (!body.uses_tools()) return;  // what is not to be called is not told to the model
+  check_tools(tools->get_array());
+  const auto is_named = [&](const json::value& tool) { return tool_name(tool) == body.tool_name; };
+  if (body.tool_choice == Choice::kNamed &&
+      std::none_of(tools->get_array().begin(), tools->get_array().end(), is_named)) {
+    throw ApiError::bad_request(
+        "tool_choice",
+        fmt::format("tool_choice names \"{}\", which is not among tools", body.tool_name));
+  }
+  body.chat.tools = *tools;
+}
+
 void read_prompts(const Fields& fields, std::vector<Prompt>& prompts) {
   const auto* value = fields.find("prompt");
   if (value == nullptr) {
@@ -364,6 +416,7 @@ GenerationBody parse_chat_body(std::string_view text, const SamplingParams& defa
   GenerationBody body{.is_chat = true, .params = defaults};
   read_common(fields, body);
   read_chat(fields, body.chat);
+  read_tools(fields, body);
   check_choices(1, body.params.n, limits);
   const int most = std::numeric_limits<int>::max();
   for (const std::string_view name : {"max_tokens", "max_completion_tokens"}) {  // the newer wins
@@ -431,6 +484,11 @@ TokenizeBody parse_tokenize_body(std::string_view text) {
   if (fields.find("messages") != nullptr) {
     body.is_chat = true;
     read_chat(fields, body.chat);
+    if (const auto* tools = fields.find("tools")) {
+      if (!tools->is_array()) wrong("tools", *tools, "an array of functions");
+      check_tools(tools->get_array());
+      body.chat.tools = *tools;
+    }
     return body;
   }
   if (fields.find("prompt") == nullptr) {

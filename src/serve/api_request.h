@@ -41,6 +41,13 @@ struct GenerationBody {
   std::string cache_salt;
   bool stream = false;
   StreamOptions stream_options;
+
+  /// chat: may the answer call tools (they are in chat.tools), must it, and must it be this one?
+  enum class ToolChoice { kNone, kAuto, kRequired, kNamed };
+  ToolChoice tool_choice = ToolChoice::kNone;
+  std::string tool_name;            // kNamed
+  bool parallel_tool_calls = true;  // else one call ends the answer
+  bool uses_tools() const { return tool_choice != ToolChoice::kNone; }
 };
 
 struct BodyLimits {

@@ -19,6 +19,7 @@
 #include "serve/token_hub.h"
 #include "serve/web_page.h"
 #include "serve/worker_pool.h"
+#include "text/output_parser.h"
 #include "text/utf8.h"
 
 namespace nibble {
@@ -47,7 +48,7 @@ class ApiServerImpl final : public ApiServer {
     const std::shared_future<void> is_ready = ready.get_future().share();
     http_ = HttpServer::start(options_.http,
                               {.handler =
-                                   [this, is_ready](ExchangePtr exchange) {
+                                   [this, is_ready](const ExchangePtr& exchange) {
                                      is_ready.wait();
                                      handle(exchange);
                                    },
@@ -163,7 +164,10 @@ class ApiServerImpl final : public ApiServer {
     for (const Route& route : kRoutes) {
       if (route.path != request.path) continue;
       if (route.method != method) wrong_method(request, route.method);
-      if (!route.open) check_key(request);
+      if (!route.open) {
+        refuse_blind_posts(request);
+        check_key(request);
+      }
       (this->*route.handler)(call);
       return;
     }
@@ -195,6 +199,20 @@ class ApiServerImpl final : public ApiServer {
     error.type = "invalid_request_error";
     error.code = "method_not_allowed";
     error.allow = wanted == "GET" ? "GET, HEAD, OPTIONS" : "POST, OPTIONS";
+    throw error;
+  }
+
+  /// A page of any site can make a browser send such a request without asking (no preflight), to
+  /// a server that only this machine should reach. It cannot read the answer, but it would be made.
+  static void refuse_blind_posts(const HttpRequest& request) {
+    if (request.header("Sec-Fetch-Mode") != "no-cors") return;
+    ApiError error(
+        "a web page sent this with mode \"no-cors\", whose answer it may not read; allow its "
+        "origin "
+        "with --cors-origin and send it as an ordinary request");
+    error.status = 403;
+    error.type = "invalid_request_error";
+    error.code = "forbidden";
     throw error;
   }
 
@@ -302,7 +320,17 @@ class ApiServerImpl final : public ApiServer {
     GenerationBody& body = out.body;
     body.model = resolve_model(body.model);
     if (is_chat) {
+      if (body.uses_tools() && !can_call_tools(model.tokenizer())) {
+        throw ApiError::unsupported("tools",
+                                    "tools is given, but this model's tokenizer has no "
+                                    "[TOOL_CALLS]: it cannot call tools; leave tools out");
+      }
       out.prompts.push_back(encode_chat(model, std::move(body.chat)));
+      using Choice = GenerationBody::ToolChoice;
+      if (body.tool_choice == Choice::kRequired || body.tool_choice == Choice::kNamed) {
+        out.forced = forced_tool_call(model.tokenizer(), body.tool_name);
+        out.prompts[0].insert(out.prompts[0].end(), out.forced.begin(), out.forced.end());
+      }
       return out;
     }
     for (Prompt& prompt : body.prompts) {

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/hash.h"
 #include "base/json.h"
 
 namespace nibble {
@@ -30,6 +31,7 @@ Generation::Generation(const Services& services, uint64_t key, Origin origin,
       body_(std::move(request.body)),
       prompts_(std::move(request.prompts)),
       prompt_texts_(std::move(request.prompt_texts)),
+      forced_(std::move(request.forced)),
       writer_(body_.is_chat, origin_.reply_id, origin_.model_name, std::time(nullptr),
               body_.stream_options),
       last_write_(Clock::now()) {}
@@ -77,11 +79,8 @@ void Generation::submit(size_t part_idx, std::vector<int32_t> prompt, QueueSlot*
   try {
     part.choices.reserve(static_cast<size_t>(n));
     for (int k = 0; k < n; ++k) {
-      part.choices.emplace_back(
-          Detokenizer(services_.model.tokenizer(), {.stop = body_.stop,
-                                                    .include_stop = body_.include_stop,
-                                                    .skip_special = body_.skip_special}),
-          body_.is_chat);
+      Choice& choice = part.choices.emplace_back(parser(part_idx, k), body_.is_chat);
+      for (const int32_t id : forced_) choice.parser.push(id, choice.output);
     }
     Request request;
     request.prompt_tokens = std::move(prompt);
@@ -115,9 +114,23 @@ void Generation::submit(size_t part_idx, std::vector<int32_t> prompt, QueueSlot*
   }
 }
 
+OutputParser Generation::parser(size_t part_idx, int index) const {
+  const Tokenizer& tokenizer = services_.model.tokenizer();
+  const std::string key = origin_.reply_id + std::to_string(choice_index(part_idx, index));
+  OutputParser parser(tokenizer, {.content = {.stop = body_.stop,
+                                              .include_stop = body_.include_stop,
+                                              .skip_special = body_.skip_special},
+                                  .reasoning = body_.is_chat,
+                                  .tool_calls = body_.uses_tools(),
+                                  .max_tool_calls = body_.parallel_tool_calls ? 0 : 1,
+                                  .seed = xxh3_64(std::as_bytes(std::span(key)))});
+  if (body_.is_chat && ends_in_reasoning(tokenizer, prompts_[part_idx])) parser.begin_reasoning();
+  return parser;
+}
+
 void Generation::begin_echo(Part& part, std::string_view text) {
   for (Choice& choice : part.choices) {
-    choice.text = text;
+    choice.output.content = text;
     const auto idx = static_cast<size_t>(&part - parts_.data());
     if (body_.params.logprobs >= 0 && !prompts_[idx].empty()) {
       add_score(choice, {.token = prompts_[idx].front()}, {}, false);
@@ -145,15 +158,21 @@ void Generation::on_event(const TokenHub::Event& event, const TokenHub::Batch& b
   }
   take_tokens(part, choice, event, batch);
   const int index = choice_index(part_idx, event.index);
-  if (choice.detokenizer.stopped()) {
+  if (choice.parser.stopped()) {
     if (!event.finish_reason) services_.model.engine().cancel(part.id, event.index);
-    std::string stop;
-    append_json_string(stop, body_.stop[*choice.detokenizer.stop_idx()]);
-    end_choice(part, event.index, {"stop", stop});
+    if (const auto stop_idx = choice.parser.stop_idx()) {
+      std::string stop;
+      append_json_string(stop, body_.stop[*stop_idx]);
+      end_choice(part, event.index, {"stop", stop});
+    } else {
+      end_choice(part, event.index, {"tool_calls"});
+    }
   } else if (event.finish_reason) {
-    choice.detokenizer.flush(choice.text);
+    choice.parser.flush(choice.output);
     switch (*event.finish_reason) {
-      case FinishReason::kEos: end_choice(part, event.index, {"stop"}); break;
+      case FinishReason::kEos:
+        end_choice(part, event.index, {choice.parser.num_tool_calls() > 0 ? "tool_calls" : "stop"});
+        break;
       case FinishReason::kStopToken:
         end_choice(part, event.index, {"stop", std::to_string(event.stop_token)});
         break;
@@ -188,10 +207,10 @@ void Generation::take_tokens(Part& part, Choice& choice, const TokenHub::Event& 
   choice.last_token_at = event.at;
   const bool ends_on_token =
       event.finish_reason == FinishReason::kEos || event.finish_reason == FinishReason::kStopToken;
-  for (uint32_t i = 0; i < event.tokens.count && !choice.detokenizer.stopped(); ++i) {
+  for (uint32_t i = 0; i < event.tokens.count && !choice.parser.stopped(); ++i) {
     ++choice.num_tokens;
     if (ends_on_token && i + 1 == event.tokens.count) break;  // not part of the text
-    choice.detokenizer.push(batch.tokens[event.tokens.begin + i], choice.text);
+    choice.parser.push(batch.tokens[event.tokens.begin + i], choice.output);
     if (i < event.scores.count) {
       add_score(choice, batch.scores[event.scores.begin + i], batch, true);
     }
@@ -228,7 +247,10 @@ void Generation::note_end(const Part& part) {
                      .cached_tokens = part.usage.cached_tokens,
                      .n = body_.params.n,
                      .max_tokens = body_.max_tokens.value_or(0)};
-  for (const Choice& choice : part.choices) times.completion_tokens += choice.num_tokens;
+  for (const Choice& choice : part.choices) {
+    times.completion_tokens += choice.num_tokens;
+    times.longest_choice = std::max<int64_t>(times.longest_choice, choice.num_tokens);
+  }
   times.queue_s = static_cast<double>(part.usage.queue_us) * 1e-6;
   times.prefill_s = static_cast<double>(part.usage.prefill_us) * 1e-6;
   times.decode_s = static_cast<double>(part.decode_us) * 1e-6;
@@ -239,11 +261,11 @@ void Generation::note_end(const Part& part) {
 
 void Generation::stream_choice(int index, Choice& choice) {
   const bool scored = body_.params.logprobs >= 0;
-  if (!choice.text.empty()) {
+  if (!choice.output.empty()) {
     const std::string logprobs =
         scored && !choice.logprobs.empty() ? choice.logprobs.take() : "null";
-    writer_.text_chunk(chunks_, index, choice.text, logprobs, usage());
-    choice.text.clear();
+    writer_.delta_chunk(chunks_, index, choice.output, logprobs, usage());
+    choice.output = {};
   }
   if (choice.ended) {
     const std::string logprobs =
@@ -271,7 +293,7 @@ void Generation::finish() {
       Choice& choice = parts_[i].choices[static_cast<size_t>(k)];
       ReplyWriter::Choice& out = choices.emplace_back();
       out.index = choice_index(i, k);
-      out.text = choice.text;
+      out.output = &choice.output;
       if (body_.params.logprobs >= 0) out.logprobs = choice.logprobs.take();
       out.end = choice.end;
     }

@@ -16,7 +16,7 @@
 #include "serve/metrics.h"
 #include "serve/reply_writer.h"
 #include "serve/token_hub.h"
-#include "text/detokenizer.h"
+#include "text/output_parser.h"
 
 namespace nibble {
 
@@ -25,6 +25,7 @@ struct PreparedRequest {
   GenerationBody body;                        // messages and prompts are spent
   std::vector<std::vector<int32_t>> prompts;  // token ids, one engine request each
   std::vector<std::string> prompt_texts;      // with echo: what is shown of each
+  std::vector<int32_t> forced;  // the prompt's last tokens, which belong to the answer
 };
 
 class Generation {
@@ -64,11 +65,11 @@ class Generation {
 
  private:
   struct Choice {
-    explicit Choice(Detokenizer detokenizer, bool is_chat)
-        : detokenizer(std::move(detokenizer)), logprobs(is_chat) {}
-    Detokenizer detokenizer;
+    explicit Choice(OutputParser parser, bool is_chat)
+        : parser(std::move(parser)), logprobs(is_chat) {}
+    OutputParser parser;
     LogprobList logprobs;
-    std::string text;         // not streamed yet; all of it when not streaming
+    OutputDelta output;       // not streamed yet; all of it when not streaming
     int64_t text_offset = 0;  // characters before the next token (text completions' log-probs)
     int num_tokens = 0;
     Clock::time_point last_token_at;
@@ -86,6 +87,7 @@ class Generation {
   };
 
   void submit(size_t part_idx, std::vector<int32_t> prompt, QueueSlot* slot);
+  OutputParser parser(size_t part_idx, int index) const;
   void begin_echo(Part& part, std::string_view text);
   void take_tokens(Part& part, Choice& choice, const TokenHub::Event& event,
                    const TokenHub::Batch& batch);
@@ -108,6 +110,7 @@ class Generation {
   GenerationBody body_;
   std::vector<std::vector<int32_t>> prompts_;  // kept until submitted; with echo until shown
   std::vector<std::string> prompt_texts_;
+  std::vector<int32_t> forced_;
   ReplyWriter writer_;
   std::vector<Part> parts_;
   int num_running_ = 0;  // choices not ended

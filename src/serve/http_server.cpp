@@ -304,6 +304,10 @@ class SessionOn final : public Session, public std::enable_shared_from_this<Sess
     error_code ec;
     set_deadline(shared_.options.header_timeout);
     co_await http::async_read_header(stream_, buffer_, *parser, into(ec));
+    if (!ec && parser->get().version() >= 11 && parser->get().count(http::field::host) != 1) {
+      co_await reject(400, "an HTTP/1.1 request needs exactly one Host header");
+      co_return false;
+    }
     if (!ec) {
       if (parser->get()[http::field::expect] == "100-continue") {
         co_await asio::async_write(stream_, asio::buffer(kContinue, sizeof kContinue - 1),
@@ -632,7 +636,7 @@ class Server final : public HttpServer {
   }
 
   template <class S>
-  void start(std::shared_ptr<S> session) {
+  void start(const std::shared_ptr<S>& session) {
     sessions_.insert(session.get());
     count_sessions();
     asio::co_spawn(io_, session->run(), [this, session](std::exception_ptr) {

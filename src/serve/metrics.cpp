@@ -62,6 +62,20 @@ class Page {
   std::string labels_;
 };
 
+/// A histogram that the engine counts.
+void append_step_sizes(Page& page, const EngineStats& stats) {
+  constexpr std::string_view kName = "vllm:iteration_tokens_total";
+  uint64_t total = 0;
+  for (size_t i = 0; i < stats.steps_by_size.size(); ++i) {
+    total += stats.steps_by_size[i];
+    const std::string bound =
+        i < EngineStats::kStepSizes.size() ? fmt::format("{}", EngineStats::kStepSizes[i]) : "+Inf";
+    page.sample(fmt::format("{}_bucket", kName), total, fmt::format("le=\"{}\"", bound));
+  }
+  page.sample(fmt::format("{}_sum", kName), stats.step_tokens);
+  page.sample(fmt::format("{}_count", kName), total);
+}
+
 }  // namespace
 
 void Histogram::observe(double value) {
@@ -93,10 +107,13 @@ Metrics::Metrics()
       decode_(kLatency),
       prompt_tokens_(kTokens),
       generation_tokens_(kTokens),
+      longest_choice_(kTokens),
+      computed_tokens_(kTokens),
       max_tokens_(kTokens),
       n_(kChoices) {
   // Known series exist from the start, so that rates over them are right from the first event.
-  for (const char* reason : {"stop", "length", "abort", "error"}) finished_[reason] = 0;
+  for (const char* reason : {"stop", "length", "tool_calls", "abort", "error"})
+    finished_[reason] = 0;
   for (const char* why : {"queue_full", "draining", "loading", "failed"}) rejected_[why] = 0;
 }
 
@@ -106,6 +123,8 @@ void Metrics::observe_next_token(double seconds) { inter_token_.observe(seconds)
 void Metrics::observe_request(const RequestTimes& times) {
   prompt_tokens_.observe(static_cast<double>(times.prompt_tokens));
   generation_tokens_.observe(static_cast<double>(times.completion_tokens));
+  longest_choice_.observe(static_cast<double>(times.longest_choice));
+  computed_tokens_.observe(static_cast<double>(times.prompt_tokens - times.cached_tokens));
   n_.observe(times.n);
   if (times.max_tokens > 0) max_tokens_.observe(static_cast<double>(times.max_tokens));
   cached_tokens_ += static_cast<uint64_t>(times.cached_tokens);
@@ -138,6 +157,8 @@ std::string Metrics::render(const Context& context) const {
               stats.num_running);
   page.single("vllm:num_requests_waiting", "gauge", "Sequences waiting for a place.",
               stats.num_waiting);
+  page.family("vllm:num_requests_waiting_by_reason", "gauge", "The same, by what they wait for.");
+  page.sample("vllm:num_requests_waiting_by_reason", stats.num_waiting, "reason=\"capacity\"");
   page.single("vllm:kv_cache_usage_perc", "gauge", "Share of KV blocks held by sequences, 0 to 1.",
               used);
   page.single("vllm:gpu_cache_usage_perc", "gauge", "Older name of vllm:kv_cache_usage_perc.",
@@ -162,6 +183,12 @@ std::string Metrics::render(const Context& context) const {
               stats.prompt_tokens);
   page.single("vllm:prompt_tokens_cached_total", "counter",
               "Prompt tokens of finished requests that were not computed again.", cached_tokens_);
+  page.family("vllm:prompt_tokens_by_source_total", "counter",
+              "The same, by where they came from.");
+  page.sample("vllm:prompt_tokens_by_source_total", stats.prompt_tokens - stats.prefix_hit_tokens,
+              "source=\"local_compute\"");
+  page.sample("vllm:prompt_tokens_by_source_total", stats.prefix_hit_tokens,
+              "source=\"local_cache_hit\"");
   page.single("vllm:generation_tokens_total", "counter", "Tokens generated.",
               stats.generated_tokens);
   page.family("vllm:request_success_total", "counter", "Choices that ended, by reason.");
@@ -184,6 +211,12 @@ std::string Metrics::render(const Context& context) const {
   page.histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", prompt_tokens_);
   page.histogram("vllm:request_generation_tokens", "Tokens generated for a request.",
                  generation_tokens_);
+  page.histogram("vllm:request_max_num_generation_tokens", "Of a request's longest choice.",
+                 longest_choice_);
+  page.histogram("vllm:request_prefill_kv_computed_tokens",
+                 "Prompt tokens of a request that were not in the cache.", computed_tokens_);
+  page.family("vllm:iteration_tokens_total", "histogram", "Rows of an engine step.");
+  append_step_sizes(page, stats);
   page.histogram("vllm:request_params_max_tokens", "max_tokens asked for.", max_tokens_);
   page.histogram("vllm:request_params_n", "Choices asked for.", n_);
 

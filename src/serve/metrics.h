@@ -32,6 +32,7 @@ class Histogram {
 /// A finished or abandoned engine request, as the client saw it. Times in seconds.
 struct RequestTimes {
   int64_t prompt_tokens = 0, cached_tokens = 0, completion_tokens = 0;
+  int64_t longest_choice = 0;  // tokens
   int n = 1;
   int64_t max_tokens = 0;  // 0: the client set none
   double queue_s = 0, prefill_s = 0, decode_s = 0, e2e_s = 0;
@@ -45,7 +46,7 @@ class Metrics {
   void observe_first_token(double seconds);
   void observe_next_token(double seconds);  // gap between two tokens of a choice
   void observe_request(const RequestTimes& times);
-  void count_finish(std::string_view reason);  // of a choice: "stop", "length", "abort", "error"
+  void count_finish(std::string_view reason);  // of a choice: "stop", "length", "tool_calls", ...
   void count_reply(int status);
   void count_rejected(std::string_view why);  // "queue_full", "draining", "failed", ...
   void count_disconnect();
@@ -63,7 +64,7 @@ class Metrics {
  private:
   Histogram first_token_, inter_token_, per_output_token_, e2e_, queue_, inference_, prefill_,
       decode_;
-  Histogram prompt_tokens_, generation_tokens_, max_tokens_, n_;
+  Histogram prompt_tokens_, generation_tokens_, longest_choice_, computed_tokens_, max_tokens_, n_;
   uint64_t cached_tokens_ = 0;
   uint64_t disconnects_ = 0;
   std::map<std::string, uint64_t, std::less<>> finished_, rejected_;

@@ -45,6 +45,46 @@ void append_usage(std::string& out, const ReplyUsage& usage) {
                  usage.prompt_tokens + usage.completion_tokens, usage.cached_tokens);
 }
 
+/// The members of a message or, piece by piece, of a delta.
+void append_message(std::string& out, const OutputDelta& output, bool is_delta) {
+  std::string_view comma;
+  const auto member = [&](std::string_view name, std::string_view text) {
+    fmt::format_to(std::back_inserter(out), R"({}"{}":)", comma, name);
+    append_json_string(out, text);
+    comma = ",";
+  };
+  if (!output.content.empty()) {
+    member("content", output.content);
+  } else if (!is_delta) {
+    // A message of calls or thoughts alone has no content; one that says nothing has an empty one.
+    const bool none = !output.tool_calls.empty() || !output.reasoning.empty();
+    out += none ? R"("content":null)" : R"("content":"")";
+    comma = ",";
+  }
+  if (!output.reasoning.empty()) member("reasoning_content", output.reasoning);
+  if (output.tool_calls.empty()) return;
+  fmt::format_to(std::back_inserter(out), R"({}"tool_calls":[)", comma);
+  for (size_t i = 0; i < output.tool_calls.size(); ++i) {
+    const OutputDelta::ToolCall& call = output.tool_calls[i];
+    out += i ? ",{" : "{";
+    comma = "";
+    if (is_delta) {
+      fmt::format_to(std::back_inserter(out), R"("index":{})", call.index);
+      comma = ",";
+    }
+    if (call.begins) {
+      member("id", call.id);
+      member("type", "function");
+    }
+    fmt::format_to(std::back_inserter(out), R"({}"function":{{)", comma);
+    comma = "";
+    if (call.begins) member("name", call.name);
+    member("arguments", call.arguments);
+    out += "}}";
+  }
+  out += ']';
+}
+
 }  // namespace
 
 void LogprobList::add(const ScoredToken& token, int64_t text_offset) {
@@ -146,13 +186,18 @@ void ReplyWriter::role_chunk(std::string& out, int index, const ReplyUsage& usag
   finish_event(out, usage);
 }
 
-void ReplyWriter::text_chunk(std::string& out, int index, std::string_view text,
-                             std::string_view logprobs, const ReplyUsage& usage) const {
+void ReplyWriter::delta_chunk(std::string& out, int index, const OutputDelta& delta,
+                              std::string_view logprobs, const ReplyUsage& usage) const {
   out += chunk_head_;
-  fmt::format_to(std::back_inserter(out), R"({{"index":{},{})", index,
-                 is_chat_ ? R"("delta":{"content":)" : R"("text":)");
-  append_json_string(out, text);
-  if (is_chat_) out += '}';
+  fmt::format_to(std::back_inserter(out), R"({{"index":{},)", index);
+  if (is_chat_) {
+    out += R"("delta":{)";
+    append_message(out, delta, true);
+    out += '}';
+  } else {
+    out += R"("text":)";
+    append_json_string(out, delta.content);
+  }
   fmt::format_to(std::back_inserter(out), R"(,"logprobs":{},"finish_reason":null}})", logprobs);
   finish_event(out, usage);
 }
@@ -184,10 +229,15 @@ std::string ReplyWriter::whole(const std::vector<Choice>& choices, const ReplyUs
   std::string out = "{" + head_ + R"(,"choices":[)";
   for (size_t i = 0; i < choices.size(); ++i) {
     const Choice& choice = choices[i];
-    fmt::format_to(std::back_inserter(out), R"({}{{"index":{},{})", i ? "," : "", choice.index,
-                   is_chat_ ? R"("message":{"role":"assistant","content":)" : R"("text":)");
-    append_json_string(out, choice.text);
-    if (is_chat_) out += R"(,"refusal":null})";
+    fmt::format_to(std::back_inserter(out), R"({}{{"index":{},)", i ? "," : "", choice.index);
+    if (is_chat_) {
+      out += R"("message":{"role":"assistant",)";
+      append_message(out, *choice.output, false);
+      out += R"(,"refusal":null})";
+    } else {
+      out += R"("text":)";
+      append_json_string(out, choice.output->content);
+    }
     fmt::format_to(std::back_inserter(out),
                    R"(,"logprobs":{},"finish_reason":"{}","stop_reason":{}}})", choice.logprobs,
                    choice.end.reason, choice.end.stop_reason);

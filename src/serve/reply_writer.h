@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "serve/api_request.h"
+#include "text/output_parser.h"
 
 namespace nibble {
 
@@ -46,8 +47,8 @@ class LogprobList {
   std::string tokens_, logprobs_, tops_, offsets_;  // completions
 };
 
-/// What ends a choice. `reason` is "stop", "length" or "abort"; `stop_reason` is JSON: the stop
-/// string, the stop token's id or null (a vLLM extension).
+/// What ends a choice. `reason` is "stop", "length", "tool_calls" or "abort"; `stop_reason` is
+/// JSON: the stop string, the stop token's id or null (a vLLM extension).
 struct ChoiceEnd {
   std::string_view reason = "stop";
   std::string stop_reason = "null";
@@ -61,8 +62,8 @@ class ReplyWriter {
   // Stream: each appends whole events ("data: {...}\n\n") to `out`. `usage` is of the reply so far
   // and only shown with continuous_usage_stats.
   void role_chunk(std::string& out, int index, const ReplyUsage& usage) const;  // chat only
-  void text_chunk(std::string& out, int index, std::string_view text, std::string_view logprobs,
-                  const ReplyUsage& usage) const;
+  void delta_chunk(std::string& out, int index, const OutputDelta& delta, std::string_view logprobs,
+                   const ReplyUsage& usage) const;
   void end_chunk(std::string& out, int index, const ChoiceEnd& end, std::string_view logprobs,
                  const ReplyUsage& usage) const;
   void usage_chunk(std::string& out, const ReplyUsage& usage) const;  // with include_usage
@@ -71,7 +72,7 @@ class ReplyWriter {
 
   struct Choice {
     int index = 0;
-    std::string_view text;
+    const OutputDelta* output = nullptr;  // all of it
     std::string logprobs = "null";
     ChoiceEnd end;
   };

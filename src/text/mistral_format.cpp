@@ -57,11 +57,6 @@ std::string string_of(const json::value* value) {
   return dump_json(*value);
 }
 
-bool is_call_id(std::string_view id) {
-  return id.size() == 9 &&
-         std::all_of(id.begin(), id.end(), [](unsigned char c) { return c < 0x80 && isalnum(c); });
-}
-
 bool is_function_name(std::string_view name) {
   return !name.empty() && name.size() <= 64 &&
          std::all_of(name.begin(), name.end(), [](unsigned char c) {
@@ -257,7 +252,7 @@ void check_content(const Message& message, MistralVersion version) {
       refuse("Assistant message must have either content or tool_calls, but not both.");
     }
     for (const Call& call : message.calls) {
-      if (!is_call_id(call.id)) {
+      if (!is_mistral_call_id(call.id)) {
         refuse(fmt::format("Tool call id was {} but must be a-z, A-Z, 0-9, with a length of 9.",
                            call.id));
       }
@@ -271,7 +266,7 @@ void check_content(const Message& message, MistralVersion version) {
   }
   if (message.role == Role::kTool) {
     if (!message.has_call_id) refuse("Tool call id has to be defined.");
-    if (!is_call_id(message.call_id)) {
+    if (!is_mistral_call_id(message.call_id)) {
       refuse(fmt::format("Tool call id was {} but must be a-z, A-Z, 0-9, with a length of 9.",
                          message.call_id));
     }
@@ -512,6 +507,11 @@ std::string joined_text(const Message& message) {
 }
 
 }  // namespace
+
+bool is_mistral_call_id(std::string_view id) {
+  return id.size() == 9 &&
+         std::all_of(id.begin(), id.end(), [](unsigned char c) { return c < 0x80 && isalnum(c); });
+}
 
 MistralVersion choose_mistral_version(std::span<const std::string> special_tokens) {
   const auto has = [&](std::string_view token) {

@@ -38,6 +38,9 @@ class MistralChatFormat {
   std::string bos_, eos_;
 };
 
+/// Nine ASCII letters or digits.
+bool is_mistral_call_id(std::string_view id);
+
 /// V13 when the tokenizer has both [THINK] and [ARGS], else V7.
 MistralVersion choose_mistral_version(std::span<const std::string> special_tokens);
 

@@ -44,6 +44,21 @@ prefilled = client.chat.completions.create(
     extra_body={"continue_final_message": True, "add_generation_prompt": False, "unknown_field": {"is": "ignored"}})
 check(not prefilled.choices[0].message.content.startswith("Water is"), "continue_final_message")
 
+look_up = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {"word": {"type": "string"}}}}}
+forced = dict(model=model, messages=question, tools=[look_up], tool_choice={"type": "function", "function": {"name": "look_up"}},
+              max_tokens=12, temperature=0)
+call = client.chat.completions.create(**forced).choices[0].message.tool_calls[0]
+check(call.function.name == "look_up" and len(call.id) == 9, "a tool call")
+with client.chat.completions.stream(**forced) as stream:
+    for _ in stream:
+        pass
+    again = stream.current_completion_snapshot.choices[0].message.tool_calls[0]
+check(again.function.arguments == call.function.arguments and again.function.name == "look_up", "the SDK puts a streamed call together")
+after = client.chat.completions.create(model=model, max_tokens=8, tools=[look_up], messages=question + [
+    {"role": "assistant", "content": None, "tool_calls": [{"id": "call_of_another_server", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "water"}'}}]},
+    {"role": "tool", "tool_call_id": "call_of_another_server", "content": "wet"}])
+check(after.choices[0].message.content is not None, "a tool's result")
+
 old = client.completions.create(model=model, prompt="The sea", max_tokens=6, temperature=0, logprobs=1, echo=True)
 check(old.choices[0].text.startswith("The sea") and old.choices[0].logprobs.tokens, "a text completion with echo")
 streamed = "".join(c.choices[0].text for c in client.completions.create(model=model, prompt="The sea", max_tokens=6, temperature=0, stream=True))

@@ -8,6 +8,7 @@
 #include <random>
 
 #include "base/half.h"
+#include "quantize/drift.h"
 #include "quantize/gemm.h"
 #include "quantize/rounding.h"
 
@@ -349,6 +350,127 @@ TEST(Result, OfAGramCutToBlocksStillBeatsRoundingToNearest) {
       relative_token_loss(p, dequantize(pool, round_to_nearest(pool, p.linear(), p.in, 128), p.in));
   EXPECT_LT(whole, cut);
   EXPECT_LT(cut, rtn * 0.7);
+}
+
+TEST(Lite, IsModelOptsFormulaOnASingleGroup) {
+  ThreadPool pool(2);
+  const Problem p = make_problem(8, 128, 300, {9}, 40);
+  const InputStatistics input = statistics_of(pool, p, 1u << 30, 128);
+  const DenseLinear part = p.linear();
+  const LiteResult result = quantize_lite(pool, {&part, 1}, 128, input, {.dtype = DType::kF32});
+  ASSERT_EQ(result.alphas.size(), 1u);
+  // The formula again, naively, for every alpha; the search must have found the least token loss.
+  double best = 0, best_alpha = -1;
+  for (int step = 0; step <= 10; ++step) {
+    const double alpha = step / 10.0;
+    std::vector<double> s(128);
+    for (size_t j = 0; j < 128; ++j) {
+      double act = 0, weight = 0;
+      for (int64_t t = 0; t < p.tokens; ++t)
+        act += std::fabs(p.x[static_cast<size_t>(t) * 128 + j]) / static_cast<double>(p.tokens);
+      for (size_t n = 0; n < 8; ++n) {
+        float widest = 0;
+        for (size_t i = 0; i < 128; ++i) widest = std::max(widest, std::fabs(p.w[n * 128 + i]));
+        weight += std::fabs(p.w[n * 128 + j]) / widest / 8;
+      }
+      s[j] = std::pow(act, alpha) / std::pow(weight, 1 - alpha);
+    }
+    const auto [least, most] = std::minmax_element(s.begin(), s.end());
+    const double norm = std::sqrt(*least * *most);
+    std::vector<float> dequantized(p.w.size());
+    for (size_t n = 0; n < 8; ++n) {
+      double widest = 0;
+      for (size_t j = 0; j < 128; ++j)
+        widest = std::max(widest, std::fabs(double{p.w[n * 128 + j]} * s[j] / norm));
+      for (size_t j = 0; j < 128; ++j) {
+        const double q = std::nearbyint(double{p.w[n * 128 + j]} * s[j] / norm / (widest / 7));
+        dequantized[n * 128 + j] =
+            static_cast<float>(std::clamp(q, -8.0, 7.0) * widest / 7 / (s[j] / norm));
+      }
+    }
+    const double loss = token_loss(p, dequantized);
+    if (best_alpha < 0 || loss < best) best = loss, best_alpha = alpha;
+  }
+  EXPECT_DOUBLE_EQ(result.alphas[0], best_alpha);
+  EXPECT_NEAR(token_loss(p, dequantize(pool, result.linear, 128)) / best, 1, 1e-3);
+}
+
+TEST(Lite, AveragesThePreScalesOfPartsOfOneLinear) {
+  ThreadPool pool(2);
+  const Problem p = make_problem(48, 256, 300, {9});
+  const InputStatistics input = statistics_of(pool, p, 1u << 30, 128);
+  const DenseLinear parts[] = {{p.w.data(), 16}, {p.w.data() + 16 * 256, 32}};
+  const LiteResult both = quantize_lite(pool, parts, 256, input, {});
+  const LiteResult a = quantize_lite(pool, {parts, 1}, 256, input, {}),
+                   b = quantize_lite(pool, {parts + 1, 1}, 256, input, {});
+  ASSERT_EQ(both.linear.q.size(), 48u * 256);
+  ASSERT_EQ(both.alphas, (std::vector<double>{a.alphas[0], b.alphas[0]}));
+  for (size_t j = 0; j < 256; ++j) {
+    EXPECT_EQ(both.linear.pre_scale[j],
+              round_to(DType::kBF16, (a.linear.pre_scale[j] + b.linear.pre_scale[j]) / 2));
+  }
+  EXPECT_LT(both.report.error, both.report.error_rtn * 1.2);
+}
+
+// Inputs that have moved, as the quantized layers before move them: the corrected weight must give
+// outputs closer to those of the unquantized model than the weight itself does.
+TEST(Drift, CorrectionIsTheDampedLeastSquaresAnswer) {
+  ThreadPool pool(2);
+  const Problem dense = make_problem(40, 256, 2000);
+  Problem moved = dense;
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  for (int64_t t = 0; t < moved.tokens; ++t) {
+    for (int64_t j = 0; j < moved.in; ++j) {
+      float& x = moved.x[static_cast<size_t>(t * moved.in + j)];
+      x = 0.95f * x + 0.02f * dense.x[static_cast<size_t>(t * moved.in + (j + 1) % moved.in)] +
+          0.05f * normal(random);
+    }
+  }
+  std::vector<float> residual(static_cast<size_t>(moved.tokens * moved.out));
+  for (int64_t t = 0; t < moved.tokens; ++t) {
+    for (int64_t n = 0; n < moved.out; ++n) {
+      residual[static_cast<size_t>(t * moved.out + n)] =
+          0.1f * moved.x[static_cast<size_t>(t * moved.in + n)];
+    }
+  }
+  InputStatistics input(256, 128, 1u << 30);
+  input.add(pool, moved.x.data(), moved.tokens);
+  input.add_drift(pool, moved.x.data(), dense.x.data(), residual.data(), moved.out, moved.tokens);
+  input.finish(pool);
+  // Of (x_dense w^T + residual) - x w^T.
+  const auto loss = [&](const std::vector<float>& w) {
+    double sum = 0;
+    for (int64_t t = 0; t < moved.tokens; ++t) {
+      for (int64_t n = 0; n < moved.out; ++n) {
+        double e = residual[static_cast<size_t>(t * moved.out + n)];
+        for (int64_t j = 0; j < moved.in; ++j) {
+          e += double{dense.x[static_cast<size_t>(t * moved.in + j)]} *
+                   double{dense.w[static_cast<size_t>(n * moved.in + j)]} -
+               double{moved.x[static_cast<size_t>(t * moved.in + j)]} *
+                   double{w[static_cast<size_t>(n * moved.in + j)]};
+        }
+        sum += e * e;
+      }
+    }
+    return sum;
+  };
+  const double before = loss(dense.w);
+  std::vector<float> half = dense.w, whole = dense.w, none = dense.w;
+  correct_drift(pool, input, 0.5f, half);
+  correct_drift(pool, input, 1.0f, whole);
+  EXPECT_LT(loss(half), before * 0.5);
+  EXPECT_LT(loss(whole), loss(half) * 0.6);
+  for (const float nudge : {0.99f, 1.01f}) {  // the bottom of the valley, but for the damping
+    std::vector<float> near = whole;
+    for (size_t i = 0; i < near.size(); ++i) near[i] = dense.w[i] + nudge * (whole[i] - dense.w[i]);
+    EXPECT_GT(loss(near), loss(whole) * 0.995);
+  }
+  InputStatistics still(256, 128, 1u << 30);
+  still.add(pool, moved.x.data(), moved.tokens);
+  still.finish(pool);
+  correct_drift(pool, still, 1.0f, none);
+  EXPECT_EQ(none, dense.w);
 }
 
 }  // namespace

@@ -36,6 +36,13 @@ CalibrationEncoder byte_encoder() {
   return encoder;
 }
 
+CalibrationData make_calibration(std::string name, std::string content,
+                                 const CalibrationOptions& options,
+                                 const CalibrationEncoder& encoder) {
+  const CalibrationText text{std::move(name), std::move(content)};
+  return nibble::make_calibration({&text, 1}, options, encoder);
+}
+
 std::string numbered_lines(int count) {
   std::string content;
   for (int i = 0; i < count; ++i) content += fmt::format("{{\"text\": \"{:04}\"}}\n", i);
@@ -53,7 +60,7 @@ TEST(Calibration, UsesEverySampleOnceWithoutPaddingWhenTheFileIsSmall) {
   const CalibrationData data = make_calibration(
       "c.jsonl", numbered_lines(50), {.size = 64, .seq_len = 7, .seed = 5}, byte_encoder());
   EXPECT_EQ(data.tokens, 50 * 6);
-  EXPECT_EQ(data.samples_used, 50);
+  EXPECT_EQ(data.sources[0].samples_used, 50);
   for (size_t i = 0; i + 1 < data.sequences.size(); ++i) EXPECT_EQ(data.sequences[i].size(), 7u);
   EXPECT_EQ(data.sequences.back().size(), 300u % 7);
   // Read back the stream: each document is complete and appears once.
@@ -76,7 +83,7 @@ TEST(Calibration, StopsAtTheSizeAskedForAndIsShuffledByTheSeed) {
       make_calibration("c.jsonl", numbered_lines(1000), options, byte_encoder());
   EXPECT_EQ(a.sequences.size(), 3u);
   EXPECT_EQ(a.tokens, 60);
-  EXPECT_EQ(a.samples_used, 10);
+  EXPECT_EQ(a.sources[0].samples_used, 10);
   EXPECT_TRUE(a.notices().empty());
   const CalibrationData again =
       make_calibration("c.jsonl", numbered_lines(1000), options, byte_encoder());
@@ -96,10 +103,10 @@ TEST(Calibration, RendersChatsAndLeavesOutThoseTheTemplateRefuses) {
       "{\"messages\": [{\"role\": \"narrator\", \"content\": \"x\"}]}\n";
   const CalibrationData data = make_calibration("c.jsonl", content, {}, byte_encoder());
   EXPECT_EQ(flatten(data), (std::vector<int32_t>{1, 'h', 'i', 3}));
-  EXPECT_EQ(data.samples_unusable, 1);
+  EXPECT_EQ(data.sources[0].samples_unusable, 1);
   ASSERT_EQ(data.notices().size(), 2u);
   EXPECT_THAT(data.notices()[1], HasSubstr("c.jsonl line 3: unknown role narrator"));
-  EXPECT_EQ(data.to_json().at("samples_unusable"), 1);
+  EXPECT_EQ(data.to_json().at("sources").at(0).at("samples_unusable"), 1);
 }
 
 TEST(Calibration, CutsTextFilesAtBlankLines) {
@@ -107,12 +114,12 @@ TEST(Calibration, CutsTextFilesAtBlankLines) {
   for (int i = 0; i < 40; ++i)
     content += std::string(500, static_cast<char>('a' + i % 26)) + "\n\n";
   const CalibrationData data = make_calibration("c.txt", content, {}, byte_encoder());
-  EXPECT_GT(data.samples_in_file, 3);
-  EXPECT_EQ(data.tokens, static_cast<int64_t>(content.size()) + 2 * data.samples_in_file);
+  EXPECT_GT(data.sources[0].samples_in_file, 3);
+  EXPECT_EQ(data.tokens,
+            static_cast<int64_t>(content.size()) + 2 * data.sources[0].samples_in_file);
 }
 
-void expect_error(std::string_view name, std::string_view content, ErrorKind kind,
-                  std::string_view part) {
+void expect_error(std::string name, std::string content, ErrorKind kind, std::string_view part) {
   try {
     make_calibration(name, content, {}, byte_encoder());
     ADD_FAILURE() << "no error for " << content;
@@ -129,6 +136,53 @@ TEST(Calibration, NamesFileAndLineOfWhatItCannotRead) {
   expect_error("c.jsonl", "[1]", ErrorKind::kInput, "line 1");
   expect_error("c.jsonl", "\n\n", ErrorKind::kInput, "gave no token");
   expect_error("c.csv", "a", ErrorKind::kUsage, "wanted a .jsonl file");
+}
+
+TEST(Calibration, MixesFilesByWeightAndRecordsWhatItTookOfEach) {
+  const CalibrationText texts[] = {{"dir/chat.jsonl", numbered_lines(1000), 3},
+                                   {"wiki.txt", std::string(3000, 'w'), 1}};
+  const CalibrationData data =
+      nibble::make_calibration(texts, {.size = 8, .seq_len = 20}, byte_encoder());
+  ASSERT_EQ(data.sources.size(), 2u);
+  EXPECT_EQ(data.sources[0].file, "chat.jsonl");
+  EXPECT_EQ(data.sources[0].tokens, 6 * 20);
+  EXPECT_EQ(data.sources[0].samples_used, 20);
+  EXPECT_EQ(data.sources[0].samples_split, 4) << "60 is a multiple of 6";
+  EXPECT_EQ(data.sources[0].tokens_cut, 0);
+  EXPECT_EQ(data.sources[1].tokens, 2 * 20);
+  EXPECT_EQ(data.sources[1].tokens_cut, 3002 - 40);
+  EXPECT_EQ(data.sources[1].samples_split, 1);
+  EXPECT_EQ(data.sequences.size(), 8u);
+  EXPECT_EQ(data.tokens, 160);
+  EXPECT_NE(data.sources[0].hash, data.sources[1].hash);
+  EXPECT_EQ(data.to_json().at("sources").at(0).at("weight"), 3.0);
+
+  const CalibrationData alone =
+      nibble::make_calibration({texts, 1}, {.size = 6, .seq_len = 20}, byte_encoder());
+  EXPECT_TRUE(std::equal(alone.sequences.begin(), alone.sequences.end(), data.sequences.begin()))
+      << "a file's sequences do not depend on the other files";
+  EXPECT_NE(alone.checksum(), data.checksum());
+}
+
+TEST(Calibration, GivesEveryFileASequenceAndRefusesBadWeights) {
+  const std::string text(3000, 'w');
+  const CalibrationText texts[] = {{"a.txt", text, 1000}, {"b.txt", text, 1}, {"c.txt", text, 1}};
+  const CalibrationData data =
+      nibble::make_calibration(texts, {.size = 4, .seq_len = 20}, byte_encoder());
+  EXPECT_EQ(data.sources[0].tokens, 40);
+  EXPECT_EQ(data.sources[1].tokens, 20);
+  EXPECT_EQ(data.sources[2].tokens, 20);
+  const auto expect_usage = [&](std::vector<CalibrationText> mixture, int size, const char* part) {
+    try {
+      nibble::make_calibration(mixture, {.size = size, .seq_len = 20}, byte_encoder());
+      ADD_FAILURE() << "no error, wanted " << part;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.kind(), ErrorKind::kUsage);
+      EXPECT_THAT(error.what(), HasSubstr(part));
+    }
+  };
+  expect_usage({{"a.txt", text, 0}}, 4, "weight 0; wanted a number above 0");
+  expect_usage({{"a.txt", text}, {"b.txt", text}}, 1, "raise --calib-size");
 }
 
 }  // namespace

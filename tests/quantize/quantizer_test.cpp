@@ -35,7 +35,6 @@ ModelSpec tiny_spec() {
 
 CalibrationData random_calibration(std::vector<size_t> lengths, int vocab = 320) {
   CalibrationData data;
-  data.file = "random";
   std::mt19937 random(3);
   for (const size_t length : lengths) {
     auto& sequence = data.sequences.emplace_back();
@@ -201,7 +200,7 @@ TEST_F(Quantize, SequentialCalibrationSeesTheQuantizedLayersBefore) {
                        after = run(fresh(), {.sequential = true});
   for (size_t i = 0; i < apart.linears.size(); ++i) {
     const bool first_layer = apart.linears[i].name.starts_with("layers.0.");
-    EXPECT_EQ(apart.linears[i].input_max_abs == after.linears[i].input_max_abs, first_layer)
+    EXPECT_EQ(apart.linears[i].input.max_abs == after.linears[i].input.max_abs, first_layer)
         << apart.linears[i].name;
   }
 }
@@ -211,11 +210,82 @@ TEST_F(Quantize, ReportsTheSearch) {
   for (const LinearReport& linear : report.linears) {
     EXPECT_GT(linear.search.error, 0) << linear.name;
     EXPECT_LT(linear.search.error, linear.search.error_rtn) << linear.name;
-    EXPECT_GT(linear.input_max_abs, 0) << linear.name;
+    EXPECT_GT(linear.input.max_abs, 0) << linear.name;
+    EXPECT_GE(linear.input.loudest_channel_mean, linear.input.median_channel);
+    EXPECT_GT(linear.pre_scale_min, 0);
   }
   const json::object object = report.to_json();
   EXPECT_EQ(object.at("linears").as_array().size(), 10u);
   EXPECT_EQ(object.at("kv_scales").at("k").as_array().size(), 2u);
+}
+
+// The layers' files as a run that was killed after the first layer leaves them.
+TEST_F(Quantize, GoesOnAfterAKillWithTheSameBytes) {
+  for (const QuantizeMethod method :
+       {QuantizeMethod::kAwq, QuantizeMethod::kAwqLite, QuantizeMethod::kRtn}) {
+    const fs::path whole = fresh(), kept = fresh(), again = fresh();
+    QuantizeOptions options = {.method = method, .sequential = method == QuantizeMethod::kAwq};
+    const QuantizeReport first = run(whole, options);
+    options.resume_directory = kept;
+    run(fresh(), options);
+    ASSERT_TRUE(fs::exists(kept / "layer-1.safetensors"));
+    EXPECT_FALSE(fs::exists(kept / "states-0.safetensors")) << "only the last states are kept";
+
+    // Killed after layer 0: its states are there again and the second layer is not.
+    fs::remove_all(kept);
+    options.resume_directory = kept;
+    struct Killed {};
+    class KillAfter : public Progress {
+     public:
+      explicit KillAfter(fs::path layer) : layer_(std::move(layer)) {}
+      void begin(std::string_view, int64_t, std::string_view) override {}
+      void advance(int64_t) override {
+        if (fs::exists(layer_)) throw Killed();
+      }
+      void end() override {}
+      void note(std::string_view) override {}
+
+     private:
+      fs::path layer_;
+    } kill(kept / "layer-0.safetensors");
+    const CalibrationData data = random_calibration({40, 40, 25});
+    EXPECT_THROW(quantize(fresh(), *source_, backend_.get(), &data, options, kill), Killed);
+    ASSERT_FALSE(fs::exists(kept / "layer-1.safetensors"));
+    const QuantizeReport resumed = run(again, options);
+    EXPECT_EQ(resumed.layers_continued, 1);
+    EXPECT_EQ(read_file(whole / "rank0.safetensors"), read_file(again / "rank0.safetensors"));
+    EXPECT_EQ(read_file(whole / "config.json"), read_file(again / "config.json"));
+    ASSERT_EQ(resumed.linears.size(), first.linears.size());
+    for (size_t i = 0; i < first.linears.size(); ++i) {
+      EXPECT_EQ(resumed.linears[i].name, first.linears[i].name);
+      EXPECT_NEAR(resumed.linears[i].search.error, first.linears[i].search.error, 1e-12);
+      EXPECT_EQ(resumed.linears[i].input.max_abs, first.linears[i].input.max_abs);
+    }
+
+    // Other arguments must not go on with it, and damaged states are found.
+    options.group_size = 64;
+    try {
+      run(fresh(), options);
+      ADD_FAILURE() << "continued with another group size";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.kind(), ErrorKind::kUsage);
+      EXPECT_THAT(error.what(), HasSubstr("begun with group_size 128, now it is 64"));
+    }
+  }
+}
+
+TEST_F(Quantize, LiteSearchesGateAndUpApartAndStillWritesACheckpoint) {
+  const fs::path out = fresh();
+  const QuantizeReport report = run(out, {.method = QuantizeMethod::kAwqLite, .sequential = false});
+  ASSERT_EQ(report.linears.size(), 10u);
+  for (const LinearReport& linear : report.linears) {
+    EXPECT_LE(linear.search.error_scaled, linear.search.error_rtn * 1.05) << linear.name;
+    EXPECT_NEAR(linear.search.alpha + linear.search.beta, 1, 1e-9);
+    EXPECT_EQ(linear.search.mean_clip, 1);
+  }
+  EXPECT_FALSE(open_checkpoint(out)->kv_scales()->k.empty());
+  const json::object config = parse_json(read_file(out / "config.json"), "config.json").as_object();
+  EXPECT_EQ(config.at("nibble").at("method"), "awq-lite");
 }
 
 TEST_F(Quantize, RefusesWhatItCannotDo) {

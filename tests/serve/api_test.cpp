@@ -200,6 +200,68 @@ TEST_F(Api, ContinuesTheFinalMessage) {
   EXPECT_EQ(text_of(first_choice(raw.json()).at("text")), text);
 }
 
+TEST_F(Api, ToolCallsWholeAndStreamed) {
+  start();
+  // nano was not taught to call anything: the call is begun for it, its arguments are what it says.
+  const std::string fields =
+      R"("max_tokens":12,"temperature":0,"tools":[{"type":"function","function":{"name":"look_up"}}],)"
+      R"("tool_choice":{"type":"function","function":{"name":"look_up"}})";
+  const json::value whole = chat(fields).json();
+  const json::value& message = whole.at("choices").at(0).at("message");
+  EXPECT_TRUE(message.at("content").is_null());
+  const json::value& call = message.at("tool_calls").at(0);
+  EXPECT_EQ(text_of(call.at("id")).size(), 9u);
+  EXPECT_EQ(call.at("type"), "function");
+  EXPECT_EQ(call.at("function").at("name"), "look_up");
+  const std::string arguments = text_of(call.at("function").at("arguments"));
+  EXPECT_FALSE(arguments.empty());
+
+  std::string streamed, name;
+  int heads = 0;
+  for (const std::string& event : chat(fields + R"(,"stream":true)").events()) {
+    if (event == "[DONE]") continue;
+    const json::value value = parse_json(event, "event");
+    const auto& delta = value.at("choices").at(0).at("delta").as_object();
+    const auto* calls = delta.if_contains("tool_calls");
+    if (calls == nullptr) continue;
+    const auto& piece = calls->at(0).as_object();
+    EXPECT_EQ(piece.at("index"), 0);
+    if (piece.contains("id")) {
+      ++heads;
+      name = text_of(piece.at("function").at("name"));
+    }
+    streamed += text_of(piece.at("function").at("arguments"));
+  }
+  EXPECT_EQ(heads, 1);
+  EXPECT_EQ(name, "look_up");
+  EXPECT_EQ(streamed, arguments);
+
+  // Told about, not called: an ordinary answer, with the tools in its prompt.
+  const std::string tools =
+      R"("max_tokens":4,"tools":[{"type":"function","function":{"name":"f"}}])";
+  const json::value plain = chat(R"("max_tokens":4)").json(), told = chat(tools).json();
+  EXPECT_GT(told.at("usage").at("prompt_tokens").as_int64(),
+            plain.at("usage").at("prompt_tokens").as_int64());
+  EXPECT_EQ(chat(tools + R"(,"tool_choice":"none")").json().at("usage").at("prompt_tokens"),
+            plain.at("usage").at("prompt_tokens"));
+}
+
+TEST_F(Api, ToolResultsWithForeignIds) {
+  start();
+  const auto prompt_tokens = [&](const std::string& id) {
+    const Reply reply = post(port(), "/v1/chat/completions",
+                             R"({"max_tokens":1,"messages":[{"role":"user","content":"x"},)"
+                             R"({"role":"assistant","content":null,"tool_calls":[{"id":")" +
+                                 id +
+                                 R"(","type":"function","function":{"name":"f","arguments":)"
+                                 R"("{\"a\": 1}"}}]},{"role":"tool","tool_call_id":")" +
+                                 id + R"(","content":"42"}]})");
+    EXPECT_EQ(reply.status, 200) << reply.body;
+    return reply.json().at("usage").at("prompt_tokens").as_int64();
+  };
+  EXPECT_EQ(prompt_tokens("call_Kz3sW0iQ1v8bT7"), prompt_tokens("abcdefghi"));
+}
+
 TEST_F(Api, TextCompletions) {
   start();
   const json::value value =
@@ -381,6 +443,18 @@ TEST_F(Api, CorsOnlyForThoseInvited) {
   EXPECT_EQ(client.read_reply().headers.at("access-control-allow-origin"), "https://app.example");
 }
 
+TEST_F(Api, PagesCannotPostBlindly) {
+  start();
+  const std::string body = chat_body(R"("max_tokens":1)");
+  const auto send = [&](const std::string& mode) {
+    return post(port(), "/v1/chat/completions", body, "Sec-Fetch-Mode: " + mode + "\r\n");
+  };
+  EXPECT_EQ(send("cors").status, 200);
+  const Reply blind = send("no-cors");
+  EXPECT_EQ(blind.status, 403);
+  EXPECT_EQ(blind.json().at("error").at("code"), "forbidden");
+}
+
 TEST_F(Api, NoCorsHeadersUnlessAsked) {
   start();
   EXPECT_FALSE(get(port(), "/v1/models", "Origin: https://app.example\r\n")
@@ -423,6 +497,12 @@ TEST_F(Api, MetricsCountWhatHappened) {
   EXPECT_EQ(metric("vllm:inter_token_latency_seconds_count"), 8);
   EXPECT_EQ(metric("vllm:e2e_request_latency_seconds_count"), 2);
   EXPECT_EQ(metric("vllm:request_generation_tokens_sum"), 10);
+  EXPECT_EQ(metric("vllm:request_max_num_generation_tokens_sum"), 10);
+  const double prompts = metric("vllm:request_prompt_tokens_sum"),
+               hits = metric("vllm:prefix_cache_hits_total");
+  EXPECT_EQ(metric("vllm:request_prefill_kv_computed_tokens_sum"), prompts - hits);
+  EXPECT_EQ(metric("vllm:iteration_tokens_total_count"), metric("nibble:steps_total"));
+  EXPECT_EQ(metric("vllm:iteration_tokens_total_sum"), metric("nibble:step_tokens_total"));
   EXPECT_EQ(metric("vllm:request_success_total{model_name=\"nano\",engine=\"0\",finished_reason="
                    "\"length\"}"),
             2);

@@ -165,14 +165,16 @@ TEST_F(HttpTest, WhatIsNotHttpGetsA400AndAClose) {
   start();
   for (const char* junk :
        {"\x16\x03\x01\x02garbage\r\n\r\n", "GET\r\n\r\n", "GET / HTTP/9.9\r\n\r\n",
-        "GET / HTTP/1.1\r\nBad Header\r\n\r\n", "\r\n\r\n\r\n\r\n=\r\n\r\n",
-        "POST / HTTP/1.1\r\nContent-Length: -4\r\n\r\n",
-        "POST / HTTP/1.1\r\nContent-Length: 99999999999999999999999\r\n\r\n",
-        "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        "GET / HTTP/1.1\r\nHost: x\r\nBad Header\r\n\r\n", "\r\n\r\n\r\n\r\n=\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -4\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999999999999\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         // What two servers in a row could read differently.
-        "POST / HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        "POST / HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
-        "POST / HTTP/1.1\r\nContent-Length : 3\r\n\r\nabc"}) {
+        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: "
+        "chunked\r\n\r\n0\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
+        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length : 3\r\n\r\nabc", "GET / HTTP/1.1\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n"}) {
     Client client(server_->port());
     client.send(junk);
     const Reply reply = client.read_reply();
@@ -180,7 +182,7 @@ TEST_F(HttpTest, WhatIsNotHttpGetsA400AndAClose) {
     EXPECT_EQ(reply.headers.at("connection"), "close");
     EXPECT_TRUE(client.closed_within(3000)) << junk;
   }
-  EXPECT_EQ(stats().bad_requests, 11u);
+  EXPECT_EQ(stats().bad_requests, 13u);
 }
 
 TEST_F(HttpTest, LargeBodiesAndHeadsAreRefusedUnread) {

@@ -152,10 +152,35 @@ TEST(ChatBody, WrongTypesNameFieldValueAndWish) {
 
 TEST(ChatBody, WhatWouldChangeTheAnswerAndIsNotSupportedIsRefused) {
   for (const char* fields :
-       {R"("tools":[{"type":"function"}])", R"("tools":[{}],"tool_choice":"auto")",
-        R"("response_format":{"type":"json_object"})", R"("response_format":"json")",
+       {R"("response_format":{"type":"json_object"})", R"("response_format":"json")",
         R"("guided_json":{})", R"("structured_outputs":{})", R"("functions":[])",
         R"("use_beam_search":true)", R"("prompt_logprobs":1)", R"("audio":{})"}) {
+    EXPECT_NE(chat_error(fields), "accepted") << fields;
+  }
+}
+
+TEST(ChatBody, Tools) {
+  using Choice = GenerationBody::ToolChoice;
+  const std::string tools = R"("tools":[{"type":"function","function":{"name":"f"}}])";
+  const auto choice = [&](const std::string& more) { return chat(tools + more).tool_choice; };
+  EXPECT_EQ(choice(""), Choice::kAuto);
+  EXPECT_EQ(choice(R"(,"tool_choice":"auto")"), Choice::kAuto);
+  EXPECT_EQ(choice(R"(,"tool_choice":"none")"), Choice::kNone);
+  EXPECT_EQ(choice(R"(,"tool_choice":"required")"), Choice::kRequired);
+  const GenerationBody named =
+      chat(tools + R"(,"tool_choice":{"type":"function","function":{"name":"f"}})");
+  EXPECT_EQ(named.tool_choice, Choice::kNamed);
+  EXPECT_EQ(named.tool_name, "f");
+  EXPECT_EQ(named.chat.tools.get_array().size(), 1u);
+  EXPECT_TRUE(named.parallel_tool_calls);
+  EXPECT_TRUE(chat(tools + R"(,"tool_choice":"none")").chat.tools.is_null());
+  EXPECT_FALSE(chat(tools + R"(,"parallel_tool_calls":false)").parallel_tool_calls);
+  EXPECT_EQ(chat(R"("tool_choice":"auto")").tool_choice, Choice::kNone);
+  for (const char* fields :
+       {R"("tools":{})", R"("tools":[{}])", R"("tools":[{"function":{"name":5}}])",
+        R"("tool_choice":"required")",
+        R"("tools":[{"function":{"name":"f"}}],"tool_choice":"maybe")",
+        R"("tools":[{"function":{"name":"f"}}],"tool_choice":{"function":{"name":"g"}})"}) {
     EXPECT_NE(chat_error(fields), "accepted") << fields;
   }
 }
@@ -236,7 +261,7 @@ TEST(ReplyWriter, ChatStreamToTheLetter) {
   std::string out;
   const ReplyUsage usage{.prompt_tokens = 7, .cached_tokens = 6, .completion_tokens = 2};
   writer.role_chunk(out, 0, usage);
-  writer.text_chunk(out, 0, "a\nb", "null", usage);
+  writer.delta_chunk(out, 0, {.content = "a\nb"}, "null", usage);
   writer.end_chunk(out, 0, {"stop", "\"END\""}, "null", usage);
   writer.usage_chunk(out, usage);
   ReplyWriter::done(out);
@@ -262,8 +287,8 @@ TEST(ReplyWriter, ChatStreamToTheLetter) {
 TEST(ReplyWriter, ContinuousUsageAndNoUsage) {
   std::string with, without;
   ReplyWriter(false, "cmpl-1", "m", 1, {.continuous_usage_stats = true})
-      .text_chunk(with, 3, "t", "null", {.prompt_tokens = 1, .completion_tokens = 1});
-  ReplyWriter(false, "cmpl-1", "m", 1, {}).text_chunk(without, 3, "t", "null", {});
+      .delta_chunk(with, 3, {.content = "t"}, "null", {.prompt_tokens = 1, .completion_tokens = 1});
+  ReplyWriter(false, "cmpl-1", "m", 1, {}).delta_chunk(without, 3, {.content = "t"}, "null", {});
   EXPECT_NE(with.find(R"("usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2,)"),
             std::string::npos);
   EXPECT_EQ(without.find("usage"), std::string::npos);
@@ -273,8 +298,9 @@ TEST(ReplyWriter, ContinuousUsageAndNoUsage) {
 
 TEST(ReplyWriter, WholeRepliesParse) {
   const ReplyWriter chat(true, "chatcmpl-1", "m", 1, {});
+  const OutputDelta output{.content = "x\"y"};
   const json::value value =
-      parse_json(chat.whole({{.index = 0, .text = "x\"y", .end = {"length"}}}, {}), "t");
+      parse_json(chat.whole({{.index = 0, .output = &output, .end = {"length"}}}, {}), "t");
   const auto& choice = value.at("choices").at(0);
   EXPECT_EQ(value.at("object").as_string(), "chat.completion");
   EXPECT_EQ(choice.at("message").at("role").as_string(), "assistant");
@@ -283,6 +309,35 @@ TEST(ReplyWriter, WholeRepliesParse) {
   EXPECT_TRUE(choice.at("logprobs").is_null());
   EXPECT_EQ(choice.at("finish_reason").as_string(), "length");
   EXPECT_TRUE(choice.at("stop_reason").is_null());
+}
+
+TEST(ReplyWriter, ToolCallsToTheLetter) {
+  const ReplyWriter writer(true, "chatcmpl-1", "m", 1, {});
+  std::string out;
+  writer.delta_chunk(
+      out, 0,
+      {.tool_calls =
+           {{.index = 0, .begins = true, .id = "abcdefghi", .name = "f", .arguments = ""}}},
+      "null", {});
+  EXPECT_NE(out.find(R"("delta":{"tool_calls":[{"index":0,"id":"abcdefghi","type":"function",)"
+                     R"("function":{"name":"f","arguments":""}}]},)"),
+            std::string::npos)
+      << out;
+  out.clear();
+  writer.delta_chunk(out, 0, {.tool_calls = {{.index = 1, .arguments = "{\"a\""}}}, "null", {});
+  EXPECT_NE(out.find(R"("delta":{"tool_calls":[{"index":1,"function":{"arguments":"{\"a\""}}]},)"),
+            std::string::npos)
+      << out;
+  const OutputDelta output{
+      .reasoning = "hm",
+      .tool_calls = {
+          {.index = 0, .begins = true, .id = "abcdefghi", .name = "f", .arguments = "{}"}}};
+  EXPECT_NE(writer.whole({{.output = &output, .end = {"tool_calls"}}}, {})
+                .find(R"("message":{"role":"assistant","content":null,"reasoning_content":"hm",)"
+                      R"("tool_calls":[{"id":"abcdefghi","type":"function","function":{"name":"f",)"
+                      R"("arguments":"{}"}}],"refusal":null},"logprobs":null,)"
+                      R"("finish_reason":"tool_calls")"),
+            std::string::npos);
 }
 
 TEST(LogprobList, ChatKeepsBytesOfHalfCharacters) {
@@ -358,6 +413,8 @@ TEST(Metrics, EscapesLabelsAndDeclaresEveryFamilyOnce) {
        {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
         "vllm:gpu_cache_usage_perc", "vllm:gpu_prefix_cache_hits_total",
         "vllm:gpu_prefix_cache_hit_rate", "vllm:request_success_total",
+        "vllm:iteration_tokens_total", "vllm:num_requests_waiting_by_reason",
+        "vllm:request_max_num_generation_tokens", "vllm:request_prefill_kv_computed_tokens",
         "vllm:time_to_first_token_seconds", "vllm:time_per_output_token_seconds"}) {
     EXPECT_EQ(types.count(name), 1u) << name;
   }

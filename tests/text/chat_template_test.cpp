@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "text/chat_template.h"
+#include "tokenizer_test_util.h"
 
 namespace nibble {
 namespace {
@@ -216,10 +217,10 @@ TEST(RenderCommand, LinesInLinesOut) {
 }
 
 TEST(ChatTemplateNemo, ThirdPartyTemplate) {
-  const fs::path path = fs::path(NIBBLE_SHARED_DIR) / "text/tokenizer_config_nemo_2407.json";
-  if (!fs::exists(path)) GTEST_SKIP() << path << " is not here";
+  const std::string config = testing::read_nemo_file("tokenizer_config");
+  if (config.empty()) GTEST_SKIP() << testing::kNoTekken;
   const TemporaryDir dir;
-  dir.write("tokenizer_config.json", read_file(path));
+  dir.write("tokenizer_config.json", config);
   const ChatTemplate chat = ChatTemplate::load(dir.path);
   ChatRequest request;
   request.roles = RolePolicy::kStrict;

@@ -14,7 +14,7 @@ namespace {
 const fs::path kData = source_dir() / "tests/data/text";
 
 TEST(TokenizerGolden, AllTekkenStringsInThreeModes) {
-  if (!tekken_available()) GTEST_SKIP() << "no Tekken vocabulary in " << shared_dir();
+  if (!tekken_available()) GTEST_SKIP() << kNoTekken;
   const Tokenizer& tekken = tekken_tokenizer();
   const Tokenizer llama3 = Tokenizer::from_json(tekken_tokenizer_json(true));
   int num_rows = 0, num_l3_different = 0;
@@ -38,7 +38,7 @@ TEST(TokenizerGolden, AllTekkenStringsInThreeModes) {
 }
 
 TEST(TokenizerGolden, AllTekkenDecodes) {
-  if (!tekken_available()) GTEST_SKIP() << "no Tekken vocabulary in " << shared_dir();
+  if (!tekken_available()) GTEST_SKIP() << kNoTekken;
   const Tokenizer& tekken = tekken_tokenizer();
   int num_rows = 0;
   for (const std::string& line : read_lines(kData / "golden_decode.jsonl")) {
@@ -59,7 +59,7 @@ TEST(TokenizerGolden, AllTekkenDecodes) {
 
 // The five sequences vLLM publishes for Magistral-Small-2509 start like this one (mistral.md §4).
 TEST(TokenizerGolden, TekkenPublishedIds) {
-  if (!tekken_available()) GTEST_SKIP() << "no Tekken vocabulary in " << shared_dir();
+  if (!tekken_available()) GTEST_SKIP() << kNoTekken;
   EXPECT_EQ(tekken_tokenizer().encode("Hello world !", true, true),
             (std::vector<int32_t>{1, 22177, 4304, 2662}));
   EXPECT_EQ(tekken_tokenizer().vocab_size(), 131072);

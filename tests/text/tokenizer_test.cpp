@@ -163,7 +163,7 @@ TEST(Tokenizer, TheWrongShippedRegexIsNamedAndCanBeReplaced) {
 }
 
 TEST(Tokenizer, TekkenLoadsWithinHalfASecond) {
-  if (!tekken_available()) GTEST_SKIP() << "no Tekken vocabulary in " << shared_dir();
+  if (!tekken_available()) GTEST_SKIP() << kNoTekken;
   const std::string& text = tekken_tokenizer_json();
   const auto begin = std::chrono::steady_clock::now();
   const Tokenizer tokenizer = Tokenizer::from_json(text);

@@ -30,16 +30,26 @@ std::string read_gzip(const fs::path& path) {
   return out;
 }
 
-bool tekken_available() { return fs::exists(shared_dir() / "text/tokenizer_nemo_2407.json.gz"); }
+std::string read_nemo_file(const std::string& name) {
+  const fs::path stem = shared_dir() / "text" / (name + "_nemo_2407.json");
+  if (fs::exists(stem)) return read_file(stem);
+  if (fs::exists(stem.string() + ".gz")) return read_gzip(stem.string() + ".gz");
+  const fs::path fetched = source_dir() / "build/tekken" / (name + ".json");
+  return fs::exists(fetched) ? read_file(fetched) : std::string();
+}
+
+bool tekken_available() {
+  static const bool available = !read_nemo_file("tokenizer").empty();
+  return available;
+}
 
 const std::string& tekken_tokenizer_json(bool llama3_regex) {
   static std::string made[2];
   std::string& out = made[llama3_regex];
   if (!out.empty()) return out;
-  json::value document =
-      parse_json(read_gzip(shared_dir() / "text/tokenizer_nemo_2407.json.gz"), "tokenizer.json");
-  const json::value special =
-      parse_json(read_file(shared_dir() / "text/special_tokens.json"), "special_tokens.json");
+  json::value document = parse_json(read_nemo_file("tokenizer"), "tokenizer.json");
+  const json::value special = parse_json(
+      read_file(source_dir() / "tests/data/text/special_tokens.json"), "special_tokens.json");
   std::vector<std::string> names;
   for (const auto& name : special.at("versions").at("v13").as_array()) {
     names.emplace_back(name.as_string());

@@ -18,6 +18,11 @@ inline fs::path nano_dir() { return source_dir() / "models/nano"; }
 std::vector<std::string> read_lines(const fs::path& path);
 std::string read_gzip(const fs::path& path);
 
+/// A file of the Nemo tokenizer, which is not in the repository: gzipped in NIBBLE_SHARED_DIR/text,
+/// or as scripts/fetch_tekken brings it. Empty without either.
+std::string read_nemo_file(const std::string& name);
+constexpr const char* kNoTekken = "no Tekken vocabulary; scripts/fetch_tekken brings it";
+
 /// tokenizer.json with the Tekken vocabulary and Magistral-2509's control tokens (shared
 /// tools/mktok.py); `llama3_regex`: as Mistral-Small-3.1 ships it. Only if tekken_available().
 bool tekken_available();

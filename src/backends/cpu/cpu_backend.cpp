@@ -183,7 +183,11 @@ class CpuBackend final : public Backend {
                const float* out_scale, void* y) override {
     if (rows <= 0) return;
     NIBBLE_CHECK(gate.out_features == up.out_features && gate.in_features == up.in_features &&
-                 gate.pre_scale == up.pre_scale && gate.layout == up.layout);
+                 gate.layout == up.layout);
+    if (gate.pre_scale != up.pre_scale) {
+      gate_up_apart(x, gate, up, rows, out_scale, static_cast<float*>(y));
+      return;
+    }
     const LinearInput input = prepare(static_cast<const float*>(x), gate, rows);
     const int per_item = outputs_per_item(gate, rows);
     const int64_t ffn = gate.out_features, columns = ceil_div(ffn, per_item),
@@ -401,6 +405,21 @@ class CpuBackend final : public Backend {
     return rows < kDenseNBlock ? kDenseFewPerItem : kDenseManyPerItem;
   }
 
+  // Checkpoints by ModelOpt: its search gives gate and up a pre-scale each, so they read two
+  // inputs.
+  void gate_up_apart(const void* x, const LinearOperand& gate, const LinearOperand& up, int rows,
+                     const float* out_scale, float* y) {
+    const int64_t ffn = gate.out_features;
+    if (up_out_.size() < static_cast<size_t>(rows * ffn))
+      up_out_.resize(static_cast<size_t>(rows * ffn));
+    linear(x, gate, rows, false, y);
+    linear(x, up, rows, false, up_out_.data());
+    for_rows(rows, ffn, [&](int64_t r, int) {
+      kernels_.silu_multiply(y + r * ffn, up_out_.data() + r * ffn, out_scale,
+                             static_cast<int>(ffn), y + r * ffn);
+    });
+  }
+
   /// Pre-scales or rounds the rows, once per op.
   LinearInput prepare(const float* x, const LinearOperand& w, int rows) {
     const int k = w.in_features;
@@ -513,6 +532,7 @@ class CpuBackend final : public Backend {
   std::vector<float> xscale_;     // [rows, K / act_group]
   std::vector<int32_t> xoffset_;  // [rows, K / act_group]
   std::vector<float> scaled_;     // [rows, K]
+  std::vector<float> up_out_;     // [rows, N], where gate and up read different inputs
   std::vector<float> normed_;     // [R, hidden]
   std::vector<AttendItem> items_;
   std::vector<float> partial_max_, partial_sum_, partial_acc_;

@@ -55,6 +55,10 @@ inline vf load_dense(const void* x, int64_t i) {
   if constexpr (kType == Dense::kF16) return load_f16(static_cast<const uint16_t*>(x) + i);
 }
 template <Dense kType>
+inline void prefetch_dense(const void* x, int64_t i) {
+  __builtin_prefetch(static_cast<const uint8_t*>(x) + i * (kType == Dense::kF32 ? 4 : 2));
+}
+template <Dense kType>
 inline vf load_dense_partial(const void* x, int64_t i, int n) {
   if constexpr (kType == Dense::kF32) return load_partial(static_cast<const float*>(x) + i, n);
   uint16_t buffer[W] = {};
@@ -244,8 +248,74 @@ inline void dense_columns(const DenseGemm& g, int row, int n) {
   for (; row < g.rows; ++row) dense_direct<kType, 1, NB>(g, row, n);
 }
 
+/// Rows [row, row + MB) by NB outputs over the channels [k0, k1); between blocks of channels the
+/// accumulators wait in `acc` (MB NB W floats).
+template <Dense kType, int MB, int NB>
+inline void dense_wide_block(const DenseGemm& g, int row, int n, int k0, int k1, float* acc) {
+  vf a[MB][NB];
+  NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
+    NIBBLE_UNROLL for (int j = 0; j < NB; ++j) a[m][j] =
+        k0 == 0 ? zero() : load(acc + (m * NB + j) * W);
+  }
+  const float* x = g.x + static_cast<int64_t>(row) * g.k;
+  const int64_t at = static_cast<int64_t>(n) * g.k;
+  for (int i = k0; i < k1; i += W) {
+    vf w[NB];
+    NIBBLE_UNROLL for (int j = 0; j < NB; ++j) {
+      w[j] = load_dense<kType>(g.weight, at + static_cast<int64_t>(j) * g.k + i);
+      prefetch_dense<kType>(g.weight, at + static_cast<int64_t>(NB + j) * g.k + i);
+    }
+    NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
+      const vf xv = load(x + static_cast<int64_t>(m) * g.k + i);
+      NIBBLE_UNROLL for (int j = 0; j < NB; ++j) a[m][j] = fma(xv, w[j], a[m][j]);
+    }
+  }
+  if (k1 < g.k) {
+    NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
+      NIBBLE_UNROLL for (int j = 0; j < NB; ++j) store(acc + (m * NB + j) * W, a[m][j]);
+    }
+    return;
+  }
+  NIBBLE_UNROLL for (int m = 0; m < MB; ++m) {
+    float* y = g.y + (row + m) * g.ldy + (n - g.n_begin);
+    NIBBLE_UNROLL for (int j = 0; j < NB; ++j) y[j] = g.add ? y[j] + hsum(a[m][j]) : hsum(a[m][j]);
+  }
+}
+
+/// As many whole blocks of MB rows as there are; returns the rows done. A block of
+/// channels of x stays in L1 while the outputs pass by, straight from memory.
+template <Dense kType, int MB, int NB>
+int dense_wide_rows(const DenseGemm& g) {
+  constexpr int kBlock = 32768 / (MB * static_cast<int>(sizeof(float)));
+  const int num_wide = (g.n_end - g.n_begin) / NB;
+  if (g.k % W != 0 || num_wide * MB * NB * W > kDenseScratch) return 0;
+  int row = 0;
+  for (; row + MB <= g.rows; row += MB) {
+    for (int k0 = 0; k0 < g.k; k0 += kBlock) {
+      for (int i = 0; i < num_wide; ++i) {
+        dense_wide_block<kType, MB, NB>(g, row, g.n_begin + i * NB, k0, min_int(g.k, k0 + kBlock),
+                                        g.scratch + i * MB * NB * W);
+      }
+    }
+  }
+  if (row > 0) {
+    DenseGemm rest = g;
+    rest.rows = row;
+    for (int n = g.n_begin + num_wide * NB; n < g.n_end; ++n) dense_columns<kType, 1>(rest, 0, n);
+  }
+  return row;
+}
+
 template <Dense kType>
-void dense_few_rows(const DenseGemm& g) {
+void dense_few_rows(const DenseGemm& gemm) {
+  DenseGemm g = gemm;
+  if constexpr (kDenseWideMB > 0) {
+    const int done = dense_wide_rows<kType, kDenseWideMB, kDenseWideNB>(g);
+    g.x += static_cast<int64_t>(done) * g.k;
+    g.y += done * g.ldy;
+    g.rows -= done;
+    if (g.rows == 0) return;
+  }
   int n = g.n_begin;
   if (g.rows == 1) {
     for (; n + 8 <= g.n_end; n += 8) dense_direct<kType, 1, 8>(g, 0, n);
@@ -336,7 +406,7 @@ void dense_many_rows(const DenseGemm& g) {
 
 template <Dense kType>
 inline void dense_typed(const DenseGemm& g) {
-  if (g.rows < 12) {
+  if (g.rows < kDenseManyRows) {
     dense_few_rows<kType>(g);
   } else {
     dense_many_rows<kType>(g);

@@ -4,6 +4,7 @@
 constexpr int W = 8;
 using vf = __m256;
 constexpr int kDenseMB = 4, kDenseNB = 3;  // 12 accumulators, 3 weights, 1 activation: 16 registers
+constexpr int kDenseWideMB = 0, kDenseWideNB = 0, kDenseManyRows = 12;
 
 inline vf load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, vf v) { _mm256_storeu_ps(p, v); }

@@ -3,7 +3,9 @@
 
 constexpr int W = 16;
 using vf = __m512;
-constexpr int kDenseMB = 6, kDenseNB = 4;  // 24 accumulators of 32 registers
+constexpr int kDenseMB = 6, kDenseNB = 4;          // 24 accumulators of 32 registers
+constexpr int kDenseWideMB = 8, kDenseWideNB = 3;  // and 4 for weights and x
+constexpr int kDenseManyRows = 12;
 
 inline vf load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, vf v) { _mm512_storeu_ps(p, v); }

@@ -6,6 +6,7 @@ constexpr int W = 4;
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 constexpr int kDenseMB = 3, kDenseNB = 3;
+constexpr int kDenseWideMB = 0, kDenseWideNB = 0, kDenseManyRows = 12;
 
 inline vf load(const float* p) {
   vf v;

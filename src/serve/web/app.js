@@ -70,6 +70,15 @@ function rich(text) {
   return out;
 }
 
+/// What a message says, after what was thought for it (open while nothing else has been said).
+function spoken(message) {
+  const said = rich(message.content);
+  if (!message.reasoning) return said;
+  const thought = element("details", {}, element("summary", {}, "Reasoning"), ...rich(message.reasoning));
+  thought.open = !message.content;
+  return [thought, ...said];
+}
+
 function describe(stats) {
   if (!stats) return "";
   const parts = [`${stats.tokens} tokens`];
@@ -140,7 +149,7 @@ function show() {
   list.replaceChildren(...messages.map((message, idx) => {
     const item = element("li", { class: message.role });
     if (editing === idx) item.append(...editBox(idx));
-    else item.append(element("div", { class: "said" }, ...rich(message.content)), under(idx));
+    else item.append(element("div", { class: "said" }, ...spoken(message)), under(idx));
     return item;
   }));
   if (abort && list.lastChild) list.lastChild.firstChild.classList.add("waiting");
@@ -162,7 +171,7 @@ function grow() {
     if (!said || !abort) return;
     const main = document.querySelector("main");
     const atEnd = main.scrollHeight - main.scrollTop - main.clientHeight < 60;
-    said.replaceChildren(...rich(messages[messages.length - 1].content));
+    said.replaceChildren(...spoken(messages[messages.length - 1]));
     if (atEnd) main.scrollTop = main.scrollHeight;
   });
 }
@@ -244,11 +253,13 @@ async function answer(goOn) {
       const choice = event.choices[0];
       if (!choice) continue;
       if (choice.finish_reason) stats.finish = choice.finish_reason;
-      if (!choice.delta.content) continue;
+      const { content = "", reasoning_content = "" } = choice.delta;
+      if (!content && !reasoning_content) continue;
       last = performance.now();
       if (stats.first === undefined) stats.first = last - start;
       ++chunks;
-      message.content += choice.delta.content;
+      message.content += content;
+      if (reasoning_content) message.reasoning = (message.reasoning ?? "") + reasoning_content;
       grow();
     }
   } catch (error) {
