@@ -82,7 +82,8 @@ if(NOT NIBBLE_CUDA STREQUAL "OFF")
   # The plugin: the kernels and the host code that calls them. It brings its own copy of what it
   # needs of base/, exports one function, and links neither libcuda nor anything of the program.
   add_library(nibble_cuda_host OBJECT ${PROJECT_SOURCE_DIR}/src/backends/cuda/cuda_backend.cpp
-              ${PROJECT_SOURCE_DIR}/src/backends/cuda/plugin.cpp ${PROJECT_SOURCE_DIR}/src/base/error.cpp)
+              ${PROJECT_SOURCE_DIR}/src/backends/cuda/plugin.cpp ${PROJECT_SOURCE_DIR}/src/base/error.cpp
+              ${PROJECT_SOURCE_DIR}/src/base/thread_pool.cpp)
   target_include_directories(nibble_cuda_host PRIVATE ${PROJECT_SOURCE_DIR}/src)
   target_link_libraries(nibble_cuda_host PRIVATE fmt::fmt Boost::json)
   set_target_properties(nibble_cuda_host PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden

@@ -289,6 +289,46 @@ int check_prefill(int count, int length, bool scaled, cudaStream_t stream) {
 
 }  // namespace
 
+// The same sizes through attention_step.cu, RoPE and append included.
+void bench_step(const Case& c, int batch, int length, const std::vector<uint8_t*>& pages, int sms,
+                cudaStream_t stream, const Limits& limits) {
+  const int64_t stride = int64_t{6} * kKvHeads * kHeadDim;
+  auto* qkv = device_alloc<__nv_bfloat16>(static_cast<size_t>(batch * stride));
+  fill_normal<<<256, 256, 0, stream>>>(qkv, static_cast<size_t>(batch * stride), kHeadDim, 1.0f, 9);
+  auto* angles = device_alloc<float>(static_cast<size_t>(length) * 128);
+  BENCH_CHECK(cudaMemset(angles, 0, static_cast<size_t>(length) * 128 * sizeof(float)));
+  const Timing t = time_graph(stream, 8, [&] {
+    for (int i = 0; i < 8; ++i) {
+      BENCH_CHECK(cuda::step_attention({.qkv = qkv,
+                                        .qkv_stride = stride,
+                                        .cos = angles,
+                                        .sin = angles + int64_t{length} * 64,
+                                        .pages = pages[static_cast<size_t>(i) % pages.size()],
+                                        .page_table = c.table,
+                                        .page_table_stride = c.max_pages,
+                                        .lengths = c.device_lengths,
+                                        .out = c.out,
+                                        .out_stride = int64_t{kHeads} * kHeadDim,
+                                        .sequences = batch,
+                                        .kv_heads = kKvHeads,
+                                        .k_scale = 0,
+                                        .v_scale = 0,
+                                        .softmax_scale = 1.0f / std::sqrt(128.0f),
+                                        .out_scale = nullptr,
+                                        .num_sms = sms,
+                                        .dependent = i > 0},
+                                       stream));
+    }
+  });
+  const double bytes = 260.0 * kKvHeads * batch * length;
+  std::printf(
+      "decode step      %2d x %4d tokens:           %8.2f us  %6.0f GB/s (%4.1f %% of read)\n",
+      batch, length, t.median_us, bytes / t.median_us * 1e-3,
+      bytes / t.median_us * 0.1 / limits.read_gbps);
+  BENCH_CHECK(cudaFree(qkv));
+  BENCH_CHECK(cudaFree(angles));
+}
+
 int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** argv) {
   int tactic = 0, sequences = 0, tokens = 5600;
   bool checks = true, small_only = false;
@@ -353,6 +393,7 @@ int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** 
         "decode attention %2d x %4d tokens, tactic %d: %8.2f us  %6.0f GB/s (%4.1f %% of read)\n",
         batch, length, tactic, t.median_us, bytes / t.median_us * 1e-3,
         bytes / t.median_us * 0.1 / limits.read_gbps);
+    bench_step(c, batch, length, pages, sms, stream, limits);
     for (auto* p : pages) BENCH_CHECK(cudaFree(p));
     free_case(c);
   }

@@ -193,6 +193,7 @@ int check_dense(int rows, int n, int k, cudaStream_t stream) {
                                   .rows = rows,
                                   .n = n,
                                   .k = k,
+                                  .num_sms = 132,
                                   .dependent = false},
                                  stream));
   const auto got = fetch(out, count + 64);
@@ -371,6 +372,8 @@ int check_sample(int rows, int vocab, bool masked, unsigned seed, cudaStream_t s
 }
 
 void time_ops(cudaStream_t stream, const Limits& limits) {
+  int sms;
+  BENCH_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
   constexpr int kHidden = 5120, kVocab = 131072;
   auto* x = device_alloc<__nv_bfloat16>(size_t{5525} * kHidden);
   auto* y = device_alloc<__nv_bfloat16>(size_t{5525} * kHidden);
@@ -406,6 +409,7 @@ void time_ops(cudaStream_t stream, const Limits& limits) {
                                         .rows = rows,
                                         .n = kVocab,
                                         .k = kHidden,
+                                        .num_sms = sms,
                                         .dependent = i > 0},
                                        stream));
       }

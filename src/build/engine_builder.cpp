@@ -139,7 +139,8 @@ void build_engine(const fs::path& model_dir, const WeightSource& source,
   const auto total = static_cast<int64_t>(tensors.size());
   write_file_atomically(directory.path() / "config.json",
                         dump_json(plan.to_json(), {.indent = 2}) + "\n");
-  copy_tokenizer_files(options.tokenizer_dir.value_or(model_dir), directory.path());
+  const fs::path tokenizer_dir = options.tokenizer_dir.value_or(model_dir);
+  if (!tokenizer_dir.empty()) copy_tokenizer_files(tokenizer_dir, directory.path());
   std::vector<std::pair<std::string, std::string>> metadata = {{"format", "nibble-engine"},
                                                                {"plan", dump_json(plan.to_json())}};
   add_file_checksums(directory.path(), metadata);

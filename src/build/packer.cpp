@@ -92,7 +92,7 @@ class Packer {
                                   WeightRole role) {
     for (size_t i = from; i < table.size(); ++i) {
       if (table[i].role != role) continue;
-      return source_.is_quantized(table[i]) ? source_.load_int4(table[i]).pre_scale
+      return source_.is_quantized(table[i]) ? source_.load_pre_scale(table[i])
                                             : std::vector<float>();
     }
     NIBBLE_CHECK(false, "the weight table lost a row");
@@ -138,18 +138,17 @@ class Packer {
            "them so): the cuda backend multiplies both by one activation",
            gate_row.name, up_row.name);
     }
-    const Int4Weight gate = load_int4(gate_row), up = load_int4(up_row);
-    const int out = static_cast<int>(gate.out_features + up.out_features),
-              in = static_cast<int>(gate.in_features);
+    const int out = static_cast<int>(gate_row.shape[0] + up_row.shape[0]),
+              in = static_cast<int>(gate_row.shape[1]);
     const auto size = static_cast<int64_t>(cuda_int4_bytes(out, in));
     emit_(gate_row.name + ".weight", DType::kU8, {size}, [&] {
-      Int4Matrix matrix{out, in, gate.group_size,
-                        unpack_nibbles(gate.nibbles, gate.out_features, in), gate.scales};
-      const std::vector<int8_t> q = unpack_nibbles(up.nibbles, up.out_features, in);
-      matrix.q.insert(matrix.q.end(), q.begin(), q.end());
-      matrix.scales.insert(matrix.scales.end(), up.scales.begin(), up.scales.end());
-      return pack_cuda_int4(matrix, /*gate_up=*/true);
+      const Int4Weight gate = load_int4(gate_row), up = load_int4(up_row);
+      return pack_cuda_int4({rows_of(gate), rows_of(up)}, in, /*gate_up=*/true);
     });
+  }
+
+  static PortableRows rows_of(const Int4Weight& weight) {
+    return {weight.out_features, weight.nibbles, weight.scales};
   }
 
   Int4Weight load_int4(const WeightRow& row) const {
@@ -168,26 +167,27 @@ class Packer {
       dense(row, plan_.linear_layout);
       return;
     }
-    const Int4Weight weight = load_int4(row);
-    const int out = static_cast<int>(weight.out_features),
-              in = static_cast<int>(weight.in_features);
-    const auto size =
-        static_cast<int64_t>(packed_int4_bytes(out, in, weight.group_size, plan_.linear_layout));
+    const int out = static_cast<int>(row.shape[0]), in = static_cast<int>(row.shape[1]),
+              group = plan_.group_size;
+    const auto size = static_cast<int64_t>(packed_int4_bytes(out, in, group, plan_.linear_layout));
     emit_(row.name + ".weight", DType::kU8, {size}, [&] {
-      const Int4Matrix matrix{out, in, weight.group_size, unpack_nibbles(weight.nibbles, out, in),
+      const Int4Weight weight = load_int4(row);
+      if (plan_.linear_layout == WeightLayout::kCudaInt4) {
+        return pack_cuda_int4({rows_of(weight)}, in, /*gate_up=*/false);
+      }
+      const Int4Matrix matrix{out, in, group, unpack_nibbles(weight.nibbles, out, in),
                               weight.scales};
       return pack_int4(matrix, plan_.linear_layout).weight;
     });
     if (plan_.linear_layout ==
         WeightLayout::kInt4Portable) {  // the other layouts hold scales inline
-      emit_(row.name + ".scales", DType::kF32, {out, in / weight.group_size},
-            [&] { return to_bytes(weight.scales); });
+      emit_(row.name + ".scales", DType::kF32, {out, in / group},
+            [&] { return to_bytes(load_int4(row).scales); });
     }
-    const bool all_ones = std::all_of(weight.pre_scale.begin(), weight.pre_scale.end(),
-                                      [](float s) { return s == 1; });
-    if (keep_pre_scale && !all_ones) {
-      emit_(row.name + ".pre_scale", DType::kF32, {in}, [&] { return to_bytes(weight.pre_scale); });
-    }
+    if (!keep_pre_scale) return;
+    const std::vector<float> pre_scale = source_.load_pre_scale(row);
+    if (std::ranges::all_of(pre_scale, [](float s) { return s == 1; })) return;
+    emit_(row.name + ".pre_scale", DType::kF32, {in}, [&] { return to_bytes(pre_scale); });
   }
 
   const WeightSource& source_;

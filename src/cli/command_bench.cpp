@@ -54,6 +54,7 @@ LoadedModel load(const BenchFlags& flags, TerminalProgress& progress) {
 
 struct Timeline {  // of one request
   Clock::time_point submitted, first, last;
+  std::vector<Clock::time_point> times;  // of its tokens
   int tokens = 0;
   bool done = false;
 };
@@ -100,11 +101,13 @@ class Load {
       request.params.seed = static_cast<uint64_t>(i);
       request.max_tokens = output;
       Timeline& timeline = timelines[static_cast<size_t>(i)];
+      timeline.times.reserve(static_cast<size_t>(output));
       request.sink = [&](const TokenEvent& event) {
         const std::lock_guard lock(mutex);
         if (timeline.tokens == 0 && !event.tokens.empty()) timeline.first = Clock::now();
         timeline.tokens += static_cast<int>(event.tokens.size());
         timeline.last = Clock::now();
+        timeline.times.insert(timeline.times.end(), event.tokens.size(), timeline.last);
         if (event.last) {
           timeline.done = event.finish_reason == FinishReason::kLength;
           --active;
@@ -164,17 +167,28 @@ void measure_latency(const BenchFlags& flags, Load& load, double bandwidth) {
   const Share share{load.engine().stats()};
   const std::vector<Timeline> times =
       load.run(flags.batch, flags.batch, flags.prompt_tokens, flags.output_tokens);
-  Clock::time_point submitted = times[0].submitted, first = times[0].first, last = times[0].last;
+  // Steps of the whole batch: from the last first token to the earliest last one.
+  const Timeline* last_to_start = &times[0];
+  Clock::time_point first_to_end = times[0].last;
   for (const Timeline& time : times) {
-    first =
-        std::max(first, time.first);  // decode of the whole batch begins with the last first token
-    last = std::max(last, time.last);
+    if (time.first > last_to_start->first) last_to_start = &time;
+    first_to_end = std::min(first_to_end, time.last);
   }
-  const double prefill_seconds = std::chrono::duration<double>(first - submitted).count();
-  const double decode_seconds = std::chrono::duration<double>(last - first).count();
+  const std::vector<Clock::time_point>& steps = last_to_start->times;
+  const size_t num_steps = static_cast<size_t>(
+      std::upper_bound(steps.begin(), steps.end(), first_to_end) - steps.begin());
+  if (num_steps < 2) {
+    fail(ErrorKind::kUsage,
+         "bench latency: the first of {} sequences had its {} tokens before the last had read its "
+         "prompt, so no step was of the whole batch; raise --output-tokens",
+         flags.batch, flags.output_tokens);
+  }
+  const double prefill_seconds =
+      std::chrono::duration<double>(last_to_start->first - times[0].submitted).count();
   const double prefill_rate = flags.batch * flags.prompt_tokens / prefill_seconds;
-  const double steps = flags.output_tokens - 1;
-  const double step_ms = 1e3 * decode_seconds / std::max(steps, 1.0);
+  const double step_ms =
+      std::chrono::duration<double, std::milli>(steps[num_steps - 1] - steps[0]).count() /
+      static_cast<double>(num_steps - 1);
   const double rate = flags.batch / step_ms * 1e3;
   const double gb_per_s = static_cast<double>(load.bytes_per_step()) / step_ms * 1e-6;
   const double outside = share.percent(load.engine().stats());

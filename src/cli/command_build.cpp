@@ -13,21 +13,27 @@
 #include "cli/options.h"
 #include "cli/terminal.h"
 #include "formats/inspect.h"
+#include "formats/synthetic.h"
 
 namespace nibble::cli {
 
 int run_build(const BuildFlags& flags) {
   const auto start = std::chrono::steady_clock::now();
   const std::string target = resolve_target(flags.target);
-  const ModelKind kind = model_kind(flags.checkpoint);
+  if (flags.checkpoint.empty() == flags.synthetic.empty()) {
+    fail(ErrorKind::kUsage, "build: give a CHECKPOINT or --synthetic SHAPE");
+  }
+  const bool synthetic = !flags.synthetic.empty();
+  const ModelKind kind = synthetic ? ModelKind::kCheckpoint : model_kind(flags.checkpoint);
   if (kind == ModelKind::kEngine) {
     fail(ErrorKind::kUsage,
          "{} is an engine already; build wants the checkpoint or Hugging Face directory it came "
          "from",
          flags.checkpoint);
   }
-  const auto source = kind == ModelKind::kCheckpoint ? open_checkpoint(flags.checkpoint)
-                                                     : open_hf(flags.checkpoint);
+  const auto source = synthetic ? open_synthetic(synthetic_shape(flags.synthetic).spec, /*seed=*/1)
+                      : kind == ModelKind::kCheckpoint ? open_checkpoint(flags.checkpoint)
+                                                       : open_hf(flags.checkpoint);
   TerminalProgress progress;
   for (const std::string& notice : source->notices()) progress.note(notice);
   if (kind == ModelKind::kHuggingFace) {
@@ -44,13 +50,14 @@ int run_build(const BuildFlags& flags) {
   options.kv_format = kv_format_from_name(flags.kv_cache);
   options.activation_precision = activation_precision_from_flag(flags.activations);
   if (!flags.tokenizer.empty()) options.tokenizer_dir = flags.tokenizer;
-  if (!fs::exists(tokenizer_directory(options.tokenizer_dir.value_or(flags.checkpoint)) /
-                  "tokenizer.json")) {
+  const fs::path tokenizer_source = options.tokenizer_dir.value_or(flags.checkpoint);
+  if (tokenizer_source.empty() ||
+      !fs::exists(tokenizer_directory(tokenizer_source) / "tokenizer.json")) {
     progress.note(
         fmt::format("no tokenizer.json beside {}: the engine can be measured but not chatted with; "
                     "--tokenizer DIR "
                     "takes one from elsewhere",
-                    flags.checkpoint));
+                    synthetic ? flags.synthetic : flags.checkpoint));
   }
   build_engine(flags.checkpoint, *source, options, flags.out, progress);
   if (kind == ModelKind::kCheckpoint) {

@@ -34,7 +34,7 @@ struct QuantizeFlags : CommonOptions {
 };
 
 struct BuildFlags {
-  std::string checkpoint, out;
+  std::string checkpoint, synthetic, out;
   std::string target = "cpu:native";
   int max_batch_size = 64, max_input_len = 5525, max_output_len = 150;
   int max_num_tokens = 0;         // 0: by target

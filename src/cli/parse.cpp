@@ -244,8 +244,11 @@ class Parser {
     CLI::App* c =
         command("build", "checkpoint (or Hugging Face directory) -> engine for one kind of machine",
                 [this] { return run_build(build_); });
-    c->add_option("CHECKPOINT", f.checkpoint, "what quantize wrote, or any TensorRT-LLM checkpoint")
-        ->required();
+    c->add_option("CHECKPOINT", f.checkpoint,
+                  "what quantize wrote, or any TensorRT-LLM checkpoint");
+    c->add_option("--synthetic", f.synthetic,
+                  "instead of CHECKPOINT: random int4 weights of a shape, for measuring (see "
+                  "synthesize --shape); --tokenizer makes it servable");
     c->add_option("--out", f.out, "engine directory to create")->required();
     c->add_option("--target", f.target, kTargets)->capture_default_str();
     c->add_option("--max-batch-size", f.max_batch_size, "sequences in one step")

@@ -117,6 +117,7 @@ class EngineImpl final : public Engine {
     cancels_.reserve(max_queue_);
     taken_cancels_.reserve(max_queue_);
     doomed_.reserve(parts.plan.limits.max_batch_size);
+    buried_.reserve(parts.plan.limits.max_batch_size + max_queue_);
     publish_stats();
     thread_ = std::thread([this] { thread_main(); });
   }
@@ -254,7 +255,7 @@ class EngineImpl final : public Engine {
     std::string why;
     try {
       while (take_inbox()) {
-        if (scheduler_.has_work()) step();
+        if (scheduler_.has_work() || flying_ != nullptr) step();
       }
       return;
     } catch (const std::exception& error) {
@@ -272,8 +273,8 @@ class EngineImpl final : public Engine {
     {
       std::unique_lock lock(mutex_);
       wake_.wait(lock, [&] {
-        return scheduler_.has_work() || !new_requests_.empty() || !cancels_.empty() ||
-               cancel_all_ || stopping_;
+        return scheduler_.has_work() || flying_ != nullptr || !new_requests_.empty() ||
+               !cancels_.empty() || cancel_all_ || stopping_;
       });
       if (new_requests_.empty() && cancels_.empty() && !cancel_all_ && !stopping_) return true;
       std::swap(new_requests_, taken_requests_);
@@ -295,14 +296,40 @@ class EngineImpl final : public Engine {
     return true;
   }
 
+  /// Launches the next step, then reads the one before while it runs. Where steps do not overlap,
+  /// or the next one needs the tokens, it is read at once.
   void step() {
     const int64_t begin_us = now_us();
     const StepPlan& plan = scheduler_.plan();
     for (const ScheduledSequence& scheduled : plan.sequences) note_start(*scheduled.seq, begin_us);
-    const int64_t run_us = now_us();
-    const StepResult& result = executor_->run(plan);
-    const int64_t ran_us = now_us();
-    scheduler_.commit(result.tokens);
+    if (!plan.empty()) executor_->launch(plan);
+    if (flying_ != nullptr) land();
+    if (!plan.empty()) {
+      scheduler_.advance();
+      flying_ = &plan;
+      if (!executor_->overlaps() || needs_tokens(plan)) land();
+    }
+    // Together: readers take the difference for the engine's own time.
+    counters_.forward_us += std::exchange(landed_forward_us_, 0);
+    counters_.step_us += now_us() - begin_us;
+    publish_stats();
+  }
+
+  /// Whether the step after this one cannot be made without its tokens: penalties count them.
+  static bool needs_tokens(const StepPlan& plan) {
+    return std::ranges::any_of(plan.sequences, [](const ScheduledSequence& scheduled) {
+      return scheduled.draws && scheduled.seq->has_history;
+    });
+  }
+
+  /// Waits for the step in flight and hands out what it brought.
+  void land() {
+    const size_t num_buried = buried_.size();
+    const StepPlan& plan = *std::exchange(flying_, nullptr);
+    const int64_t wait_us = now_us();
+    const StepResult& result = executor_->collect();
+    const int64_t at_us = now_us();
+    scheduler_.resolve(result.tokens);
 
     counters_.steps += 1;
     counters_.step_tokens += plan.num_tokens;
@@ -310,19 +337,17 @@ class EngineImpl final : public Engine {
     ++counters_.steps_by_size[static_cast<size_t>(
         std::lower_bound(sizes.begin(), sizes.end(), plan.num_tokens) - sizes.begin())];
     for (const ScheduledSequence& scheduled : plan.sequences) {
-      counters_.generated_tokens += scheduled.draws;
+      counters_.generated_tokens += scheduled.draws && !scheduled.is_dropped;
     }
-    counters_.run_us += ran_us - run_us;
-    const int64_t forward_us = result.forward_us;
+    counters_.run_us += at_us - wait_us;
+    landed_forward_us_ += result.forward_us;
     publish_stats();  // before the sinks, so that who hears of an end sees the blocks back
 
-    deliver(plan, result, ran_us);
+    deliver(plan, result, at_us);
     for (const RequestId id : doomed_) cancel_request({id});
     doomed_.clear();
-    // Together: readers take the difference for the engine's own time.
-    counters_.forward_us += forward_us;
-    counters_.step_us += now_us() - begin_us;
-    publish_stats();
+    // What ended before this step was read is in no later plan.
+    buried_.erase(buried_.begin(), buried_.begin() + static_cast<std::ptrdiff_t>(num_buried));
   }
 
   void note_start(const Sequence& seq, int64_t at_us) {
@@ -350,9 +375,10 @@ class EngineImpl final : public Engine {
   void deliver(const StepPlan& plan, const StepResult& result, int64_t at_us) {
     size_t row = 0;
     for (const ScheduledSequence& scheduled : plan.sequences) {
-      const Sequence& seq = *scheduled.seq;
       const size_t first_row = row;
       row += scheduled.num_logit_rows();
+      if (scheduled.is_dropped) continue;
+      const Sequence& seq = *scheduled.seq;
       if (scheduled.num_logit_rows() == 0 && !seq.finish_reason) continue;
 
       TokenEvent event;
@@ -412,6 +438,7 @@ class EngineImpl final : public Engine {
     if (!event.last) return;
     leave_queue(request);
     publish_stats();
+    buried_.push_back(std::move(found->second));  // plans may still point to its sequences
     requests_.erase(found);
     const std::lock_guard lock(mutex_);
     if (--num_live_ == 0) idle_.notify_all();
@@ -455,7 +482,10 @@ class EngineImpl final : public Engine {
     }
     healthy_.store(false);
     // The scheduler may be in any state: its sequences are only told off.
-    const auto end = [](Sequence& seq) { seq.finish_reason = FinishReason::kError; };
+    const auto end = [](Sequence& seq) {
+      seq.drop_pending();
+      seq.finish_reason = FinishReason::kError;
+    };
     while (!requests_.empty()) end_choices({requests_.begin()->first}, end, why);
     publish_stats();
   }
@@ -491,8 +521,11 @@ class EngineImpl final : public Engine {
   std::vector<std::unique_ptr<ActiveRequest>> taken_requests_;
   std::vector<Cancel> taken_cancels_;
   std::vector<RequestId> doomed_;
-  std::vector<TokenLogprobs> scores_;  // [max_logit_rows]
-  std::vector<TokenLogprob> tops_;     // [max_logit_rows, kMaxTopLogprobs]
+  const StepPlan* flying_ = nullptr;                    // launched and not read
+  int64_t landed_forward_us_ = 0;                       // of the steps read in this one
+  std::vector<std::unique_ptr<ActiveRequest>> buried_;  // ended; a step in flight may know them
+  std::vector<TokenLogprobs> scores_;                   // [max_logit_rows]
+  std::vector<TokenLogprob> tops_;                      // [max_logit_rows, kMaxTopLogprobs]
   EngineStats counters_;
 
   // Shared.

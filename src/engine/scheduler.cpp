@@ -14,8 +14,10 @@ Scheduler::Scheduler(const SchedulerConfig& config)
   NIBBLE_CHECK(config.max_logit_rows > config.max_batch_size,
                "prompt log-probs need a logit row besides the {} of the batch",
                config.max_batch_size);
-  plan_.sequences.reserve(config.max_batch_size);
-  plan_.copies.reserve(config.max_batch_size);
+  for (StepPlan& plan : plans_) {
+    plan.sequences.reserve(config.max_batch_size);
+    plan.copies.reserve(config.max_batch_size);
+  }
   running_.reserve(config.max_batch_size);
   waiting_.reserve(256);
 }
@@ -54,6 +56,7 @@ void Scheduler::cancel(Sequence& seq, FinishReason reason) {
 
 void Scheduler::finish(Sequence& seq, FinishReason reason) {
   remove(seq.state == SequenceState::kRunning ? running_ : waiting_, &seq);
+  seq.drop_pending();
   give_back(seq);
   pool_.release_salt(seq.root);
   seq.state = SequenceState::kFinished;
@@ -136,6 +139,7 @@ bool Scheduler::acquire_if_fits(Sequence& seq) {
 }
 
 bool Scheduler::admit(Sequence& seq) {
+  if (seq.is_pending()) return false;  // preempted since its step was launched: when it is known
   if (num_running() == config_.max_batch_size || !acquire_if_fits(seq)) return false;
   const int limit = match_limit(seq);
   int num_cached = static_cast<int>(seq.block_table.size()) * config_.block_tokens;
@@ -146,7 +150,7 @@ bool Scheduler::admit(Sequence& seq) {
       int32_t block = partial.block;
       if (!pool_.adopt(block, partial.num_tokens)) {
         block = pool_.allocate().value();
-        if (block != partial.block) plan_.copies.push_back({partial.block, block});
+        if (block != partial.block) plan_->copies.push_back({partial.block, block});
       }
       seq.block_table.push_back(block);
       num_cached += partial.num_tokens;
@@ -199,23 +203,25 @@ void Scheduler::publish(Sequence& seq, int first_token) {
 
 const StepPlan& Scheduler::plan() {
   ++step_;
-  plan_.copies.clear();
-  plan_.sequences.clear();
-  plan_.num_tokens = plan_.num_logit_rows = 0;
+  plan_ = &plans_[step_ % 2];
+  plan_->copies.clear();
+  plan_->sequences.clear();
+  plan_->num_tokens = plan_->num_logit_rows = 0;
   tokens_left_ = config_.max_num_tokens;
   prompt_rows_left_ = config_.max_logit_rows - config_.max_batch_size;
   make_way();
   plan_decodes();
   plan_prefills();
-  NIBBLE_CHECK(!plan_.empty() || !has_work(), "{} running and {} waiting sequences make no step",
-               num_running(), num_waiting());
-  return plan_;
+  NIBBLE_CHECK(!plan_->empty() || !has_work() || flying_ != nullptr,
+               "{} running and {} waiting sequences make no step", num_running(), num_waiting());
+  return *plan_;
 }
 
 void Scheduler::make_way() {
   const size_t head = first_ready();
   if (head == waiting_.size()) return;
   Sequence& seq = *waiting_[head];
+  if (seq.is_pending()) return;
   while (!running_.empty() && running_.back()->priority > seq.priority) {
     if (num_running() < config_.max_batch_size && acquire_if_fits(seq)) {
       give_back(seq);
@@ -228,16 +234,16 @@ void Scheduler::make_way() {
 void Scheduler::plan_decodes() {
   for (size_t i = 0; i < running_.size() && tokens_left_ > 0; ++i) {
     Sequence& seq = *running_[i];
-    if (!seq.is_decoding()) continue;
+    if (!seq.is_decoding() || seq.is_ending()) continue;
     // Only sequences that rank behind are preempted, so running_[0..i] stays as it is.
     if (grow_by_preempting(seq, seq.num_tokens()) < seq.num_tokens()) continue;
-    plan_.sequences.push_back({.seq = &seq,
-                               .first_token = seq.num_computed_tokens,
-                               .num_tokens = 1,
-                               .draws = true,
-                               .is_decode = true});
-    plan_.num_tokens += 1;
-    plan_.num_logit_rows += 1;
+    plan_->sequences.push_back({.seq = &seq,
+                                .first_token = seq.num_computed_tokens,
+                                .num_tokens = 1,
+                                .draws = true,
+                                .is_decode = true});
+    plan_->num_tokens += 1;
+    plan_->num_logit_rows += 1;
     --tokens_left_;
     seq.last_step = step_;
   }
@@ -285,31 +291,46 @@ void Scheduler::schedule_prefill(Sequence& seq) {
     prompt_rows_left_ -= scheduled.num_prompt_rows;
   }
   scheduled.draws = end == seq.num_tokens() && seq.max_tokens > 0;
-  plan_.num_tokens += scheduled.num_tokens;
-  plan_.num_logit_rows += scheduled.num_logit_rows();
+  plan_->num_tokens += scheduled.num_tokens;
+  plan_->num_logit_rows += scheduled.num_logit_rows();
   tokens_left_ -= scheduled.num_tokens;
   seq.last_step = step_;
-  plan_.sequences.push_back(scheduled);
+  plan_->sequences.push_back(scheduled);
 }
 
-void Scheduler::commit(std::span<const int32_t> drawn) {
-  NIBBLE_CHECK(drawn.size() == static_cast<size_t>(plan_.num_logit_rows));
-  size_t row = 0;
-  for (const ScheduledSequence& scheduled : plan_.sequences) {
+void Scheduler::advance() {
+  NIBBLE_CHECK(flying_ == nullptr, "the step before has not been resolved");
+  flying_ = plan_;
+  int row = 0;
+  for (const ScheduledSequence& scheduled : plan_->sequences) {
     Sequence& seq = *scheduled.seq;
+    row += scheduled.num_logit_rows();
+    if (seq.state == SequenceState::kFinished) continue;
     seq.num_computed_tokens += scheduled.num_tokens;
-    row += scheduled.num_prompt_rows;
     if (scheduled.num_prompt_rows > 0) {
       seq.num_scored_tokens = scheduled.first_prompt_row + scheduled.num_prompt_rows;
     }
     publish(seq, scheduled.first_token);
     if (seq.num_computed_tokens >= seq.num_prompt_tokens) seq.prompt_done = true;
+    if (scheduled.draws) seq.append_pending(row - 1);
+  }
+}
+
+void Scheduler::resolve(std::span<const int32_t> drawn) {
+  NIBBLE_CHECK(flying_ != nullptr && drawn.size() == static_cast<size_t>(flying_->num_logit_rows));
+  size_t row = 0;
+  for (ScheduledSequence& scheduled : flying_->sequences) {
+    Sequence& seq = *scheduled.seq;
+    row += static_cast<size_t>(scheduled.num_logit_rows());
+    scheduled.is_dropped = seq.state == SequenceState::kFinished;
+    if (scheduled.is_dropped) continue;
     if (scheduled.draws) {
-      if (const auto reason = seq.append(drawn[row++])) finish(seq, *reason);
+      if (const auto reason = seq.settle(drawn[row - 1])) finish(seq, *reason);
     } else if (seq.num_uncomputed_tokens() == 0) {
       finish(seq, FinishReason::kLength);  // max_tokens is 0
     }
   }
+  flying_ = nullptr;
 }
 
 void Scheduler::check_invariants() const {
@@ -320,7 +341,9 @@ void Scheduler::check_invariants() const {
   std::vector<int> num_holders(pool_.num_blocks(), 0);
   for (const Sequence* seq : running_) {
     NIBBLE_CHECK(seq->state == SequenceState::kRunning);
-    NIBBLE_CHECK(seq->num_computed_tokens < seq->num_tokens());
+    // With nothing to generate, it ends when its step is resolved.
+    NIBBLE_CHECK(seq->num_computed_tokens < seq->num_tokens() ||
+                 (flying_ != nullptr && seq->max_tokens == 0));
     NIBBLE_CHECK(seq->block_table.size() * config_.block_tokens >=
                  static_cast<size_t>(seq->num_computed_tokens));
     for (const int32_t block : seq->block_table) ++num_holders[block];

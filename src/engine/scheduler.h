@@ -1,6 +1,8 @@
 // Decides what each step computes. A pure data structure: no clock, no threads, no device, no I/O;
-// the same calls give the same plans. plan() and commit() alternate; add() and cancel() come
-// between commit and plan.
+// the same calls give the same plans. A step is plan(), advance() once it is on its way, and
+// resolve() once its tokens are known; the next plan() may come before the resolve(), which then
+// comes before the next advance(): one step in flight while the next is made. add() and cancel()
+// may come before any plan().
 //
 // Rank: lower priority value first, then order of arrival. Rules, each checked by the simulation in
 // tests/:
@@ -51,6 +53,7 @@ struct ScheduledSequence {
   int num_prompt_rows = 0;
   bool draws = false;
   bool is_decode = false;
+  bool is_dropped = false;  // set by resolve(): its sequence had ended before; `seq` may be gone
 
   int num_logit_rows() const { return num_prompt_rows + draws; }
 };
@@ -84,12 +87,21 @@ class Scheduler {
   /// Ends a sequence now and gives its blocks back.
   void cancel(Sequence& seq, FinishReason reason = FinishReason::kCancelled);
 
-  /// Empty only when nothing can be computed, which is when there is no work.
+  /// Empty only when nothing can be computed: there is no work, or all of it waits for the tokens
+  /// of the step in flight. Valid until the second plan() after it.
   const StepPlan& plan();
-  /// The step of the last plan() has run. drawn: one token per logit row (prompt rows' are
-  /// ignored), in the plan's order. Appends tokens, finishes sequences, makes their blocks
-  /// findable.
-  void commit(std::span<const int32_t> drawn);
+  /// The step of the last plan() has been launched: its rows count as computed, its blocks become
+  /// findable (whoever finds one reads it in a later step), its tokens are pending.
+  void advance();
+  /// The tokens of the step of the last advance(), one per logit row (prompt rows' are ignored), in
+  /// the plan's order. Finishes sequences. Rows of sequences that have finished or were cancelled
+  /// since the plan are dropped.
+  void resolve(std::span<const int32_t> drawn);
+  /// Both at once.
+  void commit(std::span<const int32_t> drawn) {
+    advance();
+    resolve(drawn);
+  }
 
   bool has_work() const { return !running_.empty() || !waiting_.empty(); }
   int num_running() const { return static_cast<int>(running_.size()); }
@@ -127,7 +139,9 @@ class Scheduler {
   BlockPool pool_;
   std::vector<Sequence*> running_;  // by rank
   std::vector<Sequence*> waiting_;  // by rank
-  StepPlan plan_;
+  StepPlan plans_[2];               // in turn
+  StepPlan* plan_ = &plans_[0];     // the last plan()'s
+  StepPlan* flying_ = nullptr;      // advanced, not resolved
   int tokens_left_ = 0;
   int prompt_rows_left_ = 0;
   uint64_t num_arrivals_ = 0;

@@ -26,9 +26,21 @@ void TokenCounts::add(int32_t token, bool is_output) {
   entries_[slots_[slot]].output_count += is_output;
 }
 
-std::optional<FinishReason> Sequence::append(int32_t token) {
-  NIBBLE_CHECK(tokens.size() < tokens.capacity());
-  tokens.push_back(token);
+void Sequence::append_pending(int row) {
+  NIBBLE_CHECK(tokens.size() < tokens.capacity() && !is_pending());
+  tokens.push_back(-1);
+  pending_row = row;
+}
+
+void Sequence::drop_pending() {
+  if (is_pending()) tokens.pop_back();
+  pending_row = -1;
+}
+
+std::optional<FinishReason> Sequence::settle(int32_t token) {
+  NIBBLE_CHECK(is_pending());
+  tokens.back() = token;
+  pending_row = -1;
   if (has_history) history.add(token, true);
   const bool may_stop = num_output_tokens() >= min_tokens;
   if (may_stop && std::ranges::find(eos_ids, token) != eos_ids.end()) {

@@ -68,6 +68,9 @@ struct Sequence {
   SequenceState state = SequenceState::kNew;
   std::optional<FinishReason> finish_reason;
   int32_t stop_token = -1;
+  // The last token has been drawn by a step that has not been read yet: it is that step's logit row
+  // `pending_row`, and a placeholder here. -1: all tokens are known.
+  int pending_row = -1;
   int num_preemptions = 0;
   uint64_t last_step = 0;  // the last step it had rows in
 
@@ -75,6 +78,9 @@ struct Sequence {
   int num_output_tokens() const { return num_tokens() - num_prompt_tokens; }
   int num_uncomputed_tokens() const { return num_tokens() - num_computed_tokens; }
   bool is_decoding() const { return num_uncomputed_tokens() == 1 && prompt_done; }
+  bool is_pending() const { return pending_row >= 0; }
+  /// Whatever the pending token turns out to be, there is none after it.
+  bool is_ending() const { return is_pending() && num_output_tokens() >= max_tokens; }
   bool wants_prompt_rows() const {
     return prompt_logprobs >= 0 && num_scored_tokens < num_prompt_tokens - 1;
   }
@@ -82,8 +88,12 @@ struct Sequence {
     return num_output_tokens() < min_tokens ? early_bias : bias;
   }
 
-  /// Appends a drawn token and says whether that ends the sequence.
-  std::optional<FinishReason> append(int32_t token);
+  /// Makes room for the token of logit row `row` of a step that has been launched.
+  void append_pending(int row);
+  /// Nobody will hear of it.
+  void drop_pending();
+  /// The pending token is this one; says whether that ends the sequence.
+  std::optional<FinishReason> settle(int32_t token);
 };
 
 /// What the engine adds to a request to make its sequences.

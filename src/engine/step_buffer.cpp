@@ -11,6 +11,7 @@ namespace nibble {
 namespace {
 
 constexpr size_t kAlignment = 64;
+constexpr size_t kHistoryStep = 4096;
 
 int num_blocks_of(int num_tokens, int block_tokens) {
   return (num_tokens + block_tokens - 1) / block_tokens;
@@ -34,21 +35,29 @@ StepBuffer::Layout StepBuffer::layout(int num_tokens, int num_seqs, int num_logi
   l.block_tables = carve(size_t(num_seqs) * num_blocks, sizeof(int32_t));
   l.logit_rows = carve(num_logit_rows, sizeof(int32_t));
   l.rows = carve(num_logit_rows, sizeof(SampleRow));
-  l.history = carve(num_history, sizeof(TokenCount));
+  // By many, so that a growing history moves nothing behind it for a while.
+  l.history =
+      carve((num_history + kHistoryStep - 1) / kHistoryStep * kHistoryStep, sizeof(TokenCount));
   l.bias = carve(num_bias, sizeof(TokenBias));
   l.end = end;
   return l;
 }
 
-StepBuffer::StepBuffer(const StepShape& shape) : shape_(shape) {
+size_t StepBuffer::capacity_bytes(const StepShape& shape) {
   const size_t num_seqs = shape.max_batch_size;
-  capacity_bytes_ = layout(shape.max_num_tokens, shape.max_batch_size, shape.max_logit_rows,
-                           num_blocks_of(shape.max_seq_len, shape.block_tokens) + 1,
-                           num_seqs * std::min(shape.max_seq_len, shape.vocab_size),
-                           num_seqs * (kMaxLogitBias + kMaxStopTokenIds + kMaxEosIds))
-                        .end;
-  host_.reset(static_cast<std::byte*>(::operator new[](capacity_bytes_)));
+  return layout(shape.max_num_tokens, shape.max_batch_size, shape.max_logit_rows,
+                num_blocks_of(shape.max_seq_len, shape.block_tokens) + 1,
+                num_seqs * std::min(shape.max_seq_len, shape.vocab_size),
+                num_seqs * (kMaxLogitBias + kMaxStopTokenIds + kMaxEosIds))
+      .end;
 }
+
+StepBuffer::StepBuffer(const StepShape& shape)
+    : shape_(shape),
+      owned_(static_cast<std::byte*>(::operator new[](capacity_bytes(shape)))),
+      host_(owned_.get()) {}
+
+StepBuffer::StepBuffer(const StepShape& shape, std::byte* memory) : shape_(shape), host_(memory) {}
 
 void StepBuffer::build(const StepPlan& plan) {
   int num_blocks = 1;
@@ -74,8 +83,8 @@ void StepBuffer::build(const StepPlan& plan) {
   layout_ = layout(step_.num_tokens, step_.num_seqs, step_.num_logit_rows, num_blocks, num_history,
                    num_bias);
   used_bytes_ = layout_.end;
-  NIBBLE_CHECK(used_bytes_ <= capacity_bytes_, "a step of {} bytes in a buffer of {}", used_bytes_,
-               capacity_bytes_);
+  NIBBLE_CHECK(used_bytes_ <= capacity_bytes(shape_), "a step of {} bytes in a buffer of {}",
+               used_bytes_, capacity_bytes(shape_));
 
   int32_t* token_ids = at<int32_t>(layout_.token_ids);
   int32_t* positions = at<int32_t>(layout_.positions);
@@ -124,7 +133,8 @@ void StepBuffer::build(const StepPlan& plan) {
       sample.bias_end = bias_end;
     }
     for (int position = scheduled.first_token; position < end; ++position, ++token) {
-      token_ids[token] = seq.tokens[position];
+      const bool pending = seq.is_pending() && position + 1 == seq.num_tokens();
+      token_ids[token] = pending ? -1 - seq.pending_row : seq.tokens[position];
       positions[token] = position;
     }
   }

@@ -26,11 +26,14 @@ struct StepShape {
 
 class StepBuffer {
  public:
+  /// In memory of its own.
   explicit StepBuffer(const StepShape& shape);
+  /// In `memory`: capacity_bytes(shape), 64-byte aligned, alive as long as this is.
+  StepBuffer(const StepShape& shape, std::byte* memory);
+  static size_t capacity_bytes(const StepShape& shape);
 
   void build(const StepPlan& plan);
-  std::span<const std::byte> bytes() const { return {host_.get(), used_bytes_}; }
-  size_t capacity_bytes() const { return capacity_bytes_; }
+  std::span<const std::byte> bytes() const { return {host_, used_bytes_}; }
 
   /// Views of the step where its bytes() have been copied to. The host_ arrays stay here.
   StepBatch step_batch(const void* base) const;
@@ -51,12 +54,13 @@ class StepBuffer {
                        size_t num_history, size_t num_bias);
   template <typename T>
   T* at(size_t offset) const {
-    return reinterpret_cast<T*>(host_.get() + offset);
+    return reinterpret_cast<T*>(host_ + offset);
   }
 
   const StepShape shape_;
-  size_t capacity_bytes_ = 0, used_bytes_ = 0;
-  std::unique_ptr<std::byte[]> host_;
+  size_t used_bytes_ = 0;
+  std::unique_ptr<std::byte[]> owned_;
+  std::byte* host_;
   Layout layout_{};
   StepBatch step_;  // counts only
   int max_logprobs_ = 0;

@@ -205,18 +205,21 @@ class SyntheticSource final : public WeightSource {
 
   TensorView view_dense(const WeightRow& row, std::vector<std::byte>& storage) const override {
     NIBBLE_CHECK(!is_quantized(row), "{} is quantized", row.name);
-    std::vector<uint16_t> chunk;
-    storage.clear();
-    for (const HfTensor& tensor : hf_tensors(row, spec_)) {
+    const std::vector<HfTensor> tensors = hf_tensors(row, spec_);
+    size_t total = 0;
+    for (const HfTensor& tensor : tensors) total += static_cast<size_t>(tensor.num_elements());
+    storage.resize(total * sizeof(uint16_t));
+    uint16_t* out = reinterpret_cast<uint16_t*>(storage.data());
+    for (const HfTensor& tensor : tensors) {
       const Generator generator(tensor, spec_, seed_);
       const int64_t count = tensor.num_elements();
       const int64_t step = tensor.shape.size() == 1 ? count : kChunk;
-      for (int64_t first = 0; first < count; first += step) {
-        chunk.resize(static_cast<size_t>(std::min(step, count - first)));
-        generator.make(first, chunk);
-        const auto bytes = std::as_bytes(std::span(chunk));
-        storage.insert(storage.end(), bytes.begin(), bytes.end());
-      }
+      pool_.parallel_for((count + step - 1) / step, [&](int64_t chunk, int) {
+        const int64_t first = chunk * step;
+        generator.make(first,
+                       std::span(out + first, static_cast<size_t>(std::min(step, count - first))));
+      });
+      out += count;
     }
     return {DType::kBF16, row.shape, storage};
   }
@@ -229,7 +232,14 @@ class SyntheticSource final : public WeightSource {
     const uint64_t key = tensor_key(row.name, seed_);
     const Int4Table& table = int4_table();
     weight.owned.resize(static_cast<size_t>(out / 2 * in));
-    fill(key, 0, table.bytes, std::span(weight.owned));
+    const auto count = static_cast<int64_t>(weight.owned.size());
+    pool_.parallel_for((count + kChunk - 1) / kChunk, [&](int64_t chunk, int) {
+      const int64_t first = chunk * kChunk;
+      fill(key, first, table.bytes,
+           std::span(weight.owned)
+               .subspan(static_cast<size_t>(first),
+                        static_cast<size_t>(std::min(kChunk, count - first))));
+    });
     weight.nibbles = weight.owned.data();
     // Scales vary by a quarter and prequant factors by a half either way; the root mean squares are
     // divided out.
@@ -240,14 +250,19 @@ class SyntheticSource final : public WeightSource {
       weight.scales[i] =
           static_cast<float>(base * (0.75 + 0.5 * uniform(key + 1, static_cast<int64_t>(i))));
     }
-    const bool shared = row.role == WeightRole::kGate || row.role == WeightRole::kUp;
-    const uint64_t pre_key = tensor_key(
-        shared ? fmt::format("layers.{}.mlp_input", row.layer) : row.name + ".pre", seed_);
-    weight.pre_scale.resize(static_cast<size_t>(in));
-    for (size_t i = 0; i < weight.pre_scale.size(); ++i) {
-      weight.pre_scale[i] = static_cast<float>(0.5 + uniform(pre_key, static_cast<int64_t>(i)));
-    }
+    weight.pre_scale = load_pre_scale(row);
     return weight;
+  }
+
+  std::vector<float> load_pre_scale(const WeightRow& row) const override {
+    const bool shared = row.role == WeightRole::kGate || row.role == WeightRole::kUp;
+    const uint64_t key = tensor_key(
+        shared ? fmt::format("layers.{}.mlp_input", row.layer) : row.name + ".pre", seed_);
+    std::vector<float> pre_scale(static_cast<size_t>(row.shape[1]));
+    for (size_t i = 0; i < pre_scale.size(); ++i) {
+      pre_scale[i] = static_cast<float>(0.5 + uniform(key, static_cast<int64_t>(i)));
+    }
+    return pre_scale;
   }
 
   std::optional<KvScales> kv_scales() const override {
@@ -264,6 +279,7 @@ class SyntheticSource final : public WeightSource {
   ModelSpec spec_;
   uint64_t seed_;
   bool int4_;
+  mutable ThreadPool pool_;
 };
 
 ModelSpec shape(int layers, int hidden, int heads, int kv_heads, int ffn, int vocab,

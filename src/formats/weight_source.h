@@ -42,6 +42,10 @@ class WeightSource {
   /// when a copy was needed.
   virtual TensorView view_dense(const WeightRow& row, std::vector<std::byte>& storage) const = 0;
   virtual Int4Weight load_int4(const WeightRow& row) const = 0;
+  /// load_int4(row).pre_scale, for sources that can do without the rest.
+  virtual std::vector<float> load_pre_scale(const WeightRow& row) const {
+    return load_int4(row).pre_scale;
+  }
   /// Calibrated KV scales, or nullopt when the model carries none (always for HF directories).
   virtual std::optional<KvScales> kv_scales() const = 0;
   /// The page cache may drop this row's bytes (streaming quantizer).

@@ -3,6 +3,7 @@
 
 #include "base/error.h"
 #include "ops/cpu_int4_layout.h"
+#include "ops/cuda_int4_layout.h"
 #include "spec/weight_table.h"
 
 namespace nibble {
@@ -97,6 +98,11 @@ class Loader {
            "group_size is {}, which does not divide the {} inputs of {}; rebuild "
            "the engine",
            plan_.group_size, in, row.name);
+    }
+    // gate's tensor holds up as well.
+    if (layout == WeightLayout::kCudaInt4) {
+      return cuda_int4_packed_bytes(row.role == WeightRole::kGate ? 2 * row.shape[0] : row.shape[0],
+                                    in);
     }
     if (layout != WeightLayout::kCpuInt4) return elements / 2;
     return static_cast<size_t>(cpu_int4_num_tiles(out)) * cpu_int4_tile_bytes(in, plan_.group_size);

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
 #include <span>
 #include <string>
 #include <utility>
@@ -70,6 +71,19 @@ class Backend {
   virtual void upload(void* device, const void* host, size_t bytes) = 0;
   virtual void download(void* host, const void* device, size_t bytes) = 0;
   virtual void sync() = 0;
+  /// Whether ops, uploads from and downloads to host_alloc() memory are asynchronous, so that a
+  /// step can be launched while the one before runs.
+  virtual bool overlaps() const { return false; }
+  /// Host memory for uploads and downloads that do not wait; 64-byte aligned.
+  virtual void* host_alloc(size_t bytes) { return ::operator new(bytes, std::align_val_t{64}); }
+  virtual void host_free(void* data) noexcept { ::operator delete(data, std::align_val_t{64}); }
+  /// A point in the order of everything asked for so far; wait() returns when that is done. At most
+  /// two marks are outstanding.
+  virtual int mark() { return 0; }
+  virtual void wait(int mark) {
+    (void)mark;
+    sync();
+  }
   /// Device to device, ranges that do not overlap; ordered with the ops. The default is a host
   /// backend's.
   virtual void copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
@@ -137,6 +151,31 @@ class Backend {
     (void)x;
     (void)num_elements;
   }
+};
+
+/// Memory of Backend::host_alloc(). Move-only; must not outlive the backend.
+class HostBuffer {
+ public:
+  HostBuffer() = default;
+  HostBuffer(Backend& backend, size_t bytes)
+      : backend_(&backend), data_(backend.host_alloc(bytes)) {}
+  HostBuffer(HostBuffer&& other) noexcept { *this = std::move(other); }
+  HostBuffer& operator=(HostBuffer&& other) noexcept {
+    std::swap(backend_, other.backend_);
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~HostBuffer() {
+    if (data_ != nullptr) backend_->host_free(data_);
+  }
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  Backend* backend_ = nullptr;
+  void* data_ = nullptr;
 };
 
 inline Buffer::~Buffer() {

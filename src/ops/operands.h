@@ -27,13 +27,16 @@ struct LinearOperand {
 
 /// One step's ragged batch. Rows of sequence s are [seq_starts[s], seq_starts[s+1]).
 struct StepBatch {
-  int num_tokens = 0;                   // T
-  int num_seqs = 0;                     // S
-  int num_logit_rows = 0;               // R
-  int max_blocks_per_seq = 0;           // B
-  const int32_t* token_ids = nullptr;   // [T]
-  const int32_t* positions = nullptr;   // [T] position of each token in its sequence
-  const int32_t* seq_starts = nullptr;  // [S+1]
+  int num_tokens = 0;          // T
+  int num_seqs = 0;            // S
+  int num_logit_rows = 0;      // R
+  int max_blocks_per_seq = 0;  // B
+  // [T]; -1 - r: the token that row r of the sampling op before this step drew (previous_tokens).
+  // Only backends whose steps overlap (Backend::overlaps()) are given such.
+  const int32_t* token_ids = nullptr;
+  const int32_t* previous_tokens = nullptr;  // [R of the step before]
+  const int32_t* positions = nullptr;        // [T] position of each token in its sequence
+  const int32_t* seq_starts = nullptr;       // [S+1]
   const int32_t* kv_lens =
       nullptr;  // [S] tokens of the sequence in the cache once this step is stored
   const int32_t* block_tables =

@@ -1,15 +1,16 @@
 // Writes layout.h's bytes word by word (its own pack() goes nibble by nibble; tests/ops compares
-// the two) and on all cores: a 24B model has 22 billion nibbles.
+// the two) and on all cores.
 // SPDX-License-Identifier: Apache-2.0
 #include "pack/cuda_int4.h"
 
-#include <atomic>
+#include <algorithm>
 #include <cstring>
 
 #include "backends/cuda/layout.h"
 #include "base/error.h"
 #include "base/half.h"
 #include "base/thread_pool.h"
+#include "ops/cuda_int4_layout.h"
 
 namespace nibble {
 namespace {
@@ -26,23 +27,20 @@ void check_shape(int out_features, int in_features, int group_size, bool gate_up
                "out {} in {} group {}", out_features, in_features, group_size);
 }
 
-// One 16 x 128 strip (m16) of a block. rows[r]: 128 weights of packed row r, or null for padding.
-// Returns the OR of everything outside 0 .. 15 that it met.
-uint32_t pack_strip(const int8_t* const (&rows)[16], uint32_t* words /*[k64 2][lane 32][k16 4]*/) {
-  uint32_t outside = 0;
+// One 16 x 128 strip (m16) of a block. rows[r]: 128 weights + 8 of packed row r, or null
+// for padding.
+void pack_strip(const uint8_t* const (&rows)[16], uint32_t* words /*[k64 2][lane 32][k16 4]*/) {
   for (int k64 = 0; k64 < 2; ++k64) {
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
       for (int k16 = 0; k16 < 4; ++k16) {
         uint32_t word = 0;
         for (int hi = 0; hi < 2; ++hi) {
-          const int8_t* row = rows[g + 8 * hi];
+          const uint8_t* row = rows[g + 8 * hi];
           const int k = k64 * 64 + k16 * 16 + 2 * t;
           for (int i = 0; i < 4; ++i) {  // odd, then upper
             const int odd = i % 2, upper = i / 2;
-            const auto u =
-                row == nullptr ? 8u : static_cast<uint32_t>(row[k + odd + 8 * upper] + 8);
-            outside |= u;
+            const uint32_t u = row == nullptr ? 8u : row[k + odd + 8 * upper];
             word |= u << (16 * odd + 8 * upper + 4 * hi);
           }
         }
@@ -50,23 +48,52 @@ uint32_t pack_strip(const int8_t* const (&rows)[16], uint32_t* words /*[k64 2][l
       }
     }
   }
-  return outside & ~15u;
 }
 
 }  // namespace
 
 size_t cuda_int4_bytes(int out_features, int in_features) {
-  return static_cast<size_t>(Shape{out_features, in_features}.packed_bytes());
+  const auto bytes = static_cast<size_t>(Shape{out_features, in_features}.packed_bytes());
+  NIBBLE_CHECK(bytes == cuda_int4_packed_bytes(out_features, in_features));
+  return bytes;
 }
 
 std::vector<std::byte> pack_cuda_int4(const Int4Matrix& m, bool gate_up) {
-  check_shape(m.out_features, m.in_features, m.group_size, gate_up);
-  const Shape shape{m.out_features, m.in_features};
-  const int64_t groups = shape.num_groups(), k_count = m.in_features;
-  NIBBLE_CHECK(static_cast<int64_t>(m.q.size()) == m.out_features * k_count &&
-               static_cast<int64_t>(m.scales.size()) == m.out_features * groups);
+  NIBBLE_CHECK(m.group_size == kGroup && m.q.size() == static_cast<size_t>(m.out_features) *
+                                                           static_cast<size_t>(m.in_features));
+  NIBBLE_CHECK(std::ranges::all_of(m.q, [](int8_t q) { return q >= -8 && q <= 7; }),
+               "a weight is outside -8..7");
+  // Nibbles come in pairs of rows: an odd last row gets a partner, which the shape leaves out.
+  std::vector<int8_t> q = m.q;
+  q.resize(static_cast<size_t>((m.out_features + 1) / 2 * 2) * static_cast<size_t>(m.in_features));
+  const std::vector<std::byte> nibbles =
+      pack_nibbles(q, (m.out_features + 1) / 2 * 2, m.in_features);
+  return pack_cuda_int4({PortableRows{m.out_features, nibbles.data(), m.scales}}, m.in_features,
+                        gate_up);
+}
+
+std::vector<std::byte> pack_cuda_int4(std::span<const PortableRows> parts, int in_features,
+                                      bool gate_up) {
+  int64_t rows_of_all = 0;
+  const int64_t groups = in_features / kGroup;
+  for (const PortableRows& part : parts) {
+    rows_of_all += part.out_features;
+    NIBBLE_CHECK(static_cast<int64_t>(part.scales.size()) == part.out_features * groups);
+  }
+  check_shape(static_cast<int>(rows_of_all), in_features, kGroup, gate_up);
+  const Shape shape{rows_of_all, in_features};
+  // 128 weights of one row as u = q + 8; returns their scale.
+  const auto read = [&](int64_t row, int64_t group, uint8_t* u) {
+    const PortableRows* part = parts.data();
+    for (; row >= part->out_features; ++part) row -= part->out_features;
+    const std::byte* from = part->nibbles + row / 2 * in_features + group * kGroup;
+    const int shift = row % 2 == 0 ? 0 : 4;
+    for (int k = 0; k < kGroup; ++k) {
+      u[k] = ((static_cast<uint8_t>(from[k]) >> shift) & 15) ^ 8;
+    }
+    return part->scales[static_cast<size_t>(row * groups + group)];
+  };
   std::vector<std::byte> packed(static_cast<size_t>(shape.packed_bytes()));
-  std::atomic<uint32_t> outside{0};
   static_assert(kBlockNibbleBytes == 4 * 4 * 256);
   const auto pack_tile = [&](int64_t tile, int) {
     for (int64_t group = 0; group < groups; ++group) {
@@ -74,18 +101,19 @@ std::vector<std::byte> pack_cuda_int4(const Int4Matrix& m, bool gate_up) {
         uint32_t words[4 * 256];
         uint16_t scales[kBlockRows] = {};
         for (int m16 = 0; m16 < 4; ++m16) {
-          const int8_t* rows[16];
+          uint8_t weights[16][kGroup];
+          const uint8_t* rows[16];
           for (int r = 0; r < 16; ++r) {
             const int in_block = m16 * 16 + r;
             const int64_t row = tile * kTileRows + half * kBlockRows + in_block;
             rows[r] = nullptr;
             if (row >= shape.rows) continue;
             const int64_t source = cuda_layout::source_row(shape, gate_up, row);
-            rows[r] = m.q.data() + source * k_count + group * kGroup;
+            rows[r] = weights[r];
             scales[cuda_layout::scale_place(in_block)] =
-                float_to_bf16(m.scales[static_cast<size_t>(source * groups + group)]);
+                float_to_bf16(read(source, group, weights[r]));
           }
-          outside |= pack_strip(rows, words + m16 * 256);
+          pack_strip(rows, words + m16 * 256);
         }
         std::byte* block = packed.data() + shape.block_offset(tile, group, half);
         std::memcpy(block, words, sizeof words);
@@ -93,13 +121,12 @@ std::vector<std::byte> pack_cuda_int4(const Int4Matrix& m, bool gate_up) {
       }
     }
   };
-  if (m.q.size() < size_t{1} << 20) {
+  if (shape.rows * shape.k < int64_t{1} << 20) {
     for (int64_t tile = 0; tile < shape.num_tiles(); ++tile) pack_tile(tile, 0);
   } else {
     ThreadPool pool;
     pool.parallel_for(shape.num_tiles(), pack_tile);
   }
-  NIBBLE_CHECK(outside == 0, "a weight is outside -8..7");
   return packed;
 }
 

@@ -401,5 +401,17 @@ TEST_F(EngineDirectory, StopIdsOfACheckpointComeFromItsOwnKeyAndGenerationConfig
   EXPECT_EQ(open_checkpoint(out)->spec().eos_token_ids, std::vector<int>{5});
 }
 
+// Without a GPU: what build writes for one is what the loader wants to the byte.
+TEST_F(EngineDirectory, ACudaEngineHoldsTheBytesItsLoaderWants) {
+  BuildOptions options = small_options("cuda:sm_90");
+  const auto source = open_synthetic(synthetic_shape("nano-like").spec, /*seed=*/1);
+  const EnginePlan plan = plan_engine(*source, options);
+  const EngineTensors tensors = pack_in_memory(*source, plan);
+  const auto backend = make_backend("ref", ActivationPrecision::kF32, 1);
+  const ModelWeights weights = ModelWeights::load(*backend, plan, tensors);
+  EXPECT_EQ(weights.layers[0].qkv.layout, WeightLayout::kCudaInt4);
+  EXPECT_EQ(weights.layers[0].up.weight, weights.layers[0].gate.weight);
+}
+
 }  // namespace
 }  // namespace nibble

@@ -257,6 +257,40 @@ TEST_F(CudaOps, AttentionMatchesReference) {
   }
 }
 
+TEST_F(CudaOps, DecodeStepsOfOneToEightSequencesMatchReference) {
+  for (const KvFormat format : {KvFormat::kInt8Dynamic, KvFormat::kInt8Static}) {
+    const AttentionShape shape{32, 8, 128, 64, format};
+    AttentionRun want(*reference_, shape, 9, 1500, 3, true), got(*cuda_, shape, 9, 1500, 5, true);
+    // Around page borders, and more pages than a CTA has in flight.
+    const int lengths[9] = {1, 63, 64, 65, 127, 300, 1400, 513, 16};
+    const auto decode = [&](int first, int count) {
+      std::vector<Chunk> step;
+      for (int s = first; s < first + count; ++s) step.push_back({s, 1});
+      const std::vector<float> expected = want.step(step), result = got.step(step);
+      EXPECT_LT(rms_error(result, expected), 1e-2) << count << " from " << first;
+      EXPECT_LT(element_error(result, expected, size_t{32} * 128), 0.08)
+          << count << " from " << first;
+    };
+    for (int s = 0; s < 9; ++s) {
+      want.step({{s, lengths[s]}});
+      got.step({{s, lengths[s]}});
+    }
+    for (const auto& [first, count] : std::vector<std::pair<int, int>>{{6, 1},
+                                                                       {0, 1},
+                                                                       {1, 2},
+                                                                       {5, 2},
+                                                                       {2, 4},
+                                                                       {4, 5},
+                                                                       {0, 8},
+                                                                       {0, 8},
+                                                                       {1, 8},
+                                                                       {0, 9},
+                                                                       {8, 1}}) {
+      decode(first, count);
+    }
+  }
+}
+
 TEST_F(CudaOps, GenericAttentionDoesNotDependOnChunksOrBatch) {
   for (const AttentionShape& shape : {AttentionShape{2, 1, 128, 64, KvFormat::kInt8Dynamic},
                                       AttentionShape{4, 1, 128, 64, KvFormat::kF16}}) {

@@ -114,19 +114,38 @@ inline FakeAnswer fake_generate(const Request& request, int index, int max_token
 
 class FakeExecutor final : public Executor {
  public:
-  FakeExecutor(const StepShape& shape, int num_blocks) : shape_(shape), step_(shape) {
+  /// With `overlaps` a step may be launched before the last one is collected; its pending tokens
+  /// are then taken from what that one drew, as a device does.
+  FakeExecutor(const StepShape& shape, int num_blocks, bool overlaps = false)
+      : shape_(shape), step_(shape), overlaps_(overlaps) {
     kv_.assign(size_t(num_blocks) * shape.block_tokens, -1);
     writer_.assign(num_blocks, -1);
-    tokens_.resize(shape.max_logit_rows);
-    logprobs_.resize(shape.max_logit_rows);
-    top_tokens_.resize(size_t(shape.max_logit_rows) * kMaxTopLogprobs);
-    top_logprobs_.resize(top_tokens_.size());
+    for (Flight& flight : flights_) {
+      flight.tokens.resize(shape.max_logit_rows);
+      flight.logprobs.resize(shape.max_logit_rows);
+      flight.top_tokens.resize(size_t(shape.max_logit_rows) * kMaxTopLogprobs);
+      flight.top_logprobs.resize(flight.top_tokens.size());
+    }
   }
 
   std::function<void()> before_step;  // may throw
 
-  const StepResult& run(const StepPlan& plan) override {
+  bool overlaps() const override { return overlaps_; }
+
+  const StepResult& collect() override {
+    NIBBLE_CHECK(num_collected_ < num_launched_);
+    return flights_[num_collected_++ % 2].result;
+  }
+  const StepResult& run(const StepPlan& plan) {
+    launch(plan);
+    return collect();
+  }
+
+  void launch(const StepPlan& plan) override {
+    NIBBLE_CHECK(num_launched_ - num_collected_ <= (overlaps_ ? 1 : 0));
     if (before_step) before_step();
+    const std::span<const int32_t> previous = flights_[(num_launched_ + 1) % 2].result.tokens;
+    Flight& flight = flights_[num_launched_++ % 2];
     step_.build(plan);
     const StepBatch batch = step_.step_batch(step_.bytes().data());
     const SampleBatch samples = step_.sample_batch(step_.bytes().data(), nullptr);
@@ -147,7 +166,9 @@ class FakeExecutor final : public Executor {
         NIBBLE_CHECK(writer_[block] == -1 || writer_[block] == s, "block {} has two writers",
                      block);
         writer_[block] = s;
-        kv_[size_t(block) * size + position % size] = batch.token_ids[t];
+        const int32_t id = batch.token_ids[t];
+        NIBBLE_CHECK(id >= 0 || overlaps_);
+        kv_[size_t(block) * size + position % size] = id >= 0 ? id : previous[-1 - id];
       }
     }
     int row = 0;
@@ -158,32 +179,38 @@ class FakeExecutor final : public Executor {
         prefix = hash_prefix(prefix, kv_[size_t(table[position / size]) * size + position % size]);
         while (row < batch.num_logit_rows && batch.logit_rows[row] < batch.seq_starts[s + 1] &&
                batch.positions[batch.logit_rows[row]] == position) {
-          draw(samples, row++, prefix);
+          draw(flight, samples, row++, prefix);
         }
       }
     }
     NIBBLE_CHECK(row == batch.num_logit_rows);
     const size_t num_rows = row, num_top = num_rows * step_.max_logprobs();
-    result_ = {.tokens = std::span(tokens_).first(num_rows),
-               .logprobs = std::span(logprobs_).first(num_rows),
-               .max_logprobs = step_.max_logprobs(),
-               .top_tokens = std::span(top_tokens_).first(num_top),
-               .top_logprobs = std::span(top_logprobs_).first(num_top)};
-    return result_;
+    flight.result = {.tokens = std::span(flight.tokens).first(num_rows),
+                     .logprobs = std::span(flight.logprobs).first(num_rows),
+                     .max_logprobs = step_.max_logprobs(),
+                     .top_tokens = std::span(flight.top_tokens).first(num_top),
+                     .top_logprobs = std::span(flight.top_logprobs).first(num_top)};
   }
 
  private:
-  void draw(const SampleBatch& samples, int r, uint64_t prefix) {
+  struct Flight {
+    std::vector<int32_t> tokens, top_tokens;
+    std::vector<float> logprobs, top_logprobs;
+    StepResult result;
+  };
+
+  void draw(Flight& flight, const SampleBatch& samples, int r, uint64_t prefix) {
+    auto& [tokens, top_tokens, logprobs, top_logprobs, result] = flight;
     const SampleRow& row = samples.rows[r];
     const std::span history(samples.history + row.history_begin, samples.history + row.history_end);
     const std::span bias(samples.bias + row.bias_begin, samples.bias + row.bias_end);
-    tokens_[r] = fake_draw(prefix, row, history, bias, shape_.vocab_size);
-    logprobs_[r] = row.num_logprobs >= 0 ? fake_logprob(prefix, tokens_[r]) : NAN;
+    tokens[r] = fake_draw(prefix, row, history, bias, shape_.vocab_size);
+    logprobs[r] = row.num_logprobs >= 0 ? fake_logprob(prefix, tokens[r]) : NAN;
     for (int i = 0; i < samples.max_logprobs; ++i) {
       const size_t at = size_t(r) * samples.max_logprobs + i;
-      top_tokens_[at] =
-          i < row.num_logprobs ? static_cast<int32_t>((tokens_[r] + i) % shape_.vocab_size) : -1;
-      top_logprobs_[at] = fake_logprob(prefix, top_tokens_[at]);
+      top_tokens[at] =
+          i < row.num_logprobs ? static_cast<int32_t>((tokens[r] + i) % shape_.vocab_size) : -1;
+      top_logprobs[at] = fake_logprob(prefix, top_tokens[at]);
     }
   }
 
@@ -191,9 +218,9 @@ class FakeExecutor final : public Executor {
   StepBuffer step_;
   std::vector<int32_t> kv_;      // [blocks, block_tokens] token ids
   std::vector<int32_t> writer_;  // [blocks] of this step
-  std::vector<int32_t> tokens_, top_tokens_;
-  std::vector<float> logprobs_, top_logprobs_;
-  StepResult result_;
+  const bool overlaps_;
+  Flight flights_[2];
+  uint64_t num_launched_ = 0, num_collected_ = 0;
 };
 
 }  // namespace nibble

@@ -27,11 +27,12 @@ struct Case {
 
 struct Totals {
   uint64_t preemptions = 0, hits = 0, copies = 0, steps = 0, cancelled = 0, stopped = 0, scored = 0;
+  uint64_t overlapped = 0, dropped = 0;
 };
 
 class Simulation {
  public:
-  Simulation(uint32_t seed, Totals* totals, BlockPool::HashFn hash)
+  Simulation(uint32_t seed, Totals* totals, BlockPool::HashFn hash, bool overlaps)
       : random_(seed),
         totals_(totals),
         config_(make_config(hash)),
@@ -42,11 +43,11 @@ class Simulation {
                    .max_seq_len = config_.num_blocks * config_.block_tokens,
                    .block_tokens = config_.block_tokens,
                    .vocab_size = kVocab},
-                  config_.num_blocks) {}
+                  config_.num_blocks, overlaps) {}
 
   void run(int num_cases) {
     int num_added = 0;
-    for (int64_t step = 0; num_added < num_cases || scheduler_.has_work(); ++step) {
+    for (int64_t step = 0; num_added < num_cases || scheduler_.has_work() || flying_; ++step) {
       ASSERT_LT(step, 200 * num_cases) << "no progress";
       for (int arrivals = pick(3); num_added < num_cases && arrivals > 0; --arrivals, ++num_added) {
         add(step);
@@ -90,9 +91,8 @@ class Simulation {
     if (cases_.size() > 1 && pick(2)) {
       const Case& earlier = *std::next(cases_.begin(), pick(static_cast<int>(cases_.size()) - 1));
       const auto& tokens = earlier.sequences.front().tokens;
-      request.prompt_tokens.assign(
-          tokens.begin(),
-          tokens.begin() + std::min<int>(num_prompt, static_cast<int>(tokens.size())));
+      const int known = static_cast<int>(tokens.size()) - earlier.sequences.front().is_pending();
+      request.prompt_tokens.assign(tokens.begin(), tokens.begin() + std::min(num_prompt, known));
     }
     while (static_cast<int>(request.prompt_tokens.size()) < num_prompt) {
       request.prompt_tokens.push_back(pick(4) ? 7 : pick(kVocab));
@@ -134,25 +134,47 @@ class Simulation {
     }
     const StepPlan& plan = scheduler_.plan();
     ASSERT_NO_THROW(scheduler_.check_invariants());
-    ASSERT_EQ(plan.empty(), !had_work);
-    if (plan.empty()) return;
-    check_plan(plan);
-    check_no_overtaking(plan);
-
-    const StepResult& result = executor_.run(plan);
-    size_t row = 0;
-    for (const ScheduledSequence& scheduled : plan.sequences) {
-      auto& scores = scores_[scheduled.seq];
-      for (int i = 0; i < scheduled.num_prompt_rows; ++i, ++row) {
-        ASSERT_EQ(scheduled.first_prompt_row + i, static_cast<int>(scores.size()));
-        scores.push_back(result.logprobs[row]);
-      }
-      row += scheduled.draws;
+    if (flying_ == nullptr) {
+      ASSERT_EQ(plan.empty(), !had_work);
     }
-    scheduler_.commit(result.tokens);
-    ASSERT_NO_THROW(scheduler_.check_invariants());
+    if (!plan.empty()) {
+      check_plan(plan);
+      check_no_overtaking(plan);
+      executor_.launch(plan);
+    }
+    ASSERT_NO_FATAL_FAILURE(land());
+    if (plan.empty()) return;
+    scheduler_.advance();
+    flying_ = &plan;
     ++totals_->steps;
     totals_->copies += plan.copies.size();
+    const bool needs_tokens = std::ranges::any_of(
+        plan.sequences, [](const auto& s) { return s.draws && s.seq->has_history; });
+    if (!executor_.overlaps() || needs_tokens) {
+      ASSERT_NO_FATAL_FAILURE(land());
+    } else {
+      ++totals_->overlapped;
+    }
+  }
+
+  void land() {
+    if (flying_ == nullptr) return;
+    const StepPlan& plan = *std::exchange(flying_, nullptr);
+    const StepResult& result = executor_.collect();
+    scheduler_.resolve(result.tokens);
+    ASSERT_NO_THROW(scheduler_.check_invariants());
+    size_t row = 0;
+    for (const ScheduledSequence& scheduled : plan.sequences) {
+      const size_t first_row = row;
+      row += scheduled.num_logit_rows();
+      totals_->dropped += scheduled.is_dropped;
+      if (scheduled.is_dropped) continue;
+      auto& scores = scores_[scheduled.seq];
+      for (int i = 0; i < scheduled.num_prompt_rows; ++i) {
+        ASSERT_EQ(scheduled.first_prompt_row + i, static_cast<int>(scores.size()));
+        scores.push_back(result.logprobs[first_row + i]);
+      }
+    }
   }
 
   void check_plan(const StepPlan& plan) {
@@ -248,17 +270,18 @@ class Simulation {
   const SchedulerConfig config_;
   Scheduler scheduler_;
   FakeExecutor executor_;
+  const StepPlan* flying_ = nullptr;
   std::list<Case> cases_;
   std::map<const Sequence*, std::vector<float>> scores_;
   std::set<const Sequence*> was_running_;
   std::map<const Sequence*, int> decoding_;  // before the plan: its preemptions
 };
 
-void simulate(uint32_t first_seed, int num_seeds, BlockPool::HashFn hash) {
+void simulate(uint32_t first_seed, int num_seeds, BlockPool::HashFn hash, bool overlaps) {
   Totals totals;
   for (uint32_t seed = first_seed; seed < first_seed + num_seeds; ++seed) {
     SCOPED_TRACE(seed);
-    Simulation simulation(seed, &totals, hash);
+    Simulation simulation(seed, &totals, hash, overlaps);
     simulation.run(40);
     if (::testing::Test::HasFatalFailure()) return;
   }
@@ -270,6 +293,10 @@ void simulate(uint32_t first_seed, int num_seeds, BlockPool::HashFn hash) {
   EXPECT_GT(totals.cancelled, 1u * num_seeds);
   EXPECT_GT(totals.stopped, 5u * num_seeds);
   EXPECT_GT(totals.scored, 5u * num_seeds);
+  if (overlaps) {
+    EXPECT_GT(totals.overlapped, 20u * num_seeds);
+    EXPECT_GT(totals.dropped, 2u * num_seeds);
+  }
   std::printf(
       "steps %lu, preemptions %lu, hit tokens %lu, copies %lu, cancelled %lu, stopped %lu, scored "
       "%lu\n",
@@ -282,10 +309,14 @@ uint64_t weak_hash(uint64_t parent, std::span<const int32_t> tokens) {
 }
 
 TEST(SchedulerSimulation, EveryAnswerIsTheOneAtATimeAnswer) {
-  simulate(1, 150, BlockPool::default_hash);
+  simulate(1, 150, BlockPool::default_hash, false);
 }
 
-TEST(SchedulerSimulation, CollidingHashesChangeNothing) { simulate(1000, 60, weak_hash); }
+TEST(SchedulerSimulation, OverlappingStepsChangeNoAnswer) {
+  simulate(1, 150, BlockPool::default_hash, true);
+}
+
+TEST(SchedulerSimulation, CollidingHashesChangeNothing) { simulate(1000, 60, weak_hash, false); }
 
 }  // namespace
 }  // namespace nibble

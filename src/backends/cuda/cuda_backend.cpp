@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -12,6 +14,7 @@
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/runtime.h"
 #include "base/error.h"
+#include "base/thread_pool.h"
 
 namespace nibble::cuda {
 namespace {
@@ -92,13 +95,79 @@ class Scratch {
   size_t bytes_ = 0;
 };
 
+/// Host memory to the device at the speed of the link: threads copy pieces of a mapped file into
+/// one pinned buffer while the device reads the other.
+class WeightLoader {
+ public:
+  static constexpr size_t kMinBytes = size_t{4} << 20;
+
+  explicit WeightLoader(void* stream) : stream_(stream), pool_(std::min(usable_cpu_count(), 16)) {
+    for (Stage& stage : stages_) {
+      stage.pinned = static_cast<std::byte*>(pinned_alloc(kStageBytes));
+      if (stage.pinned == nullptr) {
+        fail(ErrorKind::kMemory, "cuda: cannot pin {} bytes of host memory", kStageBytes);
+      }
+      check(event_create(&stage.copied), "making an event");
+    }
+  }
+  WeightLoader(const WeightLoader&) = delete;
+  WeightLoader& operator=(const WeightLoader&) = delete;
+  ~WeightLoader() {
+    stream_sync(stream_);
+    for (const Stage& stage : stages_) {
+      pinned_free(stage.pinned);
+      event_destroy(stage.copied);
+    }
+  }
+
+  void copy(void* to, const std::byte* from, size_t bytes) {
+    for (size_t done = 0; done < bytes; done += kStageBytes) {
+      const size_t count = std::min(kStageBytes, bytes - done);
+      Stage& stage = stages_[next_];
+      next_ = (next_ + 1) % kNumStages;
+      check(event_sync(stage.copied), "copying weights to the device");
+      const std::byte* source = from + done;
+      const auto pieces = static_cast<int64_t>((count + kPieceBytes - 1) / kPieceBytes);
+      pool_.parallel_for(pieces, [&](int64_t piece, int) {
+        const size_t begin = static_cast<size_t>(piece) * kPieceBytes;
+        std::memcpy(stage.pinned + begin, source + begin, std::min(kPieceBytes, count - begin));
+      });
+      check(copy_to_device(static_cast<std::byte*>(to) + done, stage.pinned, count, stream_),
+            "copying weights to the device");
+      check(event_record(stage.copied, stream_), "recording an event");
+    }
+  }
+
+ private:
+  static constexpr size_t kStageBytes = size_t{32} << 20, kPieceBytes = size_t{1} << 20;
+  static constexpr int kNumStages = 2;
+  struct Stage {
+    std::byte* pinned = nullptr;
+    void* copied = nullptr;  // event: the device has read it
+  };
+  void* stream_;
+  ThreadPool pool_;
+  Stage stages_[kNumStages];
+  int next_ = 0;
+};
+
+/// The parts of a norm that a linear does: for the norm after it, and for the one before it.
+struct NormParts {
+  void* next = nullptr;
+  const float* next_weight = nullptr;
+  bool scales = false;
+  float eps = 0;
+};
+
 class CudaBackend final : public Backend {
  public:
   CudaBackend() : device_(open_checked_device()) {
     check(stream_create(&stream_), "making a stream");
+    for (void*& mark : marks_) check(event_create(&mark), "making an event");
     const size_t linear = linear_workspace_bytes(device_.num_sms);
     const size_t decode = decode_attention_workspace_bytes(device_.num_sms);
     linear_workspace_ = own(linear);
+    squares_ = static_cast<float*>(own(size_t{8} * 512 * sizeof(float)));
     decode_workspace_ = own(decode);
     check(memory_fill(linear_workspace_, 0xff, linear, stream_), "clearing a workspace");
     check(memory_fill(decode_workspace_, 0xff, decode, stream_), "clearing a workspace");
@@ -108,6 +177,7 @@ class CudaBackend final : public Backend {
     stream_sync(stream_);
     destroy_graphs();
     for (void* data : owned_) memory_free(data);
+    for (void* mark : marks_) event_destroy(mark);
     stream_destroy(stream_);
   }
 
@@ -115,6 +185,7 @@ class CudaBackend final : public Backend {
   size_t act_bytes() const override { return kActBytes; }
 
   void reserve(const ModelSpec& spec, const EngineLimits& limits, int max_logit_rows) override {
+    loader_.reset();  // the weights are there
     max_logit_rows_ = max_logit_rows;
     const auto rows = static_cast<size_t>(std::max(limits.max_num_tokens, max_logit_rows));
     const auto widest = static_cast<size_t>(std::max({spec.hidden_size, spec.q_size()}));
@@ -140,27 +211,65 @@ class CudaBackend final : public Backend {
     }
     return Buffer(this, data, bytes);
   }
-  void free(void* data, size_t) noexcept override { memory_free(data); }
+  void free(void* data, size_t) noexcept override {
+    put_off_.reset();  // whoever frees reads nothing of it any more
+    put_off_linear_.reset();
+    half_normed_.reset();
+    memory_free(data);
+  }
   void upload(void* device, const void* host, size_t bytes) override {
+    flush();
     check(copy_to_device(device, host, bytes, stream_), "copying to the device");
   }
   void download(void* host, const void* device, size_t bytes) override {
+    flush();
     check(copy_to_host(host, device, bytes, stream_), "copying from the device");
   }
-  void sync() override { check(stream_sync(stream_), "a kernel or copy before this point"); }
+  void sync() override {
+    flush();
+    check(stream_sync(stream_), "a kernel or copy before this point");
+  }
   void copy(void* to, const void* from, size_t bytes) override {
+    flush();
     check(copy_on_device(to, from, bytes, stream_), "copying on the device");
   }
+  bool overlaps() const override { return true; }
+  void* host_alloc(size_t bytes) override {
+    void* data = pinned_alloc(bytes);
+    if (data == nullptr) {
+      fail(ErrorKind::kMemory, "cuda: cannot pin {} bytes of host memory", bytes);
+    }
+    return data;
+  }
+  void host_free(void* data) noexcept override { pinned_free(data); }
+  int mark() override {
+    flush();
+    const int mark = next_mark_;
+    next_mark_ = (next_mark_ + 1) % kNumMarks;
+    check(event_record(marks_[mark], stream_), "recording an event");
+    return mark;
+  }
+  void wait(int mark) override {
+    check(event_sync(marks_[mark]), "a kernel or copy before this point");
+  }
+  /// Small tensors go directly, large ones through the loader's pinned buffers.
   const void* import_weights(const std::byte* host, size_t bytes) override {
     void* data = own(bytes);
-    check(copy_to_device(data, host, bytes, stream_), "copying weights to the device");
+    if (bytes < WeightLoader::kMinBytes) {
+      check(copy_to_device(data, host, bytes, stream_), "copying weights to the device");
+      return data;
+    }
+    if (!loader_) loader_ = std::make_unique<WeightLoader>(stream_);
+    loader_->copy(data, host, bytes);
     return data;
   }
   /// The first step of a key runs directly, so that every scratch buffer has its size; the second
   /// is recorded. A key that comes once, as most do while prompts are read, costs no graph.
   void run(uint64_t key, const std::function<void()>& step) override {
+    flush();
     if (key == 0) {
       step();
+      flush();
       return;
     }
     if (scratch_moves_ != graphs_moves_ || graphs_.size() > kMaxGraphs) {
@@ -171,12 +280,14 @@ class CudaBackend final : public Backend {
     auto [it, is_new] = graphs_.try_emplace(key, nullptr);
     if (is_new) {
       step();
+      flush();
       return;
     }
     if (it->second == nullptr) {
       check(capture_begin(stream_), "beginning a graph");
       try {
         step();
+        flush();
       } catch (...) {
         void* unfinished = nullptr;
         capture_end(stream_, &unfinished);
@@ -226,15 +337,27 @@ class CudaBackend final : public Backend {
   // ------------------------------------------------------------------------------------------
 
   void embed(const StepBatch& batch, const LinearOperand& table, void* x) override {
+    flush();
     dense_weight(table, "the embedding");
     if (batch.num_tokens == 0) return;
-    check(cuda::embed(batch.token_ids, table.weight, x, batch.num_tokens, table.in_features,
-                      kDependent, stream_),
+    check(cuda::embed(batch.token_ids, batch.previous_tokens, table.weight, x, batch.num_tokens,
+                      table.in_features, kDependent, stream_),
           "embed");
   }
 
   void rms_norm(const void* x, const float* weight, float eps, int rows, int hidden,
                 void* y) override {
+    if (put_off_linear_ && put_off_linear_->y == x && put_off_linear_->rows == rows &&
+        put_off_linear_->w.out_features == hidden) {
+      // The linear that is still to come writes x; it writes the norm's input to the next one too.
+      const ResidualLinear l = *put_off_linear_;
+      put_off_linear_.reset();
+      int4(l.x, l.w, hidden, rows, Epilogue::kResidual, nullptr, l.y,
+           {.next = y, .next_weight = weight});
+      half_normed_ = {x, weight, eps, rows, hidden, y};
+      return;
+    }
+    flush();
     norm(x, weight, eps, nullptr, rows, hidden, y);
   }
 
@@ -243,10 +366,18 @@ class CudaBackend final : public Backend {
 
   void linear(const void* x, const LinearOperand& w, int rows, bool add, void* y) override {
     if (rows == 0) return;
-    x = pre_scaled(x, w, rows);
     if (w.layout == WeightLayout::kCudaInt4) {
-      int4(x, w, w.out_features, rows, add ? Epilogue::kResidual : Epilogue::kPlain, nullptr, y);
+      const NormParts norm = take_normed(x, w, rows);  // flushes
+      if (add && w.pre_scale == nullptr && linear_fuses_norm(rows, w.out_features)) {
+        put_off_linear_ = {x, w, rows, y};
+        return;
+      }
+      x = pre_scaled(x, w, rows);
+      int4(x, w, w.out_features, rows, add ? Epilogue::kResidual : Epilogue::kPlain, nullptr, y,
+           norm);
     } else {
+      flush();
+      x = pre_scaled(x, w, rows);
       dense(x, w, rows, add ? y : nullptr, false, y);
     }
   }
@@ -257,10 +388,12 @@ class CudaBackend final : public Backend {
                  gate.pre_scale == up.pre_scale && gate.layout == up.layout);
     if (rows == 0) return;
     if (gate.layout == WeightLayout::kCudaInt4 && gate.weight == up.weight) {
+      const NormParts norm = take_normed(x, gate, rows);
       int4(pre_scaled(x, gate, rows), gate, 2 * gate.out_features, rows, Epilogue::kSiluMul,
-           out_scale, y);
+           out_scale, y, norm);
       return;
     }
+    flush();
     LinearOperand plain_gate = gate, plain_up = up;
     plain_gate.pre_scale = plain_up.pre_scale = nullptr;
     const void* scaled = pre_scaled(x, gate, rows);
@@ -275,32 +408,164 @@ class CudaBackend final : public Backend {
 
   void lm_head(const StepBatch& batch, const void* x, const float* norm_weight, float eps,
                const LinearOperand& head, float* logits) override {
+    flush();
     const int rows = batch.num_logit_rows;
     if (rows == 0) return;
     dense_weight(head, "lm_head");
     void* normed = scratch_.get(
         static_cast<size_t>(rows) * static_cast<size_t>(head.in_features) * kActBytes, stream_);
     norm(x, norm_weight, eps, batch.logit_rows, rows, head.in_features, normed);
-    if (rows <= kSkinnyRows) {
-      const DenseArgs args{.x = normed,
-                           .weight = head.weight,
-                           .out = logits,
-                           .rows = rows,
-                           .n = head.out_features,
-                           .k = head.in_features,
-                           .dependent = kDependent};
-      check(dense_linear(args, stream_), "lm_head");
-    } else {
-      dense(normed, head, rows, nullptr, true, logits);
-    }
+    const DenseArgs args{.x = normed,
+                         .weight = head.weight,
+                         .out = logits,
+                         .rows = rows,
+                         .n = head.out_features,
+                         .k = head.in_features,
+                         .num_sms = device_.num_sms,
+                         .dependent = kDependent};
+    check(dense_linear(args, stream_), "lm_head");
   }
 
   // Attention
   // ------------------------------------------------------------------------------------------
 
+  /// Waits for attention() where one kernel does both; any other op first does what was put off.
   void rope_store_kv(const StepBatch& batch, void* qkv, int num_heads, const RopeTable& rope,
                      const KvLayer& kv) override {
+    flush();
     if (batch.num_tokens == 0) return;
+    if (is_step(batch, num_heads, kv)) {
+      put_off_ = {batch, qkv, num_heads, rope, kv};
+    } else {
+      rope_store(batch, qkv, num_heads, rope, kv);
+    }
+  }
+
+  /// NOTE: the decode kernel reads the page sums that rope_store_kv() of the same batch left.
+  void attention(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
+                 const float* out_scale, void* y) override {
+    if (put_off_ && put_off_->qkv == qkv && put_off_->kv.data == kv.data &&
+        put_off_->batch.num_seqs == batch.num_seqs) {
+      const RopeTable rope = put_off_->rope;
+      put_off_.reset();
+      step(batch, qkv, rope, kv, out_scale, y);
+      return;
+    }
+    flush();
+    attend(batch, qkv, num_heads, kv, out_scale, y);
+  }
+
+  // Sampling
+  // ------------------------------------------------------------------------------------------
+
+  void sample(const SampleBatch& batch, float* logits, const SampleResult& result) override {
+    flush();
+    if (batch.num_rows == 0) return;
+    const int most_rows = std::max(batch.num_rows, max_logit_rows_);
+    void* workspace = sampling_.get(sample_workspace_bytes(most_rows, batch.vocab_size), stream_);
+    check(cuda::sample(batch, logits, result, workspace, kDependent, stream_), "sample");
+  }
+
+ private:
+  static constexpr size_t kMaxGraphs = 256;
+
+  /// A rope_store_kv() that has not been done yet.
+  struct RopeStore {
+    StepBatch batch;
+    void* qkv;
+    int num_heads;
+    RopeTable rope;
+    KvLayer kv;
+  };
+
+  // A step of one token a sequence: attention_step.cu. Decided by what graph_key() covers.
+  static bool is_step(const StepBatch& batch, int num_heads, const KvLayer& kv) {
+    return batch.num_tokens == batch.num_seqs &&
+           batch.host_seq_starts[batch.num_seqs] == batch.num_seqs && every_one(batch) &&
+           num_heads == kFastGroup * kv.num_kv_heads &&
+           page_format(kv.format, kv.block_tokens, kv.head_dim) == PageFormat::kInt8;
+  }
+  static bool every_one(const StepBatch& batch) {
+    for (int s = 0; s < batch.num_seqs; ++s) {
+      if (batch.host_seq_starts[s + 1] - batch.host_seq_starts[s] != 1) return false;
+    }
+    return true;
+  }
+
+  /// A linear that adds to the residual stream and has not been done yet: should an RMSNorm follow,
+  /// one kernel does both.
+  struct ResidualLinear {
+    const void* x;
+    LinearOperand w;
+    int rows;
+    void* y;
+  };
+  /// An RMSNorm of which the multiplication by 1/rms is left to the linear that reads it.
+  struct HalfNormed {
+    const void* x;
+    const float* weight;
+    float eps;
+    int rows, hidden;
+    void* y;
+  };
+  /// Does whatever has been put off. Every op begins with it or takes what was put off for it.
+  void flush() {
+    if (put_off_) {
+      const RopeStore r = *put_off_;
+      put_off_.reset();
+      rope_store(r.batch, r.qkv, r.num_heads, r.rope, r.kv);
+    }
+    if (put_off_linear_) {
+      const ResidualLinear l = *put_off_linear_;
+      put_off_linear_.reset();
+      int4(l.x, l.w, l.w.out_features, l.rows, Epilogue::kResidual, nullptr, l.y);
+    }
+    if (half_normed_) {
+      const HalfNormed n = *half_normed_;
+      half_normed_.reset();
+      norm(n.x, n.weight, n.eps, nullptr, n.rows, n.hidden, n.y);
+    }
+  }
+
+  /// What a linear that reads x has left to do of a norm; other work that was put off is done.
+  NormParts take_normed(const void* x, const LinearOperand& w, int rows) {
+    if (half_normed_ && half_normed_->y == x && half_normed_->rows == rows &&
+        half_normed_->hidden == w.in_features && w.pre_scale == nullptr) {
+      const NormParts parts{.scales = true, .eps = half_normed_->eps};
+      half_normed_.reset();
+      return parts;
+    }
+    flush();
+    return {};
+  }
+
+  void step(const StepBatch& batch, const void* qkv, const RopeTable& rope, const KvLayer& kv,
+            const float* out_scale, void* y) {
+    const bool fixed = kv.format == KvFormat::kInt8Static;
+    const StepAttentionArgs args{
+        .qkv = qkv,
+        .qkv_stride = int64_t{(kFastGroup + 2) * kv.num_kv_heads} * kHeadDim,
+        .cos = rope.cos,
+        .sin = rope.sin,
+        .pages = kv.data,
+        .page_table = batch.block_tables,
+        .page_table_stride = batch.max_blocks_per_seq,
+        .lengths = batch.kv_lens,
+        .out = y,
+        .out_stride = int64_t{kFastGroup * kv.num_kv_heads} * kHeadDim,
+        .sequences = batch.num_seqs,
+        .kv_heads = kv.num_kv_heads,
+        .k_scale = fixed ? kv.k_scale : 0,
+        .v_scale = fixed ? kv.v_scale : 0,
+        .softmax_scale = 1.0f / std::sqrt(static_cast<float>(kHeadDim)),
+        .out_scale = out_scale,
+        .num_sms = device_.num_sms,
+        .dependent = kDependent};
+    check(step_attention(args, stream_), "decode step attention");
+  }
+
+  void rope_store(const StepBatch& batch, void* qkv, int num_heads, const RopeTable& rope,
+                  const KvLayer& kv) {
     const bool fixed = kv.format == KvFormat::kInt8Static;
     const GenericRopeArgs args{.qkv = qkv,
                                .positions = batch.positions,
@@ -322,9 +587,8 @@ class CudaBackend final : public Backend {
     check(generic_rope_store(args, stream_), "rope_store_kv");
   }
 
-  /// NOTE: the decode kernel reads the page sums that rope_store_kv() of the same batch left.
-  void attention(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
-                 const float* out_scale, void* y) override {
+  void attend(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
+              const float* out_scale, void* y) {
     if (batch.num_tokens == 0) return;
     const PageFormat format = page_format(kv.format, kv.block_tokens, kv.head_dim);
     const int64_t stride = int64_t{num_heads + 2 * kv.num_kv_heads} * kHeadDim;
@@ -379,27 +643,12 @@ class CudaBackend final : public Backend {
     }
   }
 
-  // Sampling
-  // ------------------------------------------------------------------------------------------
-
-  void sample(const SampleBatch& batch, float* logits, const SampleResult& result) override {
-    if (batch.num_rows == 0) return;
-    const int most_rows = std::max(batch.num_rows, max_logit_rows_);
-    void* workspace = sampling_.get(sample_workspace_bytes(most_rows, batch.vocab_size), stream_);
-    check(cuda::sample(batch, logits, result, workspace, kDependent, stream_), "sample");
-  }
-
- private:
-  static constexpr size_t kMaxGraphs = 256;
-
   void destroy_graphs() {
     for (const auto& [key, graph] : graphs_) {
       if (graph != nullptr) graph_destroy(graph);
     }
     graphs_.clear();
   }
-
-  static constexpr int kSkinnyRows = 64;  // lm_head.cu reads the weights once up to here
 
   static PageFormat page_format(KvFormat format, int block_tokens, int head_dim) {
     if (block_tokens != kPageTokens || head_dim != kHeadDim) {
@@ -477,7 +726,7 @@ class CudaBackend final : public Backend {
   }
 
   void int4(const void* x, const LinearOperand& w, int64_t out_rows, int tokens, Epilogue epilogue,
-            const float* out_scale, void* y) {
+            const float* out_scale, void* y, const NormParts& norm = {}) {
     if (w.group_size != 128 || w.in_features % 8 != 0 ||
         out_rows % (epilogue == Epilogue::kSiluMul ? 16 : 8) != 0) {
       fail(ErrorKind::kUnsupported,
@@ -500,6 +749,11 @@ class CudaBackend final : public Backend {
                           .residual = epilogue == Epilogue::kResidual ? y : nullptr,
                           .out_scale = out_scale,
                           .epilogue = epilogue,
+                          .next = norm.next,
+                          .next_weight = norm.next_weight,
+                          .next_squares = squares_,
+                          .squares = norm.scales ? squares_ : nullptr,
+                          .eps = norm.eps,
                           .workspace = linear_workspace_,
                           .num_sms = device_.num_sms,
                           .dependent = kDependent,
@@ -537,9 +791,17 @@ class CudaBackend final : public Backend {
 
   const Device device_;
   void* stream_ = nullptr;
+  static constexpr int kNumMarks = 2;
+  void* marks_[kNumMarks] = {};  // events
+  int next_mark_ = 0;
   int max_logit_rows_ = 0;
   std::unordered_map<uint64_t, void*> graphs_;  // null: seen once
-  std::vector<void*> owned_;                    // weights and workspaces, freed with the backend
+  std::optional<RopeStore> put_off_;
+  std::optional<ResidualLinear> put_off_linear_;
+  std::optional<HalfNormed> half_normed_;
+  float* squares_ = nullptr;              // [8, tiles of the widest row that fuses]
+  std::unique_ptr<WeightLoader> loader_;  // while weights are loaded
+  std::vector<void*> owned_;              // weights and workspaces, freed with the backend
   void *linear_workspace_ = nullptr, *decode_workspace_ = nullptr;
   uint64_t scratch_moves_ = 0, graphs_moves_ = 0;  // now; when the graphs were recorded
   // scratch_: pre-scaled or normed rows; halves_: up's output of an unfused gate_up.

@@ -39,10 +39,12 @@ int launch(void (*kernel)(Parameters...), dim3 grid, bool dependent, void* strea
 
 // One block per token; hidden is a multiple of 8.
 __global__ void __launch_bounds__(kThreads)
-    embed_kernel(const int* ids, const uint4* table, uint4* x, int chunks) {
+    embed_kernel(const int* ids, const int* previous, const uint4* table, uint4* x, int chunks) {
   ptx::grid_launch_dependents();
   ptx::grid_dependency_wait();
-  const uint4* from = table + static_cast<int64_t>(ids[blockIdx.x]) * chunks;
+  int id = ids[blockIdx.x];
+  if (id < 0) id = previous[-1 - id];  // drawn by the step before, not known to the host yet
+  const uint4* from = table + static_cast<int64_t>(id) * chunks;
   uint4* to = x + static_cast<int64_t>(blockIdx.x) * chunks;
   for (int i = threadIdx.x; i < chunks; i += kThreads) to[i] = from[i];
 }
@@ -190,10 +192,10 @@ __global__ void __launch_bounds__(kThreads) rope_store_kernel(const RopeStoreArg
 
 }  // namespace
 
-int embed(const int* ids, const void* table, void* x, int tokens, int hidden, bool dependent,
-          void* stream) {
+int embed(const int* ids, const int* previous, const void* table, void* x, int tokens, int hidden,
+          bool dependent, void* stream) {
   if (hidden % 8) return cudaErrorInvalidValue;
-  return launch(embed_kernel, dim3(static_cast<unsigned>(tokens)), dependent, stream, ids,
+  return launch(embed_kernel, dim3(static_cast<unsigned>(tokens)), dependent, stream, ids, previous,
                 static_cast<const uint4*>(table), static_cast<uint4*>(x), hidden / 8);
 }
 

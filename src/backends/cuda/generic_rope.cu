@@ -17,8 +17,10 @@
 
 #include "backends/cuda/generic.h"
 #include "backends/cuda/kv_layout.h"
+#include "backends/cuda/kv_quant.cuh"
 #include "backends/cuda/ptx/barrier.cuh"
 #include "backends/cuda/ptx/mma.cuh"
+#include "backends/cuda/ptx/rope.cuh"
 
 namespace nibble::cuda {
 namespace {
@@ -49,22 +51,8 @@ __device__ void write_page_starts(const GenericRopeArgs& p, int lane) {
 // x: d 2l, 2l + 1, 2l + 64, 2l + 65 of one token's K or V head.
 __device__ void store_int8(uint8_t* pair, int row, bool is_v, int lane, float fixed_scale,
                            const float (&x)[4]) {
-  __half scale = __float2half_rn(fixed_scale);
-  if (fixed_scale == 0.0f) {
-    float peak = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) {
-      peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, offset));
-    }
-    scale = __float2half_rn(peak / 127.0f);
-  }
-  if (!(__half2float(scale) > 0.0f)) scale = __float2half_rn(1.0f);  // all zero, or nearly
   uint32_t u[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float q = rintf(x[i] / __half2float(scale));
-    u[i] = static_cast<uint32_t>(static_cast<int>(fminf(fmaxf(q, -127.0f), 127.0f)) + 128);
-  }
+  const __half scale = quantize_head(x, fixed_scale, u);
   if (is_v) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -109,10 +97,10 @@ __global__ void __launch_bounds__(kThreads) rope_store_kernel(const GenericRopeA
     const float2 c = reinterpret_cast<const float2*>(p.cos)[int64_t{position} * 32 + lane];
     const float2 s = reinterpret_cast<const float2*>(p.sin)[int64_t{position} * 32 + lane];
     const float a0 = x[0], a1 = x[1];
-    x[0] = a0 * c.x - x[2] * s.x;
-    x[1] = a1 * c.y - x[3] * s.y;
-    x[2] = x[2] * c.x + a0 * s.x;
-    x[3] = x[3] * c.y + a1 * s.y;
+    x[0] = ptx::rope_first(a0, x[2], c.x, s.x);
+    x[1] = ptx::rope_first(a1, x[3], c.y, s.y);
+    x[2] = ptx::rope_second(a0, x[2], c.x, s.x);
+    x[3] = ptx::rope_second(a1, x[3], c.y, s.y);
     at[0] = ptx::pack_bf16(x[0], x[1]);
     at[32] = ptx::pack_bf16(x[2], x[3]);
     if (is_q) return;

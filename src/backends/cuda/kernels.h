@@ -34,6 +34,14 @@ struct LinearArgs {
   const void* residual;    // bf16 [tokens, rows] for kResidual
   const float* out_scale;  // [rows/2] for kSiluMul, or null: AWQ pre-scale of the next linear
   Epilogue epilogue;
+  // RMSNorm without a kernel of its own, for linear_fuses_norm() sizes. The linear that writes the
+  // residual stream (kResidual) also writes it times the norm's weight, and of each 64 rows of W
+  // the sum of the squares it wrote; the linear that takes `next` as its x multiplies by 1/rms.
+  void* next;                // bf16 [tokens, rows], or null
+  const float* next_weight;  // [rows]
+  float* next_squares;       // [tokens, ceil(rows / kNormTileRows)]
+  const float* squares;      // of x, or null: x is plain
+  float eps;
   void* workspace;  // linear_workspace_bytes(), every byte 0xff once
   int num_sms;
   bool dependent;  // programmatic dependent launch on the kernel before it in the stream
@@ -43,6 +51,8 @@ struct LinearArgs {
 };
 
 size_t linear_workspace_bytes(int num_sms);
+inline bool linear_fuses_norm(int tokens, int64_t hidden) { return tokens <= 8 && hidden < 32768; }
+inline constexpr int kNormTileRows = 64;
 
 // linear_small.cu: M <= 16.
 enum class SmallTactic : int {
@@ -89,6 +99,27 @@ struct DecodeAttentionArgs {
 size_t decode_attention_workspace_bytes(int num_sms);
 int decode_attention(const DecodeAttentionArgs& args, void* stream);
 
+// attention_step.cu: the same for a step of one token a sequence, its RoPE and append to the cache
+// included.
+struct StepAttentionArgs {
+  const void* qkv;         // bf16 [sequences, 6 * kv_heads, 128], not rotated yet; left as it is
+  int64_t qkv_stride;      // elements between sequences
+  const float *cos, *sin;  // [positions, 64]
+  void* pages;             // kv_layout.h
+  const int* page_table;   // [sequences, page_table_stride]
+  int page_table_stride;
+  const int* lengths;  // [sequences], the new token included
+  void* out;           // bf16 [sequences, 4 * kv_heads, 128]
+  int64_t out_stride;
+  int sequences, kv_heads;
+  float k_scale, v_scale;  // 0: dynamic, per token and head; else static
+  float softmax_scale;     // 1 / sqrt(128)
+  const float* out_scale;  // as above
+  int num_sms;
+  bool dependent;
+};
+int step_attention(const StepAttentionArgs& args, void* stream);
+
 // attention_prefill.cu: the last `count` tokens of one sequence over its paged KV, causal.
 struct PrefillAttentionArgs {
   const void* q;     // bf16, after RoPE: [count, 4 * kv_heads, 128]
@@ -108,8 +139,9 @@ size_t prefill_attention_workspace_bytes(int max_length, int kv_heads);
 int prefill_attention(const PrefillAttentionArgs& args, void* stream);
 
 // elementwise.cu. Activations are bf16.
-int embed(const int* ids, const void* table /*bf16 [vocab, hidden]*/, void* x, int tokens,
-          int hidden, bool dependent, void* stream);
+// ids below 0: -1 - index into `previous`.
+int embed(const int* ids, const int* previous, const void* table /*bf16 [vocab, hidden]*/, void* x,
+          int tokens, int hidden, bool dependent, void* stream);
 
 struct RmsNormArgs {
   const void* x;
@@ -143,6 +175,7 @@ struct DenseArgs {
   const void *x, *weight;
   float* out;
   int rows, n, k;
+  int num_sms;
   bool dependent;
 };
 int dense_linear(const DenseArgs& args, void* stream);

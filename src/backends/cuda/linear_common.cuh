@@ -26,6 +26,11 @@ struct LinearParams {
   __nv_bfloat16* out;
   const __nv_bfloat16* residual;
   const float* out_scale;
+  __nv_bfloat16* next;  // linear_small, as in LinearArgs
+  const float* next_weight;
+  float* next_squares;
+  const float* squares;
+  float eps;
   float* pieces;  // [CTAs][piece_stride], all kEmpty between calls
   int64_t piece_stride;
   long long* trace;  // [CTAs][8] clock stamps of a NIBBLE_TRACE build, or null
@@ -50,6 +55,11 @@ inline LinearParams make_linear_params(const LinearArgs& args, int tile_rows) {
   p.out = static_cast<__nv_bfloat16*>(args.out);
   p.residual = static_cast<const __nv_bfloat16*>(args.residual);
   p.out_scale = args.out_scale;
+  p.next = static_cast<__nv_bfloat16*>(args.next);
+  p.next_weight = args.next_weight;
+  p.next_squares = args.next_squares;
+  p.squares = args.squares;
+  p.eps = args.eps;
   p.pieces = static_cast<float*>(args.workspace);
   p.piece_stride = kPieceFloats;
   p.trace = static_cast<long long*>(args.trace);
@@ -84,12 +94,14 @@ int launch_linear(void (*kernel)(Parameters...), const LinearArgs& args, int gri
 }
 
 // Undo the dequantizer's 2^-13, apply the epilogue and store kPer consecutive packed rows
-// (tile_row + row ...) of one token. Called by whole warps: lane l holds rows kPer * l ...
+// (tile_row + row ...) of one token, times `factor`. Called by whole warps: lane l holds rows kPer
+// * l ...
 template <Epilogue kEpilogue, int kPer>
 __device__ __forceinline__ void store_rows(const LinearParams& p, int token, int tile_row, int row,
-                                           float (&value)[kPer]) {
+                                           float (&value)[kPer], float factor = 1.0f) {
+  factor *= ptx::kDequantUndo;
 #pragma unroll
-  for (int i = 0; i < kPer; ++i) value[i] *= ptx::kDequantUndo;
+  for (int i = 0; i < kPer; ++i) value[i] *= factor;
   if constexpr (kEpilogue == Epilogue::kSiluMul) {
     // Packed rows 16b..16b+7 are gate 8b.., 16b+8.. are up 8b..: the partner is 8/kPer lanes on.
     float up[kPer];
@@ -110,17 +122,42 @@ __device__ __forceinline__ void store_rows(const LinearParams& p, int token, int
       *reinterpret_cast<__nv_bfloat162*>(to + i) = __floats2bfloat162_rn(v[0], v[1]);
     }
   } else {
-    if (token >= p.tokens || tile_row + row >= p.rows) return;
+    if (token >= p.tokens) return;
     const int64_t at = static_cast<int64_t>(token) * p.out_stride + tile_row + row;
+    float squares = 0.0f;
+    if (tile_row + row < p.rows) {
 #pragma unroll
-    for (int i = 0; i < kPer; i += 2) {
-      float v0 = value[i], v1 = value[i + 1];
-      if constexpr (kEpilogue == Epilogue::kResidual) {
-        const __nv_bfloat162 r = *reinterpret_cast<const __nv_bfloat162*>(p.residual + at + i);
-        v0 += __low2float(r);
-        v1 += __high2float(r);
+      for (int i = 0; i < kPer; i += 2) {
+        float v0 = value[i], v1 = value[i + 1];
+        if constexpr (kEpilogue == Epilogue::kResidual) {
+          const __nv_bfloat162 r = *reinterpret_cast<const __nv_bfloat162*>(p.residual + at + i);
+          v0 += __low2float(r);
+          v1 += __high2float(r);
+        }
+        const __nv_bfloat162 rounded = __floats2bfloat162_rn(v0, v1);
+        *reinterpret_cast<__nv_bfloat162*>(p.out + at + i) = rounded;
+        if constexpr (kEpilogue == Epilogue::kResidual) {
+          if (p.next) {
+            v0 = __low2float(rounded), v1 = __high2float(rounded);
+            squares = fmaf(v0, v0, fmaf(v1, v1, squares));
+            const float* weight = p.next_weight + tile_row + row + i;
+            *reinterpret_cast<__nv_bfloat162*>(p.next + at + i) =
+                __floats2bfloat162_rn(v0 * weight[0], v1 * weight[1]);
+          }
+        }
       }
-      *reinterpret_cast<__nv_bfloat162*>(p.out + at + i) = __floats2bfloat162_rn(v0, v1);
+    }
+    if constexpr (kEpilogue == Epilogue::kResidual) {
+      if (p.next) {
+#pragma unroll
+        for (int offset = 16; offset; offset /= 2) {
+          squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+        }
+        if (row == 0) {
+          const int tiles = (p.rows + kNormTileRows - 1) / kNormTileRows;
+          p.next_squares[token * tiles + tile_row / kNormTileRows] = squares;
+        }
+      }
     }
   }
 }

@@ -61,9 +61,11 @@ template <int kTokens, int kHalves>
 struct Config {
   static constexpr int kRows = 64 * kHalves;
   static constexpr int kSlots = kTokens == 8 ? 3 : 2;  // blocks in a warp's ring
-  static constexpr int kXSlots = 1;                    // units of x in a warp's ring
-  static constexpr int kXBytes = kTokens * 256;        // 128 k of every token
-  static constexpr int kRedStride = kRows + 4;         // floats; conflict-free scatter
+  // Units of x in a warp's ring. Two hide x's latency where a warp has few units; tall tiles have
+  // no room for them.
+  static constexpr int kXSlots = kTokens == 8 && kHalves == 1 ? 2 : 1;
+  static constexpr int kXBytes = kTokens * 256;  // 128 k of every token
+  static constexpr int kRedStride = kRows + 4;   // floats; conflict-free scatter
   static constexpr int kRedBytes = kWarps * 8 * kRedStride * 4;
   static constexpr int kRingOffset = kWarps * kXSlots * kXBytes;
   static constexpr int kRedOffset = kRingOffset + kWarps * kSlots * kBlockBytes;
@@ -137,6 +139,18 @@ __global__ void __launch_bounds__(kThreads, 1) linear_small_kernel(const LinearP
     for (int i = 0; i < C::kSlots && i < p.early_slots; ++i) request_block(i);
   }
   TRACE(1);
+  // What the epilogue multiplies by comes from device memory once a step: into L2 meanwhile.
+  {
+    const float* scale = kEpilogue == Epilogue::kSiluMul    ? p.out_scale
+                         : kEpilogue == Epilogue::kResidual ? p.next_weight
+                                                            : nullptr;
+    constexpr int kColumns = kEpilogue == Epilogue::kSiluMul ? C::kRows / 2 : C::kRows;
+    const int first = u_begin / groups * kColumns;
+    const int end = min(((u_end - 1) / groups + 1) * kColumns, p.out_stride);
+    if (scale) {
+      for (int i = first + tid * 32; i < end; i += kThreads * 32) ptx::prefetch_l2(scale + i);
+    }
+  }
   for (int i = lane; i < C::kXSlots * C::kXBytes / 16; i += 32) {  // tokens M.. stay 0
     ptx::store_zero_16(x_ring + i * 16);
   }
@@ -147,6 +161,16 @@ __global__ void __launch_bounds__(kThreads, 1) linear_small_kernel(const LinearP
   for (int i = 0; i < C::kXSlots; ++i) request_x(u_begin + warp + i * kWarps, i);
   if (lane == 0) {
     for (int i = p.early_slots; i < C::kSlots; ++i) request_block(i);
+  }
+  // 1/rms of the token this warp will store; the sums come from the linear before.
+  float factor = 1.0f;
+  if (p.squares && warp < p.tokens) {
+    const int tiles = (p.k + kNormTileRows - 1) / kNormTileRows;
+    float sum = 0.0f;
+    for (int i = lane; i < tiles; i += 32) sum += p.squares[warp * tiles + i];
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    factor = rsqrtf(sum / static_cast<float>(p.k) + p.eps);
   }
 
   int slot = 0, slot_phase = 0, x_slot = 0;
@@ -261,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_small_kernel(const LinearP
         for (int other = 1; other <= others; ++other) {
           take_over<kPer, 1>(piece + other * p.piece_stride, 0, sum);
         }
-        store_rows<kEpilogue, kPer>(p, token, tile * C::kRows, row, sum);
+        store_rows<kEpilogue, kPer>(p, token, tile * C::kRows, row, sum, factor);
       }
     }
     TRACE(5);
@@ -316,11 +340,14 @@ int linear_small(const LinearArgs& args, void* stream) {
   if (args.tokens < 1 || args.tokens > 16 || args.k % 8) return cudaErrorInvalidValue;
   SmallTactic tactic = static_cast<SmallTactic>(args.tactic);
   if (args.tactic < 0) {
-    // Whole tiles where K is short: the matrix fits into the rings anyway and cutting tiles only
-    // adds a hand-over. Wide matrices: taller units, x is read half as often.
-    tactic = args.rows >= 32768 ? SmallTactic::kStream128
-             : args.k <= 8192   ? SmallTactic::kWhole64
-                                : SmallTactic::kStream64;
+    // Wide matrices: taller units, x is read half as often. Others: equal bytes for every SM, which
+    // costs a hand-over where a tile is cut; whole tiles where there is little to share, or where
+    // the hand-over of 16 tokens costs more than the SMs left out.
+    const cuda_layout::Shape shape{args.rows, args.k};
+    const bool little = shape.num_tiles() * 2 * shape.num_groups() < 4 * args.num_sms;
+    tactic = args.rows >= 32768                              ? SmallTactic::kStream128
+             : little || (args.tokens > 8 && args.k <= 8192) ? SmallTactic::kWhole64
+                                                             : SmallTactic::kStream64;
   }
   return args.tokens <= 8 ? launch_tactic<8>(args, tactic, stream)
                           : launch_tactic<16>(args, tactic, stream);

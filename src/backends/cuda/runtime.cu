@@ -45,6 +45,26 @@ int stream_create(void** stream) {
 void stream_destroy(void* stream) { cudaStreamDestroy(as_stream(stream)); }
 int stream_sync(void* stream) { return cudaStreamSynchronize(as_stream(stream)); }
 
+void* pinned_alloc(size_t bytes) {
+  void* data = nullptr;
+  if (cudaHostAlloc(&data, bytes, cudaHostAllocDefault) == cudaSuccess) return data;
+  cudaGetLastError();
+  return nullptr;
+}
+void pinned_free(void* data) { cudaFreeHost(data); }
+int event_create(void** event) {
+  cudaEvent_t created = nullptr;
+  const cudaError_t status =
+      cudaEventCreateWithFlags(&created, cudaEventDisableTiming | cudaEventBlockingSync);
+  *event = created;
+  return status;
+}
+void event_destroy(void* event) { cudaEventDestroy(static_cast<cudaEvent_t>(event)); }
+int event_record(void* event, void* stream) {
+  return cudaEventRecord(static_cast<cudaEvent_t>(event), as_stream(stream));
+}
+int event_sync(void* event) { return cudaEventSynchronize(static_cast<cudaEvent_t>(event)); }
+
 int capture_begin(void* stream) {
   return cudaStreamBeginCapture(as_stream(stream), cudaStreamCaptureModeThreadLocal);
 }

@@ -27,6 +27,13 @@ int stream_create(void** stream);
 void stream_destroy(void* stream);
 int stream_sync(void* stream);
 
+void* pinned_alloc(size_t bytes);  // host memory the device copies from at full speed; null: none
+void pinned_free(void* data);
+int event_create(void** event);
+void event_destroy(void* event);
+int event_record(void* event, void* stream);
+int event_sync(void* event);  // sleeps
+
 // Records what the stream is given between the two instead of running it.
 int capture_begin(void* stream);
 int capture_end(void* stream, void** graph);

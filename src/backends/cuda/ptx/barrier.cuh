@@ -67,6 +67,17 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
+// The same place in another CTA's shared memory.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t smem, int cta) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem), "r"(cta));
+  return remote;
+}
+__device__ __forceinline__ void store_cluster_f32x2(uint32_t address, float a, float b) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b)
+               : "memory");
+}
+
 // Programmatic dependent launch. Every kernel of a chain must execute wait, also one that needs
 // nothing: its successor's wait otherwise says nothing about the grandparent.
 __device__ __forceinline__ void grid_dependency_wait() {
