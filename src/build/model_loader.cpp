@@ -38,7 +38,8 @@ void open_backend(LoadedModel& model, const LoadOptions& options) {
       make_backend(model.plan.target, model.plan.activation_precision, options.num_threads);
 }
 
-void load_weights(LoadedModel& model) {
+void load_weights(LoadedModel& model, const LoadOptions& options) {
+  if (options.before_load) options.before_load(model.plan, *model.tensors, *model.backend);
   model.weights = ModelWeights::load(*model.backend, model.plan, *model.tensors);
 }
 
@@ -51,7 +52,7 @@ LoadedModel load_source(std::unique_ptr<WeightSource> source, const LoadOptions&
   model.plan = plan_engine(*model.source, options.build);
   open_backend(model, options);  // first: without a GPU there is no need to pack
   model.tensors = std::make_unique<EngineTensors>(pack_in_memory(*model.source, model.plan));
-  load_weights(model);
+  load_weights(model, options);
   return model;
 }
 
@@ -71,7 +72,7 @@ LoadedModel load_model(const fs::path& directory, const LoadOptions& options) {
     }
     if (options.verify) verify_engine(file, directory);
     model.tensors = std::make_unique<EngineTensors>(EngineTensors::from_file(std::move(file)));
-    load_weights(model);
+    load_weights(model, options);
   } else {
     model = load_source(
         kind == ModelKind::kCheckpoint ? open_checkpoint(directory) : open_hf(directory), options);

@@ -8,9 +8,11 @@
 #include <deque>
 #include <fstream>
 #include <mutex>
+#include <optional>
 
 #include "base/error.h"
 #include "base/interrupt.h"
+#include "build/memory_plan.h"
 #include "engine/engine_parts.h"
 #include "model/kv_cache.h"
 #include "text/output_parser.h"
@@ -18,8 +20,23 @@
 namespace nibble {
 namespace {
 
-uint64_t available_memory_bytes(Backend& backend) {
-  if (const uint64_t device = backend.free_memory_bytes(); device > 0) return device;
+/// Nothing where the backend works in the host's memory.
+std::optional<MemoryPlan> plan_device(const EnginePlan& plan, const EngineTensors& tensors,
+                                      Backend& backend, const ChatModelOptions& options) {
+  const uint64_t free = backend.free_memory_bytes();
+  if (free == 0) return std::nullopt;
+  const uint64_t block = KvCache::bytes_per_block(backend, plan);
+  MemoryWish wish{.kv_bytes = options.kv_cache_bytes};
+  if (options.kv_cache_free_fraction > 0) wish.kv_fraction = options.kv_cache_free_fraction;
+  if (wish.kv_bytes == 0 && options.kv_cache_free_fraction == 0 && options.kv_cache_sequences > 0) {
+    const int per_sequence =
+        (plan.limits.max_seq_len() + plan.kv_block_tokens - 1) / plan.kv_block_tokens;
+    wish.kv_bytes = block * static_cast<uint64_t>(options.kv_cache_sequences * per_sequence);
+  }
+  return plan_memory(plan, tensors.total_bytes(), free, block, backend.act_bytes(), wish);
+}
+
+uint64_t available_memory_bytes() {
   std::ifstream meminfo("/proc/meminfo");
   std::string key, unit;
   uint64_t kilobytes = 0;
@@ -32,9 +49,8 @@ uint64_t available_memory_bytes(Backend& backend) {
 int choose_num_blocks(const LoadedModel& model, const ChatModelOptions& options, uint64_t* bytes) {
   uint64_t wanted_bytes = options.kv_cache_bytes;
   if (wanted_bytes == 0 && options.kv_cache_free_fraction > 0) {
-    wanted_bytes =
-        static_cast<uint64_t>(options.kv_cache_free_fraction *
-                              static_cast<double>(available_memory_bytes(*model.backend)));
+    wanted_bytes = static_cast<uint64_t>(options.kv_cache_free_fraction *
+                                         static_cast<double>(available_memory_bytes()));
   }
   const uint64_t per_block = KvCache::bytes_per_block(*model.backend, model.plan);
   const int tokens = model.plan.kv_block_tokens;
@@ -45,8 +61,7 @@ int choose_num_blocks(const LoadedModel& model, const ChatModelOptions& options,
     const auto sequences =
         static_cast<uint64_t>(options.kv_cache_sequences > 0 ? options.kv_cache_sequences
                                                              : model.plan.limits.max_batch_size);
-    blocks =
-        std::min(sequences * per_sequence, available_memory_bytes(*model.backend) / 2 / per_block);
+    blocks = std::min(sequences * per_sequence, available_memory_bytes() / 2 / per_block);
     blocks = std::max(blocks, per_sequence);
   }
   if (blocks < per_sequence) {
@@ -81,7 +96,12 @@ std::vector<uint64_t> allowed_tokens(const Tokenizer& tokenizer, int vocab_size,
 
 std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory,
                                            const ChatModelOptions& options) {
-  LoadedModel model = load_model(directory, options.load);
+  std::optional<MemoryPlan> memory;  // of a device
+  LoadOptions load = options.load;
+  load.before_load = [&](const EnginePlan& plan, const EngineTensors& tensors, Backend& backend) {
+    memory = plan_device(plan, tensors, backend, options);
+  };
+  LoadedModel model = load_model(directory, load);
   if (!fs::exists(model.directory / "tokenizer.json")) {
     fail(
         ErrorKind::kInput,
@@ -108,7 +128,13 @@ std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory,
   }
   EngineParts parts;
   parts.plan = model.plan;
-  parts.num_kv_blocks = choose_num_blocks(model, options, &chat->kv_cache_bytes_);
+  if (memory) {
+    parts.num_kv_blocks = memory->kv_blocks;
+    chat->kv_cache_bytes_ = memory->kv;
+    chat->notices_.push_back(memory->text());
+  } else {
+    parts.num_kv_blocks = choose_num_blocks(model, options, &chat->kv_cache_bytes_);
+  }
   parts.allowed_tokens =
       allowed_tokens(chat->tokenizer_, model.plan.spec.vocab_size, model.plan.spec.eos_token_ids);
   parts.max_queue = options.max_queue;

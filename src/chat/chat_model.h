@@ -22,8 +22,8 @@ struct ChatModelOptions {
   RolePolicy roles = RolePolicy::kTolerant;
   fs::path chat_template;       // a .jinja file instead of the model's own; empty: the model's
   uint64_t kv_cache_bytes = 0;  // 0: by the two below
-  /// Of the memory that is free once the weights are loaded; 0: `kv_cache_sequences` sequences of
-  /// full length, at most half of the free memory.
+  /// Of the memory that weights (on a device: and steps) leave; 0: `kv_cache_sequences` sequences
+  /// of full length, at most half of the free memory; on a device with kv_cache_sequences 0: 0.9.
   double kv_cache_free_fraction = 0;
   int kv_cache_sequences = 4;  // 0: the engine's max_batch_size
   int max_queue = 256;

@@ -363,8 +363,10 @@ class Parser {
                              ->transform(CLI::AsSizeValue(false))
                              ->group(memory);
     c->add_option(
-         "--kv-cache-free-mem-fraction", f.kv_cache_free_fraction,
-         "of the memory free after loading; default: enough for a full batch, at most half")
+         "--kv-cache-free-mem-fraction,--kv-cache-free-gpu-memory-fraction",
+         f.kv_cache_free_fraction,
+         "of the memory free after loading; default: 0.9 on a GPU, elsewhere enough for a full "
+         "batch, at most half")
         ->check(CLI::Range(0.01, 0.95))
         ->excludes(bytes)
         ->group(memory);

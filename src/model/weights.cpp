@@ -23,6 +23,13 @@ bool EngineTensors::contains(std::string_view name) const {
   return owned_.find(name) != owned_.end() || (file_ && file_->contains(name));
 }
 
+uint64_t EngineTensors::total_bytes() const {
+  uint64_t total = 0;
+  for (const auto& [name, tensor] : owned_) total += tensor.bytes.size();
+  if (file_) total += file_->file().bytes().size() - file_->data_start();
+  return total;
+}
+
 TensorView EngineTensors::get(std::string_view name) const {
   if (const auto it = owned_.find(name); it != owned_.end()) {
     return TensorView{it->second.dtype, it->second.shape, it->second.bytes};

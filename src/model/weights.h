@@ -24,6 +24,7 @@ class EngineTensors {
   void add(std::string name, DType dtype, std::vector<int64_t> shape, std::vector<std::byte> bytes);
   bool contains(std::string_view name) const;
   TensorView get(std::string_view name) const;  // throws Error{kInput}
+  uint64_t total_bytes() const;
 
  private:
   struct Owned {
