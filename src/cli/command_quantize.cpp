@@ -201,6 +201,12 @@ int run_quantize(const QuantizeFlags& flags) {
          flags.model,
          kind == ModelKind::kCheckpoint ? "a quantized checkpoint already" : "an engine");
   }
+  if (!flags.quantize_lm_head.empty()) {
+    fail(ErrorKind::kUnsupported,
+         "--quantize-lm-head {}: not implemented; lm_head stays in 16 bits, as TensorRT-LLM's "
+         "int4_awq checkpoints keep it (exclude_modules [\"lm_head\"]). Leave the flag out",
+         flags.quantize_lm_head);
+  }
   const auto source = open_hf(flags.model);
   TerminalProgress progress;
   for (const std::string& notice : source->notices()) progress.note(notice);

@@ -106,6 +106,26 @@ TEST(AtomicFile, FullDiskIsAnErrorThatLeavesNothing) {
   fs::remove_all(directory);
 }
 
+TEST(AtomicDirectory, KeepsUnfinishedWorkForTheNextRun) {
+  const fs::path base = fresh_directory();
+  {
+    AtomicDirectory out = AtomicDirectory::open_or_create(base / "out");
+    write_file_atomically(out.path() / "half", "1");
+    out.keep();
+  }
+  EXPECT_FALSE(fs::exists(base / "out"));
+  {
+    AtomicDirectory out = AtomicDirectory::open_or_create(base / "out");
+    EXPECT_EQ(read_file(out.path() / "half"), "1");
+    out.keep();
+  }
+  AtomicDirectory out = AtomicDirectory::open_or_create(base / "out");
+  out.keep();
+  out.commit();
+  EXPECT_EQ(read_file(base / "out" / "half"), "1");
+  EXPECT_FALSE(fs::exists(base / "out.tmp"));
+}
+
 TEST(AtomicDirectory, AppearsWholeOrNotAtAll) {
   const fs::path base = fresh_directory();
   {

@@ -115,6 +115,8 @@ TEST_F(EndToEnd, QuantizeRefusesFlagsItsMethodHasNoUseFor) {
     EXPECT_THAT(result.err, HasSubstr(part));
     EXPECT_FALSE(fs::exists(path("never") + ".tmp"));
   }
+  EXPECT_THAT(nibble({"quantize", kNano, "--out", path("never"), "--quantize-lm-head", "int4"}).err,
+              HasSubstr("lm_head stays in 16 bits"));
 }
 
 TEST_F(EndToEnd, QuantizeBuildRunWithAwq) {
