@@ -62,7 +62,7 @@ TEST(Usage, UnknownAndMissingCommandsNameTheKnownOnes) {
 TEST(Usage, MissingAndSurplusArgumentsAreNamed) {
   EXPECT_THAT(misuse({"quantize", kNano}),
               AllOf(HasSubstr("--out is required"), HasSubstr("nibble quantize --help")));
-  EXPECT_THAT(misuse({"build", "--out", "x"}), HasSubstr("CHECKPOINT is required"));
+  EXPECT_THAT(misuse({"build", "--out", "x"}), HasSubstr("give a CHECKPOINT"));
   EXPECT_THAT(misuse({"inspect", kNano, "more"}), HasSubstr("unexpected argument more"));
   EXPECT_THAT(misuse({"eval", kNano}), AllOf(HasSubstr("--text"), HasSubstr("--ids")));
   EXPECT_THAT(misuse({"bench", "latency"}), AllOf(HasSubstr("MODEL"), HasSubstr("--synthetic")));

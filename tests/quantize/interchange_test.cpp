@@ -4,6 +4,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdlib>
 
 #include "build/model_loader.h"
@@ -82,6 +83,22 @@ TEST_F(Interchange, PythonGivesTheCheckpointsLogits) {
     write("logits", std::as_bytes(logits));
     EXPECT_EQ(python(fmt::format("logits {0} {0}/ids {0}/logits", directory.string())), 0)
         << method_name(method);
+
+    // The cpu target too: awq-lite's gate and up read two differently scaled inputs there.
+    for (const auto& [precision, tolerance] :
+         {std::pair{ActivationPrecision::kF32, 1e-4}, {ActivationPrecision::kInt8Group, 0.03}}) {
+      options.build.target = "cpu:native";
+      options.build.activation_precision = precision;
+      const LoadedModel fast = load_model(directory, options);
+      SingleSequence again(*fast.backend, fast.plan, fast.weights, 64, 64);
+      const std::span<const float> have = again.extend(ids, SingleSequence::Logits::kLast);
+      double error = 0, norm = 0;
+      for (size_t i = 0; i < have.size(); ++i) {
+        error += std::pow(double{have[i]} - double{logits[i]}, 2);
+        norm += std::pow(double{logits[i]}, 2);
+      }
+      EXPECT_LT(std::sqrt(error / norm), tolerance) << method_name(method);
+    }
   }
 }
 
