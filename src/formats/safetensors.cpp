@@ -338,8 +338,8 @@ TensorView SafetensorsFile::tensor(std::string_view name) const {
 }
 
 SafetensorsWriter SafetensorsWriter::create(
-    const fs::path& path, std::vector<Declaration> tensors,
-    std::vector<std::pair<std::string, std::string>> metadata, uint64_t alignment) {
+    const fs::path& path, const std::vector<Declaration>& tensors,
+    const std::vector<std::pair<std::string, std::string>>& metadata, uint64_t alignment) {
   NIBBLE_CHECK(std::has_single_bit(alignment) && alignment >= 8, "alignment is {}", alignment);
   std::string header = "{";
   const auto comma = [&] {

@@ -66,8 +66,8 @@ class SafetensorsWriter {
     DType dtype;
     std::vector<int64_t> shape;
   };
-  static SafetensorsWriter create(const fs::path& path, std::vector<Declaration> tensors,
-                                  std::vector<std::pair<std::string, std::string>> metadata,
+  static SafetensorsWriter create(const fs::path& path, const std::vector<Declaration>& tensors,
+                                  const std::vector<std::pair<std::string, std::string>>& metadata,
                                   uint64_t alignment = 8);
   /// Appends to the current tensor; moves on to the next when it is full. Throws on too many bytes.
   void write(std::span<const std::byte> bytes);

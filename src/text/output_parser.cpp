@@ -242,7 +242,8 @@ void normalize_tool_calls(json::array& messages, bool parse_arguments) {
       try {
         json::value parsed = parse_json(arguments, "arguments", kMaxArgumentsDepth);
         if (parsed.is_object()) function->get_object()["arguments"] = std::move(parsed);
-      } catch (const Error&) {  // stays text: the template decides
+      } catch (const Error&) {
+        continue;  // stays text: the template decides
       }
     }
   }
