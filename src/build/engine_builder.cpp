@@ -144,8 +144,8 @@ void build_engine(const fs::path& model_dir, const WeightSource& source,
   std::vector<std::pair<std::string, std::string>> metadata = {{"format", "nibble-engine"},
                                                                {"plan", dump_json(plan.to_json())}};
   add_file_checksums(directory.path(), metadata);
-  SafetensorsWriter writer = SafetensorsWriter::create(directory.path() / "rank0.engine", tensors,
-                                                       std::move(metadata), kAlignment);
+  SafetensorsWriter writer =
+      SafetensorsWriter::create(directory.path() / "rank0.engine", tensors, metadata, kAlignment);
   progress.begin(fmt::format("packing weights for {}", plan.target), total, "tensors");
   std::vector<uint64_t> checksums;
   pack_engine(source, plan, [&](const PackedTensor& tensor) {

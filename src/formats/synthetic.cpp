@@ -353,9 +353,8 @@ void write_synthetic_hf(const fs::path& out, const ModelSpec& spec, uint64_t see
     std::vector<SafetensorsWriter::Declaration> declared;
     for (const HfTensor* tensor : shard)
       declared.push_back({tensor->name, DType::kBF16, tensor->shape});
-    SafetensorsWriter writer =
-        SafetensorsWriter::create(directory.path() / shard_name(static_cast<size_t>(index)),
-                                  std::move(declared), {{"format", "pt"}});
+    SafetensorsWriter writer = SafetensorsWriter::create(
+        directory.path() / shard_name(static_cast<size_t>(index)), declared, {{"format", "pt"}});
     std::vector<uint16_t> chunk;
     for (const HfTensor* tensor : shard) {
       const Generator generator(*tensor, spec, seed);

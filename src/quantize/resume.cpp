@@ -116,8 +116,7 @@ void ResumeFolder::save(const LayerResult& result,
       parts.push_back({std::to_string(i), DType::kU8, {static_cast<int64_t>(states[i].size())}});
       sums.emplace_back(std::to_string(i), hex64(xxh3_64(states[i])));
     }
-    SafetensorsWriter writer =
-        SafetensorsWriter::create(states_file(layers_done_), std::move(parts), std::move(sums));
+    SafetensorsWriter writer = SafetensorsWriter::create(states_file(layers_done_), parts, sums);
     for (const std::span<std::byte> part : states) writer.write(part);
     writer.commit();
   }
@@ -138,8 +137,8 @@ void ResumeFolder::save(const LayerResult& result,
                                {"v_scale", result.v_scale},
                                {"forward_seconds", result.forward_seconds},
                                {"search_seconds", result.search_seconds}};
-  SafetensorsWriter writer = SafetensorsWriter::create(layer_file(layers_done_), std::move(tensors),
-                                                       {{"report", dump_json(report)}});
+  SafetensorsWriter writer =
+      SafetensorsWriter::create(layer_file(layers_done_), tensors, {{"report", dump_json(report)}});
   for (const auto& [role, name] : kLinears) {
     const CheckpointLinear& linear = result.linears.at(role);
     writer.write(std::as_bytes(std::span(linear.q)));
