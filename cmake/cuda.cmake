@@ -23,7 +23,7 @@ set(NIBBLE_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO, ON or OFF")
 set_property(CACHE NIBBLE_CUDA PROPERTY STRINGS AUTO ON OFF)
 
 if(NOT NIBBLE_CUDA STREQUAL "OFF")
-  find_program(NIBBLE_NVCC nvcc HINTS ${CUDAToolkit_ROOT}/bin ENV CUDA_HOME PATH_SUFFIXES bin
+  find_program(NIBBLE_NVCC nvcc HINTS ${CUDAToolkit_ROOT}/bin ${PROJECT_SOURCE_DIR}/.deps/cuda/nvidia/cu13/bin ENV CUDA_HOME PATH_SUFFIXES bin
                PATHS /usr/local/cuda/bin)
   set(nvcc_version 0)
   if(NIBBLE_NVCC)

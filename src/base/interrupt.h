@@ -8,6 +8,9 @@ namespace nibble {
 void request_interrupt() noexcept;  // async-signal-safe
 void clear_interrupt() noexcept;
 bool interrupt_requested() noexcept;
-void throw_if_interrupted();  // throws Error{kInterrupted}
+/// SIGHUP: read keys, certificates and logs again. `serve` asks; other commands die of it as usual.
+void request_reload() noexcept;       // async-signal-safe
+bool take_reload_request() noexcept;  // and clears it
+void throw_if_interrupted();          // throws Error{kInterrupted}
 
 }  // namespace nibble

@@ -137,9 +137,22 @@ ApiOptions api_options(const ServeFlags& flags, AccessLog* log) {
   return options;
 }
 
+/// What SIGHUP does: keys, certificate and log file are opened again; bad ones are named and the
+/// old ones stay.
+void reload(const ServeFlags& flags, ApiServer& server, AccessLog* log) {
+  try {
+    server.reload(flags.api_key_file.empty() ? ApiKeys() : ApiKeys::load(flags.api_key_file));
+    if (log != nullptr) log->reopen();
+    fmt::print(stderr, "SIGHUP: API keys, certificate and access log were opened again\n");
+  } catch (const Error& error) {
+    fmt::print(stderr, "SIGHUP: {}; what was read before stays in use\n", error.what());
+  }
+}
+
 }  // namespace
 
 int run_serve(const ServeFlags& flags) {
+  install_reload_handler();
   std::unique_ptr<AccessLog> log;
   if (flags.access_log != "off") log = AccessLog::open(flags.access_log);
   // The socket first: a taken port should not show after an hour of quantizing.
@@ -170,7 +183,10 @@ int run_serve(const ServeFlags& flags) {
              flags.api_key_file.empty() ? "" : "; API keys needed");
   server->set_model(std::move(model), defaults);
 
-  while (!interrupt_requested()) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  while (!interrupt_requested()) {
+    if (take_reload_request()) reload(flags, *server, log.get());
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  }
   fmt::print(stderr, "draining: running answers have {:g} s\n", flags.drain_s);
   const bool clean = server->drain(to_ms(flags.drain_s));
   server->stop();

@@ -22,6 +22,8 @@ extern "C" void on_signal(int signal) {
   request_interrupt();
 }
 
+extern "C" void on_hangup(int) { request_reload(); }
+
 std::string human_count(double count) {
   if (count >= 1e9) return fmt::format("{:.2f}G", count / 1e9);
   if (count >= 1e6) return fmt::format("{:.2f}M", count / 1e6);
@@ -40,6 +42,13 @@ void install_interrupt_handler() {
   ::sigaction(SIGTERM, &action, nullptr);
   // Beyond `ulimit -f` write() then fails as it does on a full disk, and cleaning up can follow.
   ::signal(SIGXFSZ, SIG_IGN);
+}
+
+void install_reload_handler() {
+  struct sigaction action{};
+  action.sa_handler = on_hangup;
+  ::sigemptyset(&action.sa_mask);
+  ::sigaction(SIGHUP, &action, nullptr);
 }
 
 std::string human_duration(double seconds) {

@@ -43,6 +43,7 @@ class TerminalProgress final : public Progress {
 /// Installs the SIGINT and SIGTERM handlers that set the interrupt flag; a second signal ends the
 /// process.
 void install_interrupt_handler();
+void install_reload_handler();  // SIGHUP
 
 std::string human_duration(double seconds);  // "1 min 05 s"
 

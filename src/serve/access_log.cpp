@@ -39,6 +39,15 @@ json::string text_of(std::string_view bytes) {
 
 double tenths(double value) { return std::round(value * 10) / 10; }
 
+std::FILE* open_to_append(const std::string& path) {
+  std::FILE* file = std::fopen(path.c_str(), "ae");
+  if (file == nullptr) {
+    fail(ErrorKind::kIo, "--access-log {}: cannot be opened for appending: {}", path,
+         std::strerror(errno));
+  }
+  return file;
+}
+
 }  // namespace
 
 std::string AccessRecord::to_json() const {
@@ -61,16 +70,11 @@ std::string AccessRecord::to_json() const {
 }
 
 std::unique_ptr<AccessLog> AccessLog::open(const std::string& path) {
-  if (path == "-") return std::unique_ptr<AccessLog>(new AccessLog(stderr, false));
-  std::FILE* file = std::fopen(path.c_str(), "ae");
-  if (file == nullptr) {
-    fail(ErrorKind::kIo, "--access-log {}: cannot be opened for appending: {}", path,
-         std::strerror(errno));
-  }
-  return std::unique_ptr<AccessLog>(new AccessLog(file, true));
+  if (path == "-") return std::unique_ptr<AccessLog>(new AccessLog(stderr, ""));
+  return std::unique_ptr<AccessLog>(new AccessLog(open_to_append(path), path));
 }
 
-AccessLog::AccessLog(std::FILE* file, bool owned) : file_(file), owned_(owned) {
+AccessLog::AccessLog(std::FILE* file, std::string path) : path_(std::move(path)), file_(file) {
   thread_ = std::thread([this] { run(); });
 }
 
@@ -81,7 +85,16 @@ AccessLog::~AccessLog() {
   }
   arrived_.notify_one();
   thread_.join();
-  if (owned_) std::fclose(file_);
+  if (!path_.empty()) std::fclose(file_);
+}
+
+void AccessLog::reopen() {
+  if (path_.empty()) return;
+  std::FILE* file = open_to_append(path_);
+  const std::lock_guard lock(mutex_);
+  if (next_file_ != nullptr) std::fclose(next_file_);
+  next_file_ = file;
+  arrived_.notify_one();
 }
 
 void AccessLog::write(std::string line) {
@@ -102,9 +115,13 @@ void AccessLog::run() {
     uint64_t dropped;
     {
       std::unique_lock lock(mutex_);
-      arrived_.wait(lock, [&] { return !lines_.empty() || stopping_; });
+      arrived_.wait(lock, [&] { return !lines_.empty() || next_file_ != nullptr || stopping_; });
       taken.clear();
       std::swap(taken, lines_);
+      if (next_file_ != nullptr) {
+        std::fclose(file_);
+        file_ = std::exchange(next_file_, nullptr);
+      }
       dropped = std::exchange(dropped_, 0);
       more = !stopping_ || !taken.empty();
     }

@@ -39,15 +39,19 @@ class AccessLog {
   /// "-": standard error; else a file to append to. Throws Error{kIo}.
   static std::unique_ptr<AccessLog> open(const std::string& path);
   ~AccessLog();
+  /// Opens the file's name again, for logrotate; nothing for standard error. Throws Error{kIo} and
+  /// goes on with the old file.
+  void reopen();
   void write(std::string line);  // dropped (and counted in the log) when 10,000 lines wait
 
  private:
-  explicit AccessLog(std::FILE* file, bool owned);
+  explicit AccessLog(std::FILE* file, std::string path);
   void run();
 
-  std::FILE* file_;
-  bool owned_;
+  std::string path_;  // empty: standard error
   std::mutex mutex_;
+  std::FILE* file_;                 // the writer's
+  std::FILE* next_file_ = nullptr;  // what the writer goes on with
   std::condition_variable arrived_;
   std::vector<std::string> lines_;
   uint64_t dropped_ = 0;

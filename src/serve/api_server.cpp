@@ -82,6 +82,11 @@ class ApiServerImpl final : public ApiServer {
   bool healthy() const override { return model_ != nullptr && model_->engine().healthy(); }
   const ChatModel* model() const override { return model_.get(); }
 
+  void reload(ApiKeys keys) override {
+    http_->reload_certificate();
+    http_->post([this, keys = std::move(keys)]() mutable { options_.keys = std::move(keys); });
+  }
+
   bool drain(std::chrono::milliseconds deadline) override {
     const Clock::time_point end = Clock::now() + deadline;
     draining_ = true;

@@ -44,6 +44,10 @@ class ApiServer {
   virtual bool healthy() const = 0;
   virtual const ChatModel* model() const = 0;  // null before set_model()
 
+  /// From now on these keys count, and connections get the certificate that the files hold now.
+  /// Throws Error{kInput} and changes nothing when the certificate is not good.
+  virtual void reload(ApiKeys keys) = 0;
+
   /// Refuses new work (503, /ready too), lets what runs finish, cuts the rest at the deadline, then
   /// closes the listening socket. True when nothing was cut. Not on the I/O thread.
   virtual bool drain(std::chrono::milliseconds deadline) = 0;

@@ -114,6 +114,10 @@ class HttpServer {
   virtual void post(std::function<void()> action) = 0;
   virtual HttpStats stats() const = 0;  // I/O thread only
 
+  /// Reads HttpOptions::tls_cert and tls_key again; connections from now on get them. Throws
+  /// Error{kInput} and changes nothing when they are no pair. Thread-safe; nothing without TLS.
+  virtual void reload_certificate() = 0;
+
   /// Closes the listening socket and idle connections; replies from now on say "Connection: close".
   /// Thread-safe.
   virtual void stop_accepting() = 0;

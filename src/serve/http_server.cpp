@@ -504,13 +504,10 @@ class SessionOn final : public Session, public std::enable_shared_from_this<Sess
 class Server final : public HttpServer {
  public:
   Server(const HttpOptions& options, Callbacks callbacks)
-      : ssl_(asio::ssl::context::tls_server),
-        acceptor_(io_),
-        sweep_timer_(io_),
-        accept_pause_(io_) {
+      : acceptor_(io_), sweep_timer_(io_), accept_pause_(io_) {
     shared_.options = options;
     shared_.callbacks = std::move(callbacks);
-    if (!options.tls_cert.empty() || !options.tls_key.empty()) load_certificate();
+    if (!options.tls_cert.empty() || !options.tls_key.empty()) tls_ = load_certificate();
     listen();
     asio::co_spawn(io_, accept_loop(), [](std::exception_ptr) {});
     asio::co_spawn(io_, sweep(), [](std::exception_ptr) {});
@@ -526,6 +523,11 @@ class Server final : public HttpServer {
     HttpStats stats = shared_.stats;
     stats.connections = static_cast<int>(sessions_.size());
     return stats;
+  }
+
+  void reload_certificate() override {
+    if (shared_.options.tls_cert.empty()) return;
+    post([this, fresh = load_certificate()] { tls_ = fresh; });
   }
 
   void stop_accepting() override {
@@ -559,25 +561,26 @@ class Server final : public HttpServer {
   }
 
  private:
-  void load_certificate() {
+  std::shared_ptr<asio::ssl::context> load_certificate() const {
     const HttpOptions& options = shared_.options;
     if (options.tls_cert.empty() || options.tls_key.empty()) {
       fail(ErrorKind::kUsage, "TLS needs both --tls-cert and --tls-key");
     }
-    use_tls_ = true;
+    auto tls = std::make_shared<asio::ssl::context>(asio::ssl::context::tls_server);
     error_code ec;
-    ssl_.set_options(asio::ssl::context::default_workarounds | asio::ssl::context::no_sslv2 |
+    tls->set_options(asio::ssl::context::default_workarounds | asio::ssl::context::no_sslv2 |
                      asio::ssl::context::no_sslv3 | asio::ssl::context::no_tlsv1 |
                      asio::ssl::context::no_tlsv1_1);
-    SSL_CTX_set_mode(ssl_.native_handle(), SSL_MODE_RELEASE_BUFFERS);
-    ssl_.use_certificate_chain_file(options.tls_cert, ec);
+    SSL_CTX_set_mode(tls->native_handle(), SSL_MODE_RELEASE_BUFFERS);
+    tls->use_certificate_chain_file(options.tls_cert, ec);
     if (ec)
       fail(ErrorKind::kInput, "{}: not a PEM certificate chain: {}", options.tls_cert,
            ec.message());
-    ssl_.use_private_key_file(options.tls_key, asio::ssl::context::pem, ec);
+    tls->use_private_key_file(options.tls_key, asio::ssl::context::pem, ec);
     if (ec)
       fail(ErrorKind::kInput, "{}: not the certificate's PEM private key: {}", options.tls_key,
            ec.message());
+    return tls;
   }
 
   void listen() {
@@ -626,9 +629,9 @@ class Server final : public HttpServer {
                       ignored);
     const tcp::endpoint peer = socket.remote_endpoint(ignored);
     std::string remote = ignored ? std::string() : peer.address().to_string();
-    if (use_tls_) {
+    if (tls_) {
       start(std::make_shared<SessionOn<asio::ssl::stream<tcp::socket>>>(
-          io_, shared_, refuse, std::move(remote), std::move(socket), ssl_));
+          io_, shared_, refuse, std::move(remote), std::move(socket), *tls_));
     } else {
       start(std::make_shared<SessionOn<tcp::socket>>(io_, shared_, refuse, std::move(remote),
                                                      std::move(socket)));
@@ -670,8 +673,8 @@ class Server final : public HttpServer {
   }
 
   Shared shared_;
-  asio::ssl::context ssl_;
-  bool use_tls_ = false;
+  /// Null without TLS. OpenSSL counts references: a session outlives a replaced one.
+  std::shared_ptr<asio::ssl::context> tls_;
   asio::io_context io_{1};
   tcp::acceptor acceptor_;
   asio::steady_timer sweep_timer_, accept_pause_;

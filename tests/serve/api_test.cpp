@@ -419,6 +419,9 @@ TEST_F(Api, KeysGuardEverythingButProbes) {
   for (const char* path : {"/health", "/ready", "/version", "/metrics"}) {
     EXPECT_EQ(get(port(), path).status, 200) << path;
   }
+  server_->reload(ApiKeys({"secret-2", "secret-3"}));
+  EXPECT_EQ(get(port(), "/v1/models", "Authorization: Bearer secret-1\r\n").status, 401);
+  EXPECT_EQ(get(port(), "/v1/models", "Authorization: Bearer secret-3\r\n").status, 200);
 }
 
 TEST_F(Api, CorsOnlyForThoseInvited) {

@@ -67,6 +67,16 @@ Client::Client(int port, bool tls, int receive_buffer_bytes) {
   }
 }
 
+std::string Client::peer_certificate() const {
+  X509* certificate = SSL_get1_peer_certificate(ssl_);
+  unsigned char* der = nullptr;
+  const int size = i2d_X509(certificate, &der);
+  std::string out(reinterpret_cast<const char*>(der), static_cast<size_t>(size));
+  OPENSSL_free(der);
+  X509_free(certificate);
+  return out;
+}
+
 Client::~Client() { close(); }
 
 void Client::close() {

@@ -42,6 +42,8 @@ class Client {
   bool read_until(std::string_view text);
   /// True when the server closes the connection within the time (what it still sends is dropped).
   bool closed_within(int timeout_ms);
+  /// What the TLS server showed, as DER.
+  std::string peer_certificate() const;
   void shutdown_send();
   void close();  // at once, unread data or not
 

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <fstream>
 #include <future>
 #include <mutex>
 #include <thread>
@@ -329,6 +330,23 @@ TEST_F(HttpTest, ServesTls) {
   Client plain(server_->port());  // plain HTTP to a TLS port
   plain.send("GET / HTTP/1.1\r\n\r\n");
   EXPECT_TRUE(plain.closed_within(3000));
+}
+
+TEST_F(HttpTest, ReloadsItsCertificate) {
+  serve_test::TestCertificate certificate;
+  start({.tls_cert = certificate.cert_path(), .tls_key = certificate.key_path()});
+  Client before(server_->port(), true);
+  certificate.make();
+  const std::string old = before.peer_certificate();
+  EXPECT_EQ(Client(server_->port(), true).peer_certificate(), old);
+  server_->reload_certificate();
+  Client after(server_->port(), true);
+  EXPECT_NE(after.peer_certificate(), old);
+  EXPECT_EQ(before.get("/a").body, "GET /a? ");  // an open connection lives on
+  const std::string fresh = after.peer_certificate();
+  std::ofstream(certificate.key_path(), std::ios::trunc);
+  EXPECT_THROW(server_->reload_certificate(), Error);
+  EXPECT_EQ(Client(server_->port(), true).peer_certificate(), fresh);
 }
 
 TEST_F(HttpTest, BadAddressesAndCertificatesAreErrorsWithTheFlag) {

@@ -493,6 +493,17 @@ TEST(AccessLog, LinesAreJsonWithoutWhatWasSaid) {
   int count = 0;
   while (std::getline(in, line)) EXPECT_EQ(line, std::to_string(count++));
   EXPECT_EQ(count, 100);
+  {
+    const auto log = AccessLog::open(file.path);
+    log->write("before");
+    fs::rename(file.path, file.path.string() + ".1");
+    log->reopen();
+    log->write("after");
+  }
+  const std::string rotated = read_file(file.path.string() + ".1"), fresh = read_file(file.path);
+  fs::remove(file.path.string() + ".1");
+  EXPECT_TRUE(fresh.ends_with("after\n")) << fresh;
+  EXPECT_EQ((rotated + fresh).substr((rotated + fresh).find("99\n")), "99\nbefore\nafter\n");
   EXPECT_THROW(AccessLog::open("/nonexistent/dir/log"), Error);
 }
 

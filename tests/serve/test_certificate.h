@@ -19,6 +19,10 @@ class TestCertificate {
       : directory_(std::filesystem::temp_directory_path() /
                    ("nibble-cert-" + std::to_string(::getpid()))) {
     std::filesystem::create_directories(directory_);
+    make();
+  }
+  /// Another key and certificate under the same names.
+  void make() {
     EVP_PKEY* key = EVP_EC_gen("P-256");
     X509* cert = X509_new();
     ASN1_INTEGER_set(X509_get_serialNumber(cert), 1);
