@@ -44,7 +44,7 @@ try {
 
 const abort = new AbortController();
 const left = await client.chat.completions.create(
-  { model, messages, max_tokens: 400, stream: true, ignore_eos: true }, { signal: abort.signal });
+  { model, messages, max_tokens: 150, stream: true, ignore_eos: true }, { signal: abort.signal });
 for await (const chunk of left) {
   if (chunk.choices[0]?.delta.content) break;
 }

@@ -75,7 +75,7 @@ try:
 except openai.NotFoundError as error:
     check(error.code == "model_not_found", "an unknown model")
 
-stream = client.chat.completions.create(model=model, messages=question, max_tokens=400, stream=True, extra_body={"ignore_eos": True})
+stream = client.chat.completions.create(model=model, messages=question, max_tokens=150, stream=True, extra_body={"ignore_eos": True})
 next(iter(stream))
 stream.close()  # leaves in mid-answer
 time.sleep(0.3)
