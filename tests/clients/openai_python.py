@@ -63,18 +63,17 @@ after = client.chat.completions.create(model=model, max_tokens=8, tools=[look_up
 check(after.choices[0].message.content is not None, "a tool's result")
 
 class Animal(pydantic.BaseModel):
-    name: str = pydantic.Field(max_length=12)
+    name: str = pydantic.Field(max_length=8)
     kind: typing.Literal["cat", "dog"]
     age: int = pydantic.Field(ge=0, le=30)
-    friends: list["Animal"] = pydantic.Field(max_length=1)
-    note: typing.Optional[bool]
+    tame: typing.Optional[bool]
 
 
 parse = client.chat.completions.parse if hasattr(client.chat.completions, "parse") else client.beta.chat.completions.parse
 for seed in range(3):
-    parsed = parse(model=model, messages=question, response_format=Animal, temperature=1.2, seed=seed, max_tokens=350)
+    parsed = parse(model=model, messages=question, response_format=Animal, temperature=0.8, seed=seed, max_tokens=140)
     check(isinstance(parsed.choices[0].message.parsed, Animal) and parsed.choices[0].finish_reason == "stop", "parse() into a pydantic model")
-thing = client.chat.completions.create(model=model, messages=question, response_format={"type": "json_object"}, temperature=0, max_tokens=200)
+thing = client.chat.completions.create(model=model, messages=question, response_format={"type": "json_object"}, temperature=0, max_tokens=140)
 check(thing.choices[0].finish_reason == "length" or isinstance(json.loads(thing.choices[0].message.content), dict), "a JSON object")
 chosen = client.chat.completions.create(model=model, messages=question, max_tokens=20, extra_body={"guided_choice": ["wet", "dry"]})
 check(chosen.choices[0].message.content in ("wet", "dry"), "guided_choice")
