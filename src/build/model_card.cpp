@@ -81,7 +81,17 @@ std::string specifications(const ModelCard& card) {
              fmt::format("signed 4-bit integers, one F32 scale per row and {} input channels, one "
                          "pre-scale vector per linear",
                          card.group_size));
-  out += row("Embedding, norms, lm_head", card.dtype + ", not quantized");
+  if (card.lm_head == LmHeadFormat::kDense) {
+    out += row("Embedding, norms, lm_head", card.dtype + ", not quantized");
+  } else {
+    out += row("lm_head",
+               card.lm_head == LmHeadFormat::kInt4
+                   ? "int4 like the linears of the layers"
+                   : fmt::format("int8, one F32 scale per row and {} input channels (nibble's own "
+                                 "extension of the format)",
+                                 card.group_size));
+    out += row("Embedding, norms", card.dtype + ", not quantized");
+  }
   const json::value* kv = card.report.if_contains("kv_scales");
   const bool has_kv = kv != nullptr && !kv->as_object().at("k").as_array().empty();
   out += row("KV cache", has_kv ? "static int8 scales are in the checkpoint (one for K and one for "

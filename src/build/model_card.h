@@ -11,6 +11,7 @@
 #include "build/hf_card.h"
 #include "spec/engine_plan.h"
 #include "spec/model_spec.h"
+#include "spec/weight_table.h"
 
 namespace nibble {
 
@@ -23,6 +24,7 @@ struct ModelCard {
   json::object report;  // as render_report_html() takes it
   int tp_size = 1, group_size = 128;
   std::string dtype;
+  LmHeadFormat lm_head = LmHeadFormat::kDense;
   uint64_t parameters = 0, base_bytes = 0, checkpoint_bytes = 0;
 };
 

@@ -20,7 +20,7 @@ struct LinearOperand {
   int group_size = 0;            // 0 for dense layouts
   const void* weight = nullptr;  // bytes by layout
   const float* scales =
-      nullptr;  // kInt4Portable: [N, K/group]; null when the layout holds them inline
+      nullptr;  // kInt4Portable, kInt8Portable: [N, K/group]; null when the layout holds them inline
   const float* pre_scale =
       nullptr;  // [K], multiplies the activation first; null when folded elsewhere
 };
