@@ -71,8 +71,8 @@ TestWeight::TestWeight(Backend& backend, WeightLayout layout, int out_features, 
       for (size_t j = 0; j < std::min<size_t>(16, m.q.size() - i); ++j) {
         m.q[i + j] = static_cast<int8_t>(static_cast<int>(bits >> (4 * j) & 15) - 8);
         if (is_int8(layout)) {  // all of -119..119
-          m.q[i + j] = static_cast<int8_t>(static_cast<int>(mix(bits + j) % (2 * kMaxInt8 + 1)) -
-                                           kMaxInt8);
+          m.q[i + j] =
+              static_cast<int8_t>(static_cast<int>(mix(bits + j) % (2 * kMaxInt8 + 1)) - kMaxInt8);
         }
       }
     }
@@ -84,9 +84,8 @@ TestWeight::TestWeight(Backend& backend, WeightLayout layout, int out_features, 
       for (float& value : m.scales) value /= 16;
     }
     PackedLinear packed =
-        is_int4(layout)
-            ? pack_int4(m, layout)
-            : pack_int8({out_features, in_features, group_size, m.q, m.scales}, layout);
+        is_int4(layout) ? pack_int4(m, layout)
+                        : pack_int8({out_features, in_features, group_size, m.q, m.scales}, layout);
     bytes = std::move(packed.weight);
     if (!packed.scales.empty()) {
       scales_ = to_device(backend, packed.scales);
@@ -125,7 +124,7 @@ std::string LinearCase::name() const {
                      in_features,
                      is_int4(layout)   ? fmt::format(" int4 g{}", group_size)
                      : is_int8(layout) ? fmt::format(" int8 g{}", group_size)
-                                     : fmt::format(" {}", weight_layout_name(layout)),
+                                       : fmt::format(" {}", weight_layout_name(layout)),
                      rows, add ? " add" : "", pre_scale ? " pre_scale" : "");
 }
 double LinearCase::flops() const {

@@ -75,7 +75,8 @@ void plan_cuda(EnginePlan& plan, const BuildOptions& options) {
   plan.dense_layout = WeightLayout::kBf16Rows;
   if (is_int4(plan.lm_head_layout) || is_int8(plan.lm_head_layout)) {
     fail(ErrorKind::kUnsupported,
-         "target {}: lm_head is stored as {}, and the cuda kernels read it in 16 bits only; quantize "
+         "target {}: lm_head is stored as {}, and the cuda kernels read it in 16 bits only; "
+         "quantize "
          "without --quantize-lm-head, or use --target cpu:native for this model",
          plan.target, is_int4(plan.lm_head_layout) ? "int4" : "int8");
   }

@@ -61,9 +61,7 @@ class Packer {
           norm(row, plan_.spec.tied_embeddings ? std::vector<float>()
                                                : pre_scale_of(table, i, WeightRole::kLmHead));
           break;
-        case WeightRole::kQkv:
-          linear(row, plan_.linear_layout, /*keep_pre_scale=*/false);
-          break;
+        case WeightRole::kQkv: linear(row, plan_.linear_layout, /*keep_pre_scale=*/false); break;
         case WeightRole::kO:
         case WeightRole::kDown: linear(row, plan_.linear_layout, true); break;
         case WeightRole::kGate:

@@ -99,6 +99,7 @@ struct BenchFlags : CommonOptions {
   std::vector<int> batches = {1};  // more than one: latency only
   int batch = 1;                   // the largest of them
   int prompt_tokens = 512, output_tokens = 64, requests = 0;
+  bool write_card = false;  // latency of an engine: into its model card
 };
 
 struct SynthesizeFlags : CommonOptions {

@@ -615,6 +615,7 @@ class Parser {
         ->check(CLI::Range(1, 1 << 20))
         ->capture_default_str();
     c->add_option("--requests", f.requests, "throughput: requests in all; default 4 x batch");
+    c->add_flag("--write-card", f.write_card, "latency of an engine: add the figures to README.md");
     add_common(c, f);
   }
 

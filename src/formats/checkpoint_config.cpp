@@ -34,9 +34,9 @@ void read_mapping(ObjectReader& in, CheckpointConfig& config) {
   }
 }
 
-// TensorRT-LLM leaves out what a pattern of exclude_modules names, and lm_head also where the list is
-// missing or empty. `lm_head_quant_algo` is nibble's own; TensorRT-LLM refuses a key it does not know
-// in this object, and must, because it would take the tensor for int4.
+// TensorRT-LLM leaves out what a pattern of exclude_modules names, and lm_head also where the list
+// is missing or empty. `lm_head_quant_algo` is nibble's own; TensorRT-LLM refuses a key it does not
+// know in this object, and must, because it would take the tensor for int4.
 void read_lm_head(const json::object& object, ObjectReader& quant, CheckpointConfig& config) {
   const std::string algo = quant.string_or("lm_head_quant_algo", "");
   if (!algo.empty() && algo != kInt8LmHeadAlgo) {
@@ -64,7 +64,7 @@ void read_lm_head(const json::object& object, ObjectReader& quant, CheckpointCon
          "{}: lm_head_quant_algo is \"{}\" but exclude_modules says that lm_head is not quantized",
          quant.where(), algo);
   }
-  config.lm_head = excluded        ? LmHeadFormat::kDense
+  config.lm_head = excluded       ? LmHeadFormat::kDense
                    : algo.empty() ? LmHeadFormat::kInt4
                                   : LmHeadFormat::kInt8;
 }

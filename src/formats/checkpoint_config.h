@@ -10,7 +10,8 @@
 
 namespace nibble {
 
-/// quantization.lm_head_quant_algo of an int8 lm_head: 8-bit weights, 16-bit activations, by groups.
+/// quantization.lm_head_quant_algo of an int8 lm_head: 8-bit weights, 16-bit activations, by
+/// groups.
 inline constexpr std::string_view kInt8LmHeadAlgo = "W8A16_GROUP";
 
 struct CheckpointConfig {

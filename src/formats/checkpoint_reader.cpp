@@ -119,7 +119,7 @@ class CheckpointSource final : public WeightSource {
   struct Located {
     int stage = 0;
     std::string name;  // in the stage's files, with the local layer's number
-    int bits = 0;  // of its integers; 0: dense
+    int bits = 0;      // of its integers; 0: dense
     bool has_pre_scale = false;
     int group_size = 0;
     std::vector<ShardSlice> slices;  // one per tensor-parallel rank

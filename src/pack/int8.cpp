@@ -48,8 +48,7 @@ size_t packed_int8_bytes(int out_features, int in_features, int group_size, Weig
     case WeightLayout::kInt8Portable:
       return static_cast<size_t>(out_features) * static_cast<size_t>(in_features);
     case WeightLayout::kCpuInt8:
-      return 2 *
-             packed_int4_bytes(out_features, in_features, group_size, WeightLayout::kCpuInt4);
+      return 2 * packed_int4_bytes(out_features, in_features, group_size, WeightLayout::kCpuInt4);
     default: refuse(layout);
   }
 }
@@ -58,8 +57,7 @@ Int8Matrix unpack_int8(std::span<const std::byte> weight, std::span<const float>
                        int out_features, int in_features, int group_size, WeightLayout layout) {
   NIBBLE_CHECK(weight.size() == packed_int8_bytes(out_features, in_features, group_size, layout),
                "{} bytes", weight.size());
-  Int8Matrix m{
-      .out_features = out_features, .in_features = in_features, .group_size = group_size};
+  Int8Matrix m{.out_features = out_features, .in_features = in_features, .group_size = group_size};
   if (layout == WeightLayout::kInt8Portable) {
     m.q.resize(weight.size());
     std::memcpy(m.q.data(), weight.data(), weight.size());

@@ -1,8 +1,10 @@
 // lm_head in 8 bits, for the backends: integers -119..119 with one scale per row and group.
 //   kInt8Portable  int8 [out, in] as the checkpoint holds it, scales beside it
-//   kCpuInt8       two matrices in the layout of pack/cpu_int4.h, one behind the other: first hi with
+//   kCpuInt8       two matrices in the layout of pack/cpu_int4.h, one behind the other: first hi
+//   with
 //                  scales 16 s, then lo with scales s, where q = 16 hi + lo and both lie in -8..7.
-//                  The int4 kernels run one after the other and add, so 8 bits need no kernel of their own.
+//                  The int4 kernels run one after the other and add, so 8 bits need no kernel of
+//                  their own.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

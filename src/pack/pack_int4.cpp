@@ -43,8 +43,8 @@ Int4Matrix unpack_int4(std::span<const std::byte> weight, std::span<const float>
   const int64_t elements = int64_t{out_features} * in_features;
   switch (layout) {
     case WeightLayout::kInt4Portable:
-      NIBBLE_CHECK(weight.size() == packed_int4_bytes(out_features, in_features, group_size,
-                                                      layout) &&
+      NIBBLE_CHECK(weight.size() ==
+                       packed_int4_bytes(out_features, in_features, group_size, layout) &&
                    static_cast<int64_t>(scales.size()) * group_size == elements);
       return {.out_features = out_features,
               .in_features = in_features,

@@ -90,8 +90,7 @@ class Quantizer {
         pool_(options.num_threads) {
     for (WeightRow& row : weight_table(source.spec())) {
       // lm_head is taken for a layer behind the last.
-      const int layer =
-          row.role == WeightRole::kLmHead ? source.spec().num_layers : row.layer;
+      const int layer = row.role == WeightRole::kLmHead ? source.spec().num_layers : row.layer;
       if (quantized_bits(row, options.lm_head) != 0) rows_[{layer, row.role}] = std::move(row);
     }
     if (!needs_calibration(options)) return;
@@ -206,9 +205,8 @@ class Quantizer {
     std::vector<float> dense;  // of one step
     for (size_t step = 0; step < stream_->num_steps(); ++step) {
       if (dense_stream_) {
-        dense_stream_->final_norm_step(step, norm, [&](const float* x, int rows) {
-          dense.assign(x, x + rows * hidden);
-        });
+        dense_stream_->final_norm_step(
+            step, norm, [&](const float* x, int rows) { dense.assign(x, x + rows * hidden); });
       }
       stream_->final_norm_step(step, norm, [&](const float* x, int rows) {
         input.add(pool_, x, rows);
@@ -281,9 +279,8 @@ class Quantizer {
     if (input == nullptr) {
       for (size_t i = 0; i < group.roles.size(); ++i) {
         const bool int8 = quantized_bits(row(group.roles[i]), options_.lm_head) == 8;
-        done_.linears[group.roles[i]] =
-            (int8 ? awq::round_to_int8 : awq::round_to_nearest)(pool_, linears[i], in_features,
-                                                                options_.group_size);
+        done_.linears[group.roles[i]] = (int8 ? awq::round_to_int8 : awq::round_to_nearest)(
+            pool_, linears[i], in_features, options_.group_size);
       }
       return;
     }
@@ -470,9 +467,10 @@ QuantizeReport quantize(const fs::path& directory, const WeightSource& source, B
                         Progress& progress) {
   check_options(source, options);
   if (options.lm_head != LmHeadFormat::kDense && source.spec().tied_embeddings) {
-    progress.note(fmt::format("lm_head is tied to the embedding, which stays in {}; lm_head becomes "
-                              "an {} tensor of its own",
-                              dtype_name(options.dtype), lm_head_format_name(options.lm_head)));
+    progress.note(
+        fmt::format("lm_head is tied to the embedding, which stays in {}; lm_head becomes "
+                    "an {} tensor of its own",
+                    dtype_name(options.dtype), lm_head_format_name(options.lm_head)));
     return quantize(directory, UntiedSource(source), backend, calibration, options, progress);
   }
   CheckpointOptions checkpoint;

@@ -56,7 +56,7 @@ enum class LmHeadFormat : uint8_t {
 };
 /// Largest magnitude of lm_head's int8: 16 hi + lo with both in -8..7 reaches 119 on either side.
 constexpr int kMaxInt8 = 119;
-const char* lm_head_format_name(LmHeadFormat format);           // "none", "int8", "int4"
+const char* lm_head_format_name(LmHeadFormat format);          // "none", "int8", "int4"
 LmHeadFormat lm_head_format_from_name(std::string_view name);  // throws Error{kInput}
 
 /// Bits of this row's integers in a quantized checkpoint; 0: it stays dense.
