@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <functional>
 #include <memory>
@@ -134,20 +135,22 @@ class Bench {
     const double factoring =
         timed([&] { awq::factor_gram(pool_, input.gram(), options.damping, factor); });
     factor = {};
-    const auto quantize = [&](int alpha_steps, bool clip) {
+    const auto quantize = [&](awq::Rounding rounding, int alpha_steps, bool clip) {
       awq::RoundingOptions less = options;
+      less.rounding = rounding;
       less.alpha_steps = alpha_steps;
       less.beta_steps = 0;
       less.clip = clip;
-      return timed([&] {
-               awq::quantize_group(pool_, std::span(&linear, 1), group.features, input, less);
-             }) -
-             factoring;
+      return timed(
+          [&] { awq::quantize_group(pool_, std::span(&linear, 1), group.features, input, less); });
     };
-    // Of these rows: everything with one candidate, one candidate more, one with its clip search.
-    const double one = quantize(0, false);
-    const double candidate = (quantize(2, false) - one) / 2;
-    const double finalist = (quantize(0, true) - one) / 2;  // searched once, and once when rounded
+    // Of these rows: one candidate, what its clip search adds (once when it is a finalist, once
+    // when the winner is rounded), and everything with one candidate.
+    using enum awq::Rounding;
+    const double nearest = quantize(kNearest, 0, false);
+    const double candidate = (quantize(kNearest, 2, false) - nearest) / 2;
+    const double finalist = (quantize(kNearest, 0, true) - nearest) / 2;
+    const double one = quantize(kCompensated, 0, false) - factoring;
     std::vector<float> moved = weight;
     const double drift =
         timed([&] { awq::correct_drift(pool_, input, awq::kDriftStrength, moved); });
@@ -195,6 +198,7 @@ int run(int argc, char** argv) {
 }  // namespace nibble
 
 int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // a long run may be cut short
   try {
     return nibble::run(argc, argv);
   } catch (const std::exception& error) {
