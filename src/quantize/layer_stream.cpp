@@ -248,4 +248,22 @@ void LayerStream::run_step(size_t index, int layer, const LayerWeights& weights,
   backend_.sync();
 }
 
+void LayerStream::final_norm_step(size_t index, std::span<const float> norm,
+                                  const std::function<void(const float* x, int rows)>& listen) {
+  throw_if_interrupted();
+  const Step& step = steps_[index];
+  const size_t bytes = static_cast<size_t>(step.num_tokens) * row_bytes_;
+  if (normed_.bytes() < bytes + norm.size_bytes())
+    normed_ = backend_.alloc(bytes + norm.size_bytes());  // the norm's weight, then the output
+  float* weight = normed_.as<float>();
+  backend_.upload(weight, norm.data(), norm.size_bytes());
+  backend_.upload(decoder_->x(), state(step), bytes);
+  backend_.rms_norm(decoder_->x(), weight, static_cast<float>(plan_.spec.norm_eps), step.num_tokens,
+                    plan_.spec.hidden_size, weight + norm.size());
+  tap_.resize(bytes);
+  backend_.download(tap_.data(), weight + norm.size(), bytes);
+  backend_.sync();
+  listen(reinterpret_cast<const float*>(tap_.data()), step.num_tokens);
+}
+
 }  // namespace nibble
