@@ -104,8 +104,8 @@ struct QuantizedGroup {
 CheckpointLinear round_to_nearest(ThreadPool& pool, const DenseLinear& linear, int64_t in_features,
                                   int group_size);
 
-/// Eight bits: amax / kMaxInt8 of each group, half to even, no pre_scale. Rounding alone costs a
-/// 300th of what four bits cost, so nothing is searched.
+/// Eight bits: amax / kMaxInt8 of each group, half to even, no pre_scale. The step is a 17th of
+/// four bits' (measured: +0.006 % perplexity on nano), so nothing is searched.
 CheckpointLinear round_to_int8(ThreadPool& pool, const DenseLinear& linear, int64_t in_features,
                                int group_size);
 

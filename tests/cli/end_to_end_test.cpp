@@ -171,7 +171,7 @@ TEST_F(EndToEnd, QuantizeBuildRunWithAQuantizedLmHead) {
           "--quantize-lm-head", head});
     EXPECT_THAT(must({"inspect", path(head)}), testing::ContainsRegex("lm_head +1 .*" + head));
     EXPECT_EQ(must_json({"inspect", path(head), "--tensor", "lm_head", "--json"}).at("dtype"),
-              head);
+              json::value(head));
     EXPECT_THAT(read_file(fs::path(path(head)) / "README.md"), HasSubstr("| lm_head | " + head));
     EXPECT_THAT(read_file(fs::path(path(head)) / "report.html"),
                 HasSubstr("<td>lm_head</td><td>" + head + "</td>"));
