@@ -79,7 +79,7 @@ if(NOT NIBBLE_CUDA STREQUAL "OFF")
   endforeach()
   # The portable plugin has these beside portable/; the other files are made of Hopper's instructions.
   set(portable_objects)
-  foreach(name elementwise generic_attention generic_linear generic_rope generic_small runtime sample)
+  foreach(name elementwise generic_linear generic_rope generic_small runtime sample)
     nibble_cuda_object(object ${PROJECT_SOURCE_DIR}/src/backends/cuda/${name}.cu portable)
     list(APPEND portable_objects ${object})
   endforeach()

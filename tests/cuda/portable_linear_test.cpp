@@ -292,8 +292,9 @@ TEST(PortableLinear, SplitSumsFitTheWorkspace) {
         EXPECT_EQ(part_begin(groups, parts, parts), groups);
         for (const int token_tiles : {1, 2, 7, 87}) {
           const bool split = choose_split(row_tiles, token_tiles, parts, sms);
-          if (parts > 1 && token_tiles == 1)
+          if (parts > 1 && token_tiles == 1) {
             EXPECT_TRUE(split);  // the small tiles know no other way
+          }
           if (!split) continue;
           const int tiles = row_tiles * token_tiles;
           EXPECT_LE(tiles * 4, counters_bytes(sms));

@@ -80,11 +80,9 @@ class CudaBackend final : public Backend {
     linear_workspace_ = own(linear);
     squares_ = static_cast<float*>(own(size_t{8} * 512 * sizeof(float)));
     check(memory_fill(linear_workspace_, 0xff, linear, stream_), "clearing a workspace");
-    if constexpr (!kPortable) {
-      const size_t decode = decode_attention_workspace_bytes(device_.num_sms);
-      decode_workspace_ = own(decode);
-      check(memory_fill(decode_workspace_, 0xff, decode, stream_), "clearing a workspace");
-    }
+    const size_t decode = attention_workspace_bytes(device_.num_sms);
+    decode_workspace_ = own(decode);
+    check(memory_fill(decode_workspace_, 0xff, decode, stream_), "clearing a workspace");
   }
 
   ~CudaBackend() override {
@@ -513,17 +511,18 @@ class CudaBackend final : public Backend {
               const float* out_scale, void* y) {
     if (batch.num_tokens == 0) return;
     const PageFormat format = page_format(kv.format, kv.block_tokens, kv.head_dim);
-    const int64_t stride = int64_t{num_heads + 2 * kv.num_kv_heads} * kHeadDim;
-    if (kPortable || format != PageFormat::kInt8 || num_heads != kFastGroup * kv.num_kv_heads) {
-      generic(batch, qkv, stride, num_heads, kv, format, out_scale, y);
-    } else if constexpr (!kPortable) {
-      attend_fast(batch, qkv, stride, num_heads, kv, out_scale, y);
+    if constexpr (kPortable) {
+      attend_portable(batch, qkv, num_heads, kv, out_scale, y);
+    } else if (format != PageFormat::kInt8 || num_heads != kFastGroup * kv.num_kv_heads) {
+      generic(batch, qkv, num_heads, kv, out_scale, y);
+    } else {
+      attend_hopper(batch, qkv, num_heads, kv, out_scale, y);
     }
   }
 
-  /// Not in the portable plugin, which lacks these kernels.
-  void attend_fast(const StepBatch& batch, const void* qkv, int64_t stride, int num_heads,
-                   const KvLayer& kv, const float* out_scale, void* y) {
+  void attend_hopper(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
+                     const float* out_scale, void* y) {
+    const int64_t stride = int64_t{num_heads + 2 * kv.num_kv_heads} * kHeadDim;
     const int32_t* starts = batch.host_seq_starts;
     int decode = 0;  // one-token sequences at the front: the scheduler puts them there
     while (decode < batch.num_seqs && starts[decode + 1] - starts[decode] == 1) ++decode;
@@ -593,8 +592,18 @@ class CudaBackend final : public Backend {
   }
 
   static size_t int4_workspace_bytes(int num_sms) {
-    if constexpr (kPortable) return portable_linear_workspace_bytes(num_sms);
-    if constexpr (!kPortable) return linear_workspace_bytes(num_sms);
+    if constexpr (kPortable) {
+      return portable_linear_workspace_bytes(num_sms);
+    } else {
+      return linear_workspace_bytes(num_sms);
+    }
+  }
+  static size_t attention_workspace_bytes(int num_sms) {
+    if constexpr (kPortable) {
+      return portable_attention_workspace_bytes(num_sms);
+    } else {
+      return decode_attention_workspace_bytes(num_sms);
+    }
   }
 
   static void dense_weight(const LinearOperand& w, const char* what) {
@@ -702,30 +711,64 @@ class CudaBackend final : public Backend {
     }
   }
 
-  void generic(const StepBatch& batch, const void* qkv, int64_t stride, int num_heads,
-               const KvLayer& kv, PageFormat format, const float* out_scale, void* y) {
-    const int queries = generic_attention_queries(num_heads, kv.num_kv_heads);
+  /// `count` sequences from `first` on, each in tiles of `queries` tokens.
+  static GenericAttentionArgs attention_args(const StepBatch& batch, int first, int count,
+                                             int queries, const void* qkv, int num_heads,
+                                             const KvLayer& kv, const float* out_scale, void* y) {
     int tiles = 0;
-    for (int s = 0; s < batch.num_seqs; ++s) {
+    for (int s = first; s < first + count; ++s) {
       tiles += (batch.host_seq_starts[s + 1] - batch.host_seq_starts[s] + queries - 1) / queries;
     }
-    const GenericAttentionArgs args{.q = qkv,
-                                    .q_stride = stride,
-                                    .pages = kv.data,
-                                    .positions = batch.positions,
-                                    .seq_starts = batch.seq_starts,
-                                    .kv_lens = batch.kv_lens,
-                                    .page_table = batch.block_tables,
-                                    .out_scale = out_scale,
-                                    .out = y,
-                                    .format = format,
-                                    .tokens = batch.num_tokens,
-                                    .sequences = batch.num_seqs,
-                                    .page_table_stride = batch.max_blocks_per_seq,
-                                    .heads = num_heads,
-                                    .kv_heads = kv.num_kv_heads,
-                                    .tiles = tiles};
-    check(generic_attention(args, stream_), "attention");
+    return {.q = qkv,
+            .q_stride = int64_t{num_heads + 2 * kv.num_kv_heads} * kHeadDim,
+            .pages = kv.data,
+            .positions = batch.positions,
+            .seq_starts = batch.seq_starts + first,
+            .kv_lens = batch.kv_lens + first,
+            .page_table = batch.block_tables + int64_t{first} * batch.max_blocks_per_seq,
+            .out_scale = out_scale,
+            .out = y,
+            .format = page_format(kv.format, kv.block_tokens, kv.head_dim),
+            .tokens = batch.num_tokens,
+            .sequences = count,
+            .page_table_stride = batch.max_blocks_per_seq,
+            .heads = num_heads,
+            .kv_heads = kv.num_kv_heads,
+            .tiles = tiles};
+  }
+
+  void generic(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
+               const float* out_scale, void* y) {
+    check(generic_attention(attention_args(batch, 0, batch.num_seqs,
+                                           generic_attention_queries(num_heads, kv.num_kv_heads),
+                                           qkv, num_heads, kv, out_scale, y),
+                            stream_),
+          "attention");
+  }
+
+  /// One-token sequences at the front (the scheduler puts them there) are spread over the device;
+  /// whether they are is decided by what graph_key() covers, and does not change their bits.
+  void attend_portable(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
+                       const float* out_scale, void* y) {
+    const int32_t* starts = batch.host_seq_starts;
+    int split = 0;
+    while (split < batch.num_seqs && starts[split + 1] - starts[split] == 1) ++split;
+    if (!portable_attention_splits(num_heads, kv.num_kv_heads, split, batch.max_blocks_per_seq,
+                                   device_.num_sms)) {
+      split = 0;
+    }
+    const int queries = portable_attention_queries(num_heads, kv.num_kv_heads);
+    const auto args = [&](int first, int count) {
+      return attention_args(batch, first, count, queries, qkv, num_heads, kv, out_scale, y);
+    };
+    if (split > 0) {
+      check(portable_attention(args(0, split), decode_workspace_, device_.num_sms, stream_),
+            "attention");
+    }
+    const GenericAttentionArgs rest = args(split, batch.num_seqs - split);
+    if (rest.tiles > 0) {
+      check(portable_attention(rest, nullptr, device_.num_sms, stream_), "attention");
+    }
   }
 
   const Device device_;
