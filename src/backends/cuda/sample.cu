@@ -40,8 +40,8 @@ struct Params {
   SampleResult result;
   const float* logits;
   uint64_t* weights;  // [R, vocab]
-  float* adjusted;    // [R, vocab], portable only: what sm_90 keeps in shared memory
   int slice;          // ids of one CTA
+  float* adjusted;    // [R, vocab], portable only: what sm_90 keeps in shared memory
 };
 
 struct Shared {
@@ -476,14 +476,14 @@ int sample(const SampleBatch& batch, const float* logits, const SampleResult& re
   // A multiple of 32 ids, so that a warp's pieces begin evenly.
   const int slice = (batch.vocab_size + kCluster * 32 - 1) / (kCluster * 32) * 32;
   if (slice > kMaxSlice) return cudaErrorInvalidValue;
-  const Params params{
-      .batch = batch,
-      .result = result,
-      .logits = logits,
-      .weights = static_cast<uint64_t*>(workspace),
-      .adjusted = reinterpret_cast<float*>(static_cast<uint64_t*>(workspace) +
-                                           static_cast<int64_t>(batch.num_rows) * batch.vocab_size),
-      .slice = slice};
+  const Params params{.batch = batch,
+                      .result = result,
+                      .logits = logits,
+                      .weights = static_cast<uint64_t*>(workspace),
+                      .slice = slice,
+                      .adjusted = reinterpret_cast<float*>(static_cast<uint64_t*>(workspace) +
+                                                           static_cast<int64_t>(batch.num_rows) *
+                                                               batch.vocab_size)};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(batch.num_rows * kCluster));
   config.blockDim = dim3(kThreads);
