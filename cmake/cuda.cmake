@@ -114,6 +114,8 @@ if(NOT NIBBLE_CUDA STREQUAL "OFF")
                           VISIBILITY_INLINES_HIDDEN ON)
     if(variant STREQUAL "portable")
       target_compile_definitions(${host} PRIVATE NIBBLE_CUDA_PORTABLE)
+    else()
+      target_sources(${host} PRIVATE ${PROJECT_SOURCE_DIR}/src/backends/cuda/tune.cpp)
     endif()
     set(plugin ${PROJECT_BINARY_DIR}/libnibble_${name}.so)
     add_custom_command(

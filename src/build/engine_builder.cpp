@@ -2,10 +2,12 @@
 #include "build/engine_builder.h"
 
 #include <algorithm>
+#include <chrono>
 
 #include "base/error.h"
 #include "base/hash.h"
 #include "base/interrupt.h"
+#include "build/cuda_plugin.h"
 #include "build/engine_check.h"
 #include "build/model_loader.h"
 #include "build/tokenizer_files.h"
@@ -100,6 +102,28 @@ int default_max_num_tokens(std::string_view target, int max_batch_size) {
   return std::max(target.starts_with("cuda") ? 2048 : 512, max_batch_size);
 }
 
+namespace {
+
+/// Lets the backend measure its kernels where this machine has it; says so where it has not.
+void tune(EnginePlan& plan, Progress& progress) {
+  if (plan.target != "cuda:sm_90" || plan.linear_layout != WeightLayout::kCudaInt4) return;
+  const auto start = std::chrono::steady_clock::now();
+  try {
+    plan.tactics = open_cuda_backend(plan.target)->tune(plan.spec, plan.limits.max_num_tokens);
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::kDevice) throw;
+    progress.note(fmt::format(
+        "kernels are chosen by built-in rules; they can only be measured on the GPU: {}",
+        error.what()));
+    return;
+  }
+  const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+  progress.note(fmt::format("measured kernels for {} sizes in {:.1f} s (config.json, tactics)",
+                            plan.tactics.size(), time.count()));
+}
+
+}  // namespace
+
 EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options) {
   EnginePlan plan;
   plan.nibble_version = NIBBLE_VERSION;
@@ -149,7 +173,8 @@ EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options) 
 
 void build_engine(const fs::path& model_dir, const WeightSource& source,
                   const BuildOptions& options, const fs::path& out, Progress& progress) {
-  const EnginePlan plan = plan_engine(source, options);
+  EnginePlan plan = plan_engine(source, options);
+  if (options.tune) tune(plan, progress);
   AtomicDirectory directory = AtomicDirectory::create(out);
   std::vector<SafetensorsWriter::Declaration> tensors = declarations(source, plan);
   const auto total = static_cast<int64_t>(tensors.size());

@@ -18,6 +18,7 @@ struct BuildOptions {
   KvFormat kv_format = KvFormat::kInt8Dynamic;
   int kv_block_tokens = 32;                                 // cuda: 64 always
   std::optional<ActivationPrecision> activation_precision;  // default: by target
+  bool tune = true;                       // build_engine(): measure kernels where there are choices
   std::optional<fs::path> tokenizer_dir;  // when the checkpoint directory has no tokenizer
 };
 

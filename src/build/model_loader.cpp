@@ -36,6 +36,7 @@ namespace {
 void open_backend(LoadedModel& model, const LoadOptions& options) {
   model.backend =
       make_backend(model.plan.target, model.plan.activation_precision, options.num_threads);
+  model.backend->use_tactics(model.plan.tactics);
 }
 
 void load_weights(LoadedModel& model, const LoadOptions& options) {

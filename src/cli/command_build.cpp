@@ -49,6 +49,7 @@ int run_build(const BuildFlags& flags) {
   if (flags.max_num_tokens > 0) options.limits.max_num_tokens = flags.max_num_tokens;
   options.kv_format = kv_format_from_name(flags.kv_cache);
   options.activation_precision = activation_precision_from_flag(flags.activations);
+  options.tune = !flags.no_tune;
   if (!flags.tokenizer.empty()) options.tokenizer_dir = flags.tokenizer;
   const fs::path tokenizer_source = options.tokenizer_dir.value_or(flags.checkpoint);
   if (tokenizer_source.empty() ||

@@ -42,6 +42,7 @@ struct BuildFlags {
   std::string kv_cache = "int8";  // int8 | int8-static | f16
   std::string activations;        // f32 | int8; empty: by target
   std::string tokenizer;          // directory
+  bool no_tune = false;
 };
 
 struct SamplingFlags {

@@ -270,6 +270,9 @@ class Parser {
                "feed int4 linears with exact activations, or int8 per group; default by target");
     c->add_option("--tokenizer", f.tokenizer,
                   "directory with tokenizer.json when the checkpoint has none");
+    c->add_flag("--no-tune", f.no_tune,
+                "choose kernels by built-in rules instead of measuring them (cuda:sm_90): two "
+                "builds then give the same bits");
   }
 
   void add_run_flags(CLI::App* c, RunFlags& f) {

@@ -20,6 +20,7 @@
 #include <span>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "ops/operands.h"
 
@@ -63,6 +64,15 @@ class Backend {
   virtual size_t act_bytes() const = 0;  // bytes of one activation element
   /// Scratch the ops need for steps up to these sizes; called once before the first op.
   virtual void reserve(const ModelSpec& spec, const EngineLimits& limits, int max_logit_rows) = 0;
+
+  /// Measures which kernel serves each of the model's int4 matrices best on this device, up to
+  /// `max_rows` rows of activations. Empty where there is nothing to choose.
+  virtual std::vector<LinearTactic> tune(const ModelSpec& spec, int max_rows) {
+    (void)spec, (void)max_rows;
+    return {};
+  }
+  /// What tune() found, before the first op. Throws Error{kInput} for what it cannot have found.
+  virtual void use_tactics(std::span<const LinearTactic> tactics) { (void)tactics; }
 
   // Memory
   // ------------------------------------------------------------------------------------------

@@ -79,6 +79,15 @@ ActivationPrecision activation_precision_from_name(std::string_view name) {
 }
 
 json::object EnginePlan::to_json() const {
+  json::array measured;
+  for (const LinearTactic& t : tactics) {
+    measured.push_back({{"out_features", t.out_features},
+                        {"in_features", t.in_features},
+                        {"max_rows", t.max_rows},
+                        {"kernel", t.kernel},
+                        {"tactic", t.tactic},
+                        {"microseconds", t.microseconds}});
+  }
   return {
       {"format_version", kFormatVersion},
       {"nibble_version", nibble_version},
@@ -98,8 +107,36 @@ json::object EnginePlan::to_json() const {
       {"group_size", group_size},
       {"kv_format", kv_format_name(kv_format)},
       {"kv_block_tokens", kv_block_tokens},
+      {"tactics", std::move(measured)},
   };
 }
+
+namespace {
+std::vector<LinearTactic> tactics_from_json(ObjectReader& plan) {
+  constexpr int kMax = 1 << 30;
+  const json::value* value = plan.find("tactics");
+  if (value == nullptr || !value->is_array()) {
+    fail(ErrorKind::kInput, "{}: tactics is {}; wanted an array", plan.where(),
+         value == nullptr ? "missing" : show_json(*value));
+  }
+  std::vector<LinearTactic> tactics;
+  for (const json::value& entry : value->get_array()) {
+    const std::string where = fmt::format("{}, tactics[{}]", plan.where(), tactics.size());
+    if (!entry.is_object()) {
+      fail(ErrorKind::kInput, "{} is {}; wanted an object", where, show_json(entry));
+    }
+    ObjectReader in(entry.get_object(), where);
+    tactics.push_back({.out_features = in.integer("out_features", 1, kMax),
+                       .in_features = in.integer("in_features", 1, kMax),
+                       .max_rows = in.integer("max_rows", 1, kMax),
+                       .kernel = in.string("kernel"),
+                       .tactic = in.integer("tactic", 0, kMax),
+                       .microseconds = in.number("microseconds")});
+    in.refuse_unknown_keys();
+  }
+  return tactics;
+}
+}  // namespace
 
 EnginePlan EnginePlan::from_json(const json::object& object, std::string_view what) {
   constexpr int kMax = 1 << 30;
@@ -132,6 +169,7 @@ EnginePlan EnginePlan::from_json(const json::object& object, std::string_view wh
   plan.group_size = in.integer("group_size", 1, 1 << 20);
   plan.kv_format = kv_format_from_name(in.string("kv_format"));
   plan.kv_block_tokens = in.integer("kv_block_tokens", 1, 1 << 20);
+  plan.tactics = tactics_from_json(in);
   in.refuse_unknown_keys();
   return plan;
 }

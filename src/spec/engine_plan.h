@@ -54,8 +54,19 @@ struct EngineLimits {
   bool operator==(const EngineLimits&) const = default;
 };
 
+/// The kernel that was measured fastest for an int4 matrix. Of entries with one shape, the first
+/// whose max_rows suffices counts.
+struct LinearTactic {
+  int out_features = 0, in_features = 0;  // as packed: gate and up are one matrix
+  int max_rows = 0;                       // of activations
+  std::string kernel;                     // "small", "wgmma"
+  int tactic = 0;                         // a variant of it (backends/cuda/kernels.h)
+  double microseconds = 0;                // what it took for max_rows
+  bool operator==(const LinearTactic&) const = default;
+};
+
 struct EnginePlan {
-  static constexpr int kFormatVersion = 3;
+  static constexpr int kFormatVersion = 4;
   std::string nibble_version;
   std::string target =
       "ref";  // "ref", "cpu:avx512", "cpu:avx2", "cpu:generic", "cuda:sm_90", "cuda:portable"
@@ -69,6 +80,7 @@ struct EnginePlan {
   int group_size = 128;
   KvFormat kv_format = KvFormat::kInt8Dynamic;
   int kv_block_tokens = 32;
+  std::vector<LinearTactic> tactics;  // empty: not measured, the backend has rules of its own
 
   json::object to_json() const;
   static EnginePlan from_json(const json::object& object,

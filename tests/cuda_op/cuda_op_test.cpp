@@ -1,6 +1,7 @@
 // The cuda backend's ops against the reference, with the tolerances bf16 leaves, and which of them
 // keep the seam's bitwise invariant. Skipped where the plugin finds no GPU.
 // SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <limits>
@@ -10,6 +11,7 @@
 #include "base/error.h"
 #include "bench/op_cases.h"
 #include "build/cuda_plugin.h"
+#include "formats/synthetic.h"
 #include "ops/cpu_test_util.h"
 #include "pack/cuda_int4.h"
 
@@ -180,6 +182,57 @@ TEST_P(CudaOps, LinearsMatchReference) {
     }
   }
   EXPECT_GT(fused_cases, 10);
+}
+
+// Whatever tune() finds fastest here, and any other tactic it could have found, serves its shape.
+TEST_P(CudaOps, TunedLinearsMatchReference) {
+  const ModelSpec spec = synthetic_shape("nano-like").spec;
+  const std::vector<LinearTactic> found = cuda_->tune(spec, 200);
+  EXPECT_EQ(found.empty(), portable());
+  const auto check = [&](const LinearTactic& t) {
+    const bool gate_up = t.out_features == 2 * spec.ffn_size;
+    const LinearCase c{.layout = WeightLayout::kCpuInt4,
+                       .out_features = gate_up ? spec.ffn_size : t.out_features,
+                       .in_features = t.in_features,
+                       .group_size = 128,
+                       .rows = t.max_rows,
+                       .add = !gate_up && t.out_features == spec.hidden_size,
+                       .gate_up = gate_up,
+                       .seed = 6};
+    const std::vector<float> x =
+        normal(static_cast<size_t>(c.rows) * static_cast<size_t>(c.in_features), 8);
+    const Weights host(*reference_, c, WeightLayout::kInt4Portable),
+        weights(*cuda_, c, WeightLayout::kCudaInt4, gate_up);
+    cuda_->use_tactics({});
+    const std::vector<float> by_rules = run(*cuda_, c, weights, x, c.rows);
+    cuda_->use_tactics({&t, 1});
+    const std::vector<float> want = run(*reference_, c, host, x, c.rows),
+                             got = run(*cuda_, c, weights, x, c.rows);
+    const auto name = [&] { return fmt::format("{} {} {}", c.name(), t.kernel, t.tactic); };
+    EXPECT_LT(rms_error(got, want), 0.012) << name();
+    EXPECT_LT(rms_error(got, by_rules), 0.006) << name();
+  };
+  for (LinearTactic t : found) {
+    EXPECT_GT(t.microseconds, 0);
+    check(t);
+    if (t.max_rows > 8) {
+      for (const int tactic : {211, 213, 222, 411, 421}) {
+        t.kernel = "wgmma";
+        t.tactic = tactic;
+        check(t);
+      }
+    }
+    if (t.max_rows <= 16) {
+      for (const int tactic : {1, 13, 22}) {
+        t.kernel = "small";
+        t.tactic = tactic;
+        check(t);
+      }
+    }
+  }
+  LinearTactic unknown{.out_features = 128, .in_features = 128, .max_rows = 4, .kernel = "wgmma"};
+  if (!portable()) EXPECT_THROW(cuda_->use_tactics({&unknown, 1}), Error);
+  cuda_->use_tactics({});
 }
 
 TEST_P(CudaOps, DenseRowsDoNotDependOnTheBatch) {

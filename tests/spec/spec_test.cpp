@@ -433,6 +433,12 @@ EnginePlan some_plan() {
   plan.group_size = 64;
   plan.kv_format = KvFormat::kInt8Static;
   plan.kv_block_tokens = 16;
+  plan.tactics = {{.out_features = 6144,
+                   .in_features = 5120,
+                   .max_rows = 16,
+                   .kernel = "wgmma",
+                   .tactic = 421,
+                   .microseconds = 9.64}};
   return plan;
 }
 
@@ -468,10 +474,15 @@ TEST(EnginePlan, RefusalsNameTheNearest) {
               HasSubstr("\"cuda-int4\""));
   EXPECT_THAT(read([](json::object& o) { o.erase("kv_format"); }).message,
               HasSubstr("kv_format is missing"));
+  EXPECT_THAT(read([](json::object& o) { o["tactics"] = "none"; }).message,
+              HasSubstr("tactics is \"none\"; wanted an array"));
+  EXPECT_THAT(
+      read([](json::object& o) { o["tactics"].as_array()[0].as_object().erase("tactic"); }).message,
+      HasSubstr("tactics[0]: tactic is missing"));
   EXPECT_THAT(read([](json::object& o) { o["tp_rank"] = 2; }).message, HasSubstr("tp_rank is 2"));
   const Caught version = read([](json::object& o) { o["format_version"] = 1; });
   EXPECT_EQ(version.kind, ErrorKind::kUnsupported);
-  EXPECT_THAT(version.message, HasSubstr("format_version is 1; this nibble reads 3"));
+  EXPECT_THAT(version.message, HasSubstr("format_version is 1; this nibble reads 4"));
 }
 
 TEST(Nearest, EditDistance) {

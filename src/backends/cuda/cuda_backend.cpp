@@ -13,6 +13,7 @@
 #include "backends/cuda/generic.h"
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/runtime.h"
+#include "backends/cuda/tune.h"
 #include "backends/cuda/variant.h"
 #include "base/error.h"
 
@@ -109,6 +110,18 @@ class CudaBackend final : public Backend {
                      stream_);
       }
     }
+  }
+
+  std::vector<LinearTactic> tune(const ModelSpec& spec, int max_rows) override {
+    flush();
+    if constexpr (kPortable) {
+      return {};  // its sums must not depend on the number of rows
+    } else {
+      return tune_linears(*this, spec, max_rows, device_.num_sms, linear_workspace_, stream_);
+    }
+  }
+  void use_tactics(std::span<const LinearTactic> tactics) override {
+    if constexpr (!kPortable) tactics_.set(tactics);
   }
 
   // Memory
@@ -707,7 +720,7 @@ class CudaBackend final : public Backend {
     if constexpr (kPortable) {
       check(portable_linear(args, stream_), "int4 linear");
     } else {
-      check(cuda::linear(args, stream_), "int4 linear");
+      check(tactics_.linear(args, stream_), "int4 linear");
     }
   }
 
@@ -777,6 +790,7 @@ class CudaBackend final : public Backend {
   void* marks_[kNumMarks] = {};  // events
   int next_mark_ = 0;
   int max_logit_rows_ = 0;
+  TacticTable tactics_;
   std::unordered_map<uint64_t, void*> graphs_;  // null: seen once
   std::optional<RopeStore> put_off_;
   std::optional<ResidualLinear> put_off_linear_;

@@ -39,7 +39,7 @@ size_t linear_workspace_bytes(int num_sms) {
   return static_cast<size_t>(num_sms) * kPieceFloats * sizeof(float);
 }
 
-// Measured on H100 and H200 (docs/performance.md); the plan's tuner will replace this table.
+// Measured on H100 and H200 (docs/performance.md). tune.cpp finds better ones for a device.
 int linear(const LinearArgs& args, void* stream) {
   LinearArgs a = args;
   a.tactic = -1;

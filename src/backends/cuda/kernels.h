@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "ops/sample_operands.h"
 
@@ -70,11 +71,18 @@ struct WgmmaTactic {
   static WgmmaTactic decode(int tactic) { return {tactic / 100, tactic / 10 % 10, tactic % 10}; }
 };
 WgmmaTactic wgmma_tactic(const LinearArgs& args);
+// Those that differ for this shape; all of them give the same sums up to their order.
+std::vector<WgmmaTactic> wgmma_tactics(const LinearArgs& args);
 int linear_wgmma_box_rows(int tokens);  // of x_map
 int linear_wgmma(const LinearArgs& args, void* stream);
 
-// The kernel measured best for the shape (docs/kernels.md); x_map has linear_wgmma_box_rows.
+// By shape, from what was measured on an H200 (docs/kernels.md); x_map has linear_wgmma_box_rows.
 int linear(const LinearArgs& args, void* stream);
+
+// random.cu, for measuring: packed int4 weights of `blocks` blocks (layout.h), q uniform in -8..7
+// and scales about 1/64; bf16 values uniform in -1..1.
+int fill_random_int4(void* blocks, int64_t num_blocks, uint64_t seed, void* stream);
+int fill_random_bf16(void* values, int64_t count, uint64_t seed, void* stream);
 
 // portable/linear.cu: any M, sm_80 and newer. A tactic as one printable number: tokens of a tile
 // (8, 16, 32, 64), then two digits of parts of k, then 1 where every part has its own CTA.

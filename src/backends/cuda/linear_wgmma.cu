@@ -450,6 +450,27 @@ WgmmaTactic wgmma_tactic(const LinearArgs& args) {
   return {row_blocks, 1, split};
 }
 
+std::vector<WgmmaTactic> wgmma_tactics(const LinearArgs& args) {
+  const int tile = tile_tokens(args.tokens);
+  const int64_t tiles128 = (args.rows + 127) / 128;
+  const int64_t token_tiles = (args.tokens + tile - 1) / tile;
+  const auto groups = static_cast<int>((args.k + 127) / 128);
+  std::vector<WgmmaTactic> all;
+  for (const int row_blocks : {2, 4}) {
+    if (row_blocks == 4 && tiles128 % 2) continue;
+    const int64_t row_tiles = tiles128 * 2 / row_blocks;
+    for (const int cluster : {1, 2}) {
+      if (row_tiles % cluster) continue;
+      for (int split = 1; split <= std::min(kMaxSplit, groups); ++split) {
+        const bool resident = row_tiles / cluster * token_tiles * split <= args.num_sms / cluster;
+        if (split > 1 && !resident) break;  // launch() would take fewer
+        all.push_back({row_blocks, cluster, split});
+      }
+    }
+  }
+  return all;
+}
+
 int linear_wgmma(const LinearArgs& args, void* stream) {
   if (args.tokens < 1 || args.k % 8 || args.rows % 8) return cudaErrorInvalidValue;
   WgmmaTactic t = args.tactic < 0 ? wgmma_tactic(args) : WgmmaTactic::decode(args.tactic);

@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "backends/cuda/tune.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <functional>
+
+#include "backends/cuda/device_memory.h"
+#include "backends/cuda/layout.h"
+
+namespace nibble::cuda {
+namespace {
+
+constexpr const char *kSmall = "small", *kWgmma = "wgmma";
+constexpr int kMaxSmallRows = 16, kMaxEarly = 3;
+constexpr int64_t kTurnBytes = int64_t{256}
+                               << 20;  // weights that take turns; L2 holds 50 ... 60 MB
+constexpr double kReplaySeconds = 2e-3;
+constexpr int kReplays = 7;
+
+// A small kernel's number: SmallTactic, then how much it asks for before its dependency is met.
+int encode(SmallTactic tactic, int early) { return static_cast<int>(tactic) * 10 + early; }
+
+void choose(LinearArgs& args, const LinearTactic& t) {
+  const bool small = t.kernel == kSmall;
+  args.tactic = small ? t.tactic / 10 : t.tactic;
+  args.early = small ? t.tactic % 10 : 0;
+}
+int launch(const LinearArgs& args, const LinearTactic& t, void* stream) {
+  return t.kernel == kSmall ? linear_small(args, stream) : linear_wgmma(args, stream);
+}
+
+struct Matrix {
+  int64_t rows, k;  // as packed
+  Epilogue epilogue;
+};
+
+/// One matrix shape on the device: weights that take turns, inputs and outputs for max_rows.
+class Bench {
+ public:
+  Bench(Backend& backend, const Matrix& matrix, int max_rows, int num_sms, void* workspace,
+        void* stream)
+      : matrix_(matrix),
+        shape_{matrix.rows, matrix.k},
+        copies_(
+            std::max<int64_t>(2, (kTurnBytes + shape_.packed_bytes() - 1) / shape_.packed_bytes())),
+        weights_(backend.alloc(static_cast<size_t>(copies_ * shape_.packed_bytes()))),
+        x_(backend.alloc(static_cast<size_t>(max_rows * matrix.k * 2))),
+        out_(backend.alloc(static_cast<size_t>(max_rows * matrix.rows * 2))),
+        num_sms_(num_sms),
+        workspace_(workspace),
+        stream_(stream) {
+    check(fill_random_int4(weights_.data(),
+                           copies_ * shape_.packed_bytes() / cuda_layout::kBlockBytes, 1, stream),
+          "filling weights");
+    check(fill_random_bf16(x_.data(), max_rows * matrix.k, 2, stream), "filling activations");
+    check(memory_fill(out_.data(), 0, static_cast<size_t>(max_rows * matrix.rows * 2), stream),
+          "clearing outputs");
+  }
+
+  LinearTactic best(int rows) {
+    check(make_tensor_map(&map_, x_.data(), rows, matrix_.k, matrix_.k * 2,
+                          linear_wgmma_box_rows(rows)),
+          "making a tensor map");
+    LinearTactic best{.out_features = static_cast<int>(matrix_.rows),
+                      .in_features = static_cast<int>(matrix_.k),
+                      .max_rows = rows,
+                      .kernel = {},
+                      .tactic = 0,
+                      .microseconds = INFINITY};
+    const auto consider = [&](const char* kernel, int tactic) {
+      LinearTactic t = best;
+      t.kernel = kernel;
+      t.tactic = tactic;
+      t.microseconds = time(t);
+      if (t.microseconds < best.microseconds) best = t;
+    };
+    if (rows <= kMaxSmallRows) {
+      for (const SmallTactic tactic :
+           {SmallTactic::kWhole64, SmallTactic::kStream64, SmallTactic::kStream128}) {
+        for (int early = 1; early <= kMaxEarly; ++early) consider(kSmall, encode(tactic, early));
+      }
+    }
+    // Up to 8 rows norms may be left to the linears around them, which only the small kernel does.
+    if (!linear_fuses_norm(rows, 0)) {
+      for (const WgmmaTactic& tactic : wgmma_tactics(args(rows, 0))) {
+        consider(kWgmma, tactic.encode());
+      }
+    }
+    best.microseconds = std::round(best.microseconds * 100) / 100;
+    return best;
+  }
+
+ private:
+  LinearArgs args(int rows, int64_t copy) const {
+    return {.weights = weights_.as<std::byte>() + copy % copies_ * shape_.packed_bytes(),
+            .rows = matrix_.rows,
+            .k = matrix_.k,
+            .tokens = rows,
+            .x = x_.data(),
+            .x_stride = matrix_.k,
+            .x_map = &map_,
+            .out = out_.data(),
+            .residual = matrix_.epilogue == Epilogue::kResidual ? out_.data() : nullptr,
+            .out_scale = nullptr,
+            .epilogue = matrix_.epilogue,
+            .next = nullptr,
+            .next_weight = nullptr,
+            .next_squares = nullptr,
+            .squares = nullptr,
+            .eps = 0,
+            .workspace = workspace_,
+            .num_sms = num_sms_,
+            .dependent = true,
+            .tactic = 0,
+            .early = 0,
+            .trace = nullptr};
+  }
+
+  void launches(const LinearTactic& t, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) {
+      LinearArgs a = args(t.max_rows, i);
+      choose(a, t);
+      check(launch(a, t, stream_), "measuring a kernel");
+    }
+  }
+  static double seconds(const std::function<void()>& what) {
+    const auto start = std::chrono::steady_clock::now();
+    what();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+
+  /// Median of replays, microseconds a launch.
+  double time(const LinearTactic& t) const {
+    launches(t, copies_);  // compiles nothing, but the first launch of a kernel loads it
+    check(stream_sync(stream_), "measuring a kernel");
+    const double rough = seconds([&] {
+      launches(t, copies_);
+      check(stream_sync(stream_), "measuring a kernel");
+    });
+    const auto turns = static_cast<int64_t>(kReplaySeconds / rough);
+    const int64_t count = copies_ * std::clamp<int64_t>(turns, 1, 16);
+    void* graph = nullptr;
+    check(capture_begin(stream_), "beginning a graph");
+    launches(t, count);
+    check(capture_end(stream_, &graph), "ending a graph");
+    std::vector<double> times;
+    for (int replay = 0; replay < kReplays; ++replay) {
+      times.push_back(seconds([&] {
+        check(graph_launch(graph, stream_), "launching a graph");
+        check(stream_sync(stream_), "measuring a kernel");
+      }));
+    }
+    graph_destroy(graph);
+    std::ranges::nth_element(times, times.begin() + kReplays / 2);
+    return times[kReplays / 2] / static_cast<double>(count) * 1e6;
+  }
+
+  const Matrix matrix_;
+  const cuda_layout::Shape shape_;
+  const int64_t copies_;
+  const Buffer weights_, x_, out_;
+  const int num_sms_;
+  void* const workspace_;
+  void* const stream_;
+  TensorMap map_;
+};
+
+}  // namespace
+
+std::vector<LinearTactic> tune_linears(Backend& backend, const ModelSpec& spec, int max_rows,
+                                       int num_sms, void* workspace, void* stream) {
+  // Sizes at which a kernel's tiles change, and some between.
+  constexpr int kRows[] = {1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048};
+  const Matrix matrices[] = {{spec.qkv_size(), spec.hidden_size, Epilogue::kPlain},
+                             {spec.hidden_size, spec.q_size(), Epilogue::kResidual},
+                             {2 * int64_t{spec.ffn_size}, spec.hidden_size, Epilogue::kSiluMul},
+                             {spec.hidden_size, spec.ffn_size, Epilogue::kResidual}};
+  std::vector<LinearTactic> found;
+  for (const Matrix& matrix : matrices) {
+    const auto same = [&](const LinearTactic& t) {
+      return t.out_features == matrix.rows && t.in_features == matrix.k;
+    };
+    if (std::ranges::any_of(found, same)) continue;
+    const int most = std::min(max_rows, kRows[std::size(kRows) - 1]);
+    Bench bench(backend, matrix, most, num_sms, workspace, stream);
+    for (const int rows : kRows) {
+      if (rows <= most) found.push_back(bench.best(rows));
+    }
+    check(stream_sync(stream), "measuring kernels");  // before the memory goes
+  }
+  return found;
+}
+
+void TacticTable::set(std::span<const LinearTactic> tactics) {
+  for (const LinearTactic& t : tactics) {
+    const WgmmaTactic w = WgmmaTactic::decode(t.tactic);
+    const bool known = t.kernel == kSmall
+                           ? t.max_rows <= kMaxSmallRows && t.tactic % 10 >= 1 &&
+                                 t.tactic % 10 <= kMaxEarly &&
+                                 t.tactic / 10 <= static_cast<int>(SmallTactic::kStream128)
+                           : t.kernel == kWgmma && !linear_fuses_norm(t.max_rows, 0) &&
+                                 (w.row_blocks == 2 || w.row_blocks == 4) &&
+                                 (w.cluster == 1 || w.cluster == 2) && w.split >= 1 && w.split <= 8;
+    if (!known) {
+      fail(ErrorKind::kInput,
+           "the engine's tactic for {} x {}, up to {} rows, is {} {}, which cuda:sm_90 does not "
+           "have; build the engine again",
+           t.out_features, t.in_features, t.max_rows, t.kernel, t.tactic);
+    }
+  }
+  tactics_.assign(tactics.begin(), tactics.end());
+}
+
+int TacticTable::linear(const LinearArgs& args, void* stream) const {
+  for (const LinearTactic& t : tactics_) {
+    if (t.out_features != args.rows || t.in_features != args.k || t.max_rows < args.tokens)
+      continue;
+    LinearArgs a = args;
+    choose(a, t);
+    return launch(a, t, stream);
+  }
+  return cuda::linear(args, stream);
+}
+
+}  // namespace nibble::cuda
