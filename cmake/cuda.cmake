@@ -5,8 +5,8 @@
 
 # What program and plugin must agree on to the byte: the seam's headers. The program needs the hash
 # also where no plugin is built.
-set(seam_headers src/ops/backend.h src/ops/operands.h src/ops/sample_operands.h src/ops/plugin_abi.h
-    src/spec/engine_plan.h src/spec/model_spec.h src/base/error.h)
+set(seam_headers src/ops/backend.h src/ops/calibration_ops.h src/ops/operands.h src/ops/sample_operands.h src/ops/plugin_abi.h
+    src/spec/dtype.h src/spec/engine_plan.h src/spec/model_spec.h src/base/error.h)
 set(seam_text "")
 foreach(header ${seam_headers})
   file(SHA256 ${PROJECT_SOURCE_DIR}/${header} hash)

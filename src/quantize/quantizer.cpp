@@ -13,7 +13,9 @@
 #include "base/hash.h"
 #include "base/interrupt.h"
 #include "formats/checkpoint_writer.h"
+#include "quantize/device_layer.h"
 #include "quantize/drift.h"
+#include "quantize/input_groups.h"
 #include "quantize/layer_stream.h"
 #include "quantize/resume.h"
 
@@ -23,20 +25,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-// Linears that read one input are searched together.
-struct InputGroup {
-  Tap tap;
-  std::vector<WeightRole> roles;
-};
-const std::vector<InputGroup>& input_groups() {
-  static const std::vector<InputGroup> groups = {
-      {Tap::kQkvInput, {WeightRole::kQkv}},
-      {Tap::kOInput, {WeightRole::kO}},
-      {Tap::kGateUpInput, {WeightRole::kGate, WeightRole::kUp}},
-      {Tap::kDownInput, {WeightRole::kDown}}};
-  return groups;
 }
 
 void check_options(const WeightSource& source, const QuantizeOptions& options) {
@@ -66,17 +54,6 @@ bool corrects_drift(const QuantizeOptions& options) {
   return options.method == QuantizeMethod::kAwq && options.sequential && options.correct_drift;
 }
 
-InputReport describe(const awq::InputStatistics& input) {
-  std::vector<float> sorted = input.mean_abs();
-  const auto middle = sorted.begin() + static_cast<int64_t>(sorted.size() / 2);
-  std::nth_element(sorted.begin(), middle, sorted.end());
-  const auto loudest = std::max_element(input.mean_abs().begin(), input.mean_abs().end());
-  return {.max_abs = input.max_abs(),
-          .median_channel = *middle,
-          .loudest_channel_mean = *loudest,
-          .loudest_channel = loudest - input.mean_abs().begin()};
-}
-
 class Quantizer {
  public:
   Quantizer(const WeightSource& source, Backend* backend, const CalibrationData* calibration,
@@ -92,6 +69,12 @@ class Quantizer {
     }
     if (!needs_calibration(options)) return;
     NIBBLE_CHECK(backend != nullptr && calibration != nullptr);
+    if (backend->calibration_ops() != nullptr) {
+      device_ = std::make_unique<DeviceLayers>(*backend, source, *calibration, options);
+      report_.num_calibration_tokens = device_->num_tokens();
+      stream_passes_ = searches(options) && options.sequential ? 2 : 1;
+      return;
+    }
     stream_ = std::make_unique<LayerStream>(*backend, source, calibration->sequences,
                                             options.calib_batch, options.max_step_tokens);
     report_.num_calibration_tokens = stream_->num_tokens();
@@ -105,7 +88,7 @@ class Quantizer {
   QuantizeReport run(const fs::path& directory, const CheckpointOptions& checkpoint) {
     const Clock::time_point start = Clock::now();
     const int layers = source_.spec().num_layers;
-    units_per_layer_ = 100 * (stream_ ? stream_passes_ : 0) + 100;
+    units_per_layer_ = 100 * stream_passes_ + 100;
     if (resume_ && resume_->layers_done() > 0) {
       report_.layers_continued = resume_->layers_done();
       progress_.note(fmt::format("continuing after layer {} of {}: an earlier run got that far",
@@ -171,6 +154,10 @@ class Quantizer {
   }
 
   void process_layer() {
+    if (device_) {
+      done_ = device_->next([&](int pass, int64_t done, int64_t total) { tick(pass, done, total); });
+      if (searches(options_)) return;
+    }
     std::map<Tap, awq::InputStatistics> statistics;
     std::unique_ptr<StreamedLayer> streamed;
     if (stream_) {
@@ -253,7 +240,7 @@ class Quantizer {
             const awq::InputStatistics& input) {
     const auto [least, most] =
         std::minmax_element(linear.pre_scale.begin(), linear.pre_scale.end());
-    done_.reports.push_back({row(role).name, search, describe(input), *least, *most});
+    done_.reports.push_back({row(role).name, search, describe_input(input.mean_abs(), input.max_abs()), *least, *most});
     done_.linears[role] = std::move(linear);
   }
 
@@ -275,7 +262,8 @@ class Quantizer {
     const int64_t hidden = spec.hidden_size;
     std::map<Tap, std::vector<float>> dense;  // of one step: what the unquantized model has there
     std::vector<float> residual;              // [rows, hidden] that the stream lacks
-    const auto hear = [&](Tap tap, const float* x, int rows, int cols) {
+    const auto hear = [&](Tap tap, const void* act, int rows, int cols) {
+      const auto* x = static_cast<const float*>(act);
       if (tap == Tap::kRotatedQkv) {
         for (int64_t r = 0; r < rows; ++r) {
           range(x + r * cols + spec.q_size(), spec.kv_size(), k_max);
@@ -301,7 +289,8 @@ class Quantizer {
       if (dense_stream_) {
         dense_stream_->run_step(
             step, layer_, layer.weights(),
-            [&](Tap tap, const float* x, int rows, int cols) {
+            [&](Tap tap, const void* act, int rows, int cols) {
+              const auto* x = static_cast<const float*>(act);
               if (tap != Tap::kRotatedQkv) dense[tap].assign(x, x + int64_t{rows} * cols);
             },
             /*keep=*/true);
@@ -346,6 +335,7 @@ class Quantizer {
   Progress& progress_;
   ThreadPool pool_;
   std::map<std::pair<int, WeightRole>, WeightRow> rows_;
+  std::unique_ptr<DeviceLayers> device_;  // where the backend has calibration ops; else:
   std::unique_ptr<LayerStream> stream_;
   std::unique_ptr<LayerStream> dense_stream_;  // the unquantized model, to correct drift
   int stream_passes_ = 0;                      // over the tokens, per layer
@@ -428,7 +418,9 @@ QuantizeReport quantize(const fs::path& directory, const WeightSource& source, B
     for (const std::string& sentence : calibration->notices()) progress.note(sentence);
   }
   std::optional<ResumeFolder> resume;
-  if (!options.resume_directory.empty()) {
+  // What flows through the layers stays in a device's memory, and the whole run takes minutes there.
+  const bool on_host = backend == nullptr || backend->calibration_ops() == nullptr;
+  if (!options.resume_directory.empty() && on_host) {
     resume = ResumeFolder::open(options.resume_directory,
                                 fingerprint(source, backend, calibration, options, facts));
   }
