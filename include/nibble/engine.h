@@ -85,7 +85,8 @@ class Engine {
   virtual ~Engine() = default;  // stop()
 
   /// Throws Error{kLimit} when prompt or max_tokens exceed the engine's limits (named in the
-  /// message) and Error{kInput} for parameters out of range; nothing was queued then.
+  /// message), Error{kInput} for parameters out of range and Error{kUnsupported} for a constraint
+  /// where there are none; nothing was queued then.
   [[nodiscard]] virtual Submitted submit(Request request) = 0;
   /// submit() with a slot taken before; never kQueueFull.
   [[nodiscard]] virtual Submitted submit(Request request, QueueSlot slot) = 0;
@@ -100,6 +101,8 @@ class Engine {
   virtual EngineStats stats() const = 0;
   virtual bool healthy() const = 0;
   virtual std::string failure() const = 0;  // why the engine is not healthy; empty when it is
+
+  virtual bool supports_constraints() const = 0;  // SamplingParams::constraint
 
   virtual int max_input_len() const = 0;   // prompt tokens
   virtual int max_output_len() const = 0;  // generated tokens

@@ -5,12 +5,15 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include "nibble/constraint.h"
 
 namespace nibble {
 
@@ -34,6 +37,10 @@ struct SamplingParams {
   int logprobs = -1;         // -1: none; k: the drawn token's and the k best, k <= kMaxTopLogprobs
   int prompt_logprobs = -1;  // the same for the prompt's tokens (echo); turns prefix reuse off
   int n = 1;                 // choices; they share one prefill
+  /// Structured output: only ids that fit are drawn, and an end-of-sequence id only where the
+  /// answer may end. Where it must end, one is drawn whatever ignore_eos and min_tokens say. Null:
+  /// none.
+  std::shared_ptr<const TokenConstraint> constraint;
 };
 
 inline constexpr int kMaxTopLogprobs = 20;

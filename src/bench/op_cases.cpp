@@ -11,6 +11,8 @@
 
 #include "base/error.h"
 #include "base/half.h"
+#include "pack/int8.h"
+#include "spec/weight_table.h"
 
 namespace nibble::ops {
 namespace {
@@ -22,13 +24,9 @@ uint64_t mix(uint64_t x) {  // splitmix64
   return x ^ (x >> 31);
 }
 
-bool is_int4(WeightLayout layout) {
-  return layout == WeightLayout::kInt4Portable || layout == WeightLayout::kCpuInt4 ||
-         layout == WeightLayout::kCudaInt4;
-}
-
 double weight_bytes(WeightLayout layout, double n, double k, int group) {
   if (is_int4(layout)) return n * k / 2 + n * k / group * 4;
+  if (is_int8(layout)) return n * k + n * k / group * 4;
   return n * k * (layout == WeightLayout::kF32Rows ? 4 : 2);
 }
 
@@ -63,7 +61,7 @@ TestWeight::TestWeight(Backend& backend, WeightLayout layout, int out_features, 
   operand_ = {.layout = layout, .out_features = out_features, .in_features = in_features};
   const float scale = 1.0f / std::sqrt(static_cast<float>(k));
   std::vector<std::byte> bytes;
-  if (is_int4(layout)) {
+  if (is_int4(layout) || is_int8(layout)) {
     operand_.group_size = group_size;
     Int4Matrix m{
         .out_features = out_features, .in_features = in_features, .group_size = group_size};
@@ -72,13 +70,22 @@ TestWeight::TestWeight(Backend& backend, WeightLayout layout, int out_features, 
       const uint64_t bits = mix(seed ^ mix(i));
       for (size_t j = 0; j < std::min<size_t>(16, m.q.size() - i); ++j) {
         m.q[i + j] = static_cast<int8_t>(static_cast<int>(bits >> (4 * j) & 15) - 8);
+        if (is_int8(layout)) {  // all of -119..119
+          m.q[i + j] =
+              static_cast<int8_t>(static_cast<int>(mix(bits + j) % (2 * kMaxInt8 + 1)) - kMaxInt8);
+        }
       }
     }
     m.scales.resize(n * k / static_cast<size_t>(group_size));
     for (size_t i = 0; i < m.scales.size(); ++i) {
       m.scales[i] = scale * 0.2f * (1.0f + 0.5f * std::fabs(normal_value(seed + 1, i)));
     }
-    PackedLinear packed = pack_int4(m, layout);
+    if (is_int8(layout)) {
+      for (float& value : m.scales) value /= 16;
+    }
+    PackedLinear packed =
+        is_int4(layout) ? pack_int4(m, layout)
+                        : pack_int8({out_features, in_features, group_size, m.q, m.scales}, layout);
     bytes = std::move(packed.weight);
     if (!packed.scales.empty()) {
       scales_ = to_device(backend, packed.scales);
@@ -115,8 +122,9 @@ TestWeight::TestWeight(Backend& backend, WeightLayout layout, int out_features, 
 std::string LinearCase::name() const {
   return fmt::format("{} {}x{}{} rows {}{}{}", gate_up ? "gate_up" : "linear", out_features,
                      in_features,
-                     is_int4(layout) ? fmt::format(" int4 g{}", group_size)
-                                     : fmt::format(" {}", weight_layout_name(layout)),
+                     is_int4(layout)   ? fmt::format(" int4 g{}", group_size)
+                     : is_int8(layout) ? fmt::format(" int8 g{}", group_size)
+                                       : fmt::format(" {}", weight_layout_name(layout)),
                      rows, add ? " add" : "", pre_scale ? " pre_scale" : "");
 }
 double LinearCase::flops() const {
@@ -147,6 +155,21 @@ std::vector<LinearCase> linear_cases() {
                        .add = !gate_up && seed % 2 == 0,
                        .pre_scale = seed % 5 < 2,
                        .gate_up = gate_up,
+                       .seed = seed});
+      ++seed;
+    }
+  }
+  // lm_head in 8 bits; a vocabulary may be odd.
+  const int int8_shapes[][3] = {{2, 64, 64}, {17, 128, 128}, {50, 384, 64}, {131, 1024, 128}};
+  for (const auto& [n, k, group] : int8_shapes) {
+    for (const int r : {1, 2, 5, 12, 33, 200}) {
+      cases.push_back({.layout = WeightLayout::kCpuInt8,
+                       .out_features = n,
+                       .in_features = k,
+                       .group_size = group,
+                       .rows = r,
+                       .add = seed % 2 == 0,
+                       .pre_scale = seed % 5 < 2,
                        .seed = seed});
       ++seed;
     }

@@ -22,7 +22,7 @@ void fill_normal(std::vector<float>& out, uint64_t seed, float scale = 1.0f);
 /// A weight of random values in one layout, owning its host memory, imported into a backend.
 class TestWeight {
  public:
-  /// layout: dense or int4. Int4: q uniform in [-8, 7], scales positive.
+  /// Int4: q uniform in [-8, 7], int8: in [-119, 119]; scales positive.
   TestWeight(Backend& backend, WeightLayout layout, int out_features, int in_features,
              int group_size, uint64_t seed, bool pre_scale);
   const LinearOperand& operand() const { return operand_; }
@@ -36,7 +36,7 @@ class TestWeight {
 };
 
 struct LinearCase {
-  WeightLayout layout = WeightLayout::kCpuInt4;  // kCpuInt4 stands for "the backend's int4"
+  WeightLayout layout = WeightLayout::kCpuInt4;  // kCpuInt4, kCpuInt8: the backend's int4, int8
   int out_features = 0, in_features = 0, group_size = 0;
   int rows = 1;
   bool add = false, pre_scale = false;

@@ -73,6 +73,14 @@ void plan_cuda(EnginePlan& plan, const BuildOptions& options) {
   plan.activation_precision = ActivationPrecision::kBf16;
   plan.kv_block_tokens = kPageTokens;
   plan.dense_layout = WeightLayout::kBf16Rows;
+  if (is_int4(plan.lm_head_layout) || is_int8(plan.lm_head_layout)) {
+    fail(ErrorKind::kUnsupported,
+         "target {}: lm_head is stored as {}, and the cuda kernels read it in 16 bits only; "
+         "quantize "
+         "without --quantize-lm-head, or use --target cpu:native for this model",
+         plan.target, is_int4(plan.lm_head_layout) ? "int4" : "int8");
+  }
+  plan.lm_head_layout = WeightLayout::kBf16Rows;
   if (plan.linear_layout != WeightLayout::kCudaInt4) plan.linear_layout = WeightLayout::kBf16Rows;
 }
 
@@ -82,6 +90,10 @@ WeightLayout int4_layout_of(std::string_view target) {
   return target.starts_with("cpu:")    ? WeightLayout::kCpuInt4
          : target.starts_with("cuda:") ? WeightLayout::kCudaInt4
                                        : WeightLayout::kInt4Portable;
+}
+
+WeightLayout int8_layout_of(std::string_view target) {
+  return target.starts_with("cpu:") ? WeightLayout::kCpuInt8 : WeightLayout::kInt8Portable;
 }
 
 int default_max_num_tokens(std::string_view target, int max_batch_size) {
@@ -117,13 +129,17 @@ EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options) 
          "(scales made at run time), or quantize again with --kv-cache int8");
   }
   plan.dense_layout = dense_layout_of(plan.spec.dtype);
-  plan.linear_layout = plan.dense_layout;
+  plan.linear_layout = plan.lm_head_layout = plan.dense_layout;
   const bool on_cpu = plan.target.starts_with("cpu:"), on_cuda = plan.target.starts_with("cuda:");
   for (const WeightRow& row : weight_table(plan.spec)) {
-    if (!row.quantizable || !source.is_quantized(row)) continue;
-    plan.group_size = source.load_int4(row).group_size;
-    plan.linear_layout = int4_layout_of(plan.target);
-    break;
+    const int bits = source.bits(row);
+    if (bits == 0) continue;
+    if (row.role == WeightRole::kLmHead) {
+      plan.lm_head_layout = bits == 8 ? int8_layout_of(plan.target) : int4_layout_of(plan.target);
+    } else if (!is_int4(plan.linear_layout)) {
+      plan.group_size = source.load_int4(row).group_size;
+      plan.linear_layout = int4_layout_of(plan.target);
+    }
   }
   plan.activation_precision = options.activation_precision.value_or(
       on_cpu ? kDefaultCpuActivationPrecision : ActivationPrecision::kF32);

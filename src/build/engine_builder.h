@@ -20,8 +20,9 @@ struct BuildOptions {
   std::optional<fs::path> tokenizer_dir;  // when the checkpoint directory has no tokenizer
 };
 
-/// How the int4 linears lie for a target.
+/// How the int4 linears, and an int8 lm_head, lie for a target.
 WeightLayout int4_layout_of(std::string_view target);
+WeightLayout int8_layout_of(std::string_view target);
 
 /// Tokens of a step when nothing is asked for. On a CPU 512 rows fill the cores, and a larger step
 /// only makes those who are already answering wait longer for their next token.

@@ -103,11 +103,6 @@ std::string rebuild(const SafetensorsFile& file, const fs::path& engine_dir, boo
   }
 }
 
-bool is_int4(WeightLayout layout) {
-  return layout == WeightLayout::kInt4Portable || layout == WeightLayout::kCpuInt4 ||
-         layout == WeightLayout::kCudaInt4;
-}
-
 std::vector<uint64_t> stored_checksums(const SafetensorsFile& file, const fs::path& engine_dir) {
   size_t count = 1;
   for (const auto& entry : file.entries()) {
@@ -214,7 +209,18 @@ EnginePlan read_engine_plan(const SafetensorsFile& file, const fs::path& engine_
     fail(ErrorKind::kInput, "{}: its weights lie as {}, but target {} reads {}; {}", what,
          weight_layout_name(plan.linear_layout), plan.target, weight_layout_name(int4), how);
   }
-  if (is_int4(plan.dense_layout)) {
+  const WeightLayout int8 = int8_layout_of(plan.target);
+  if ((is_int4(plan.lm_head_layout) && plan.lm_head_layout != int4) ||
+      (is_int8(plan.lm_head_layout) && plan.lm_head_layout != int8)) {
+    fail(ErrorKind::kInput, "{}: its lm_head lies as {}, but target {} reads {} or {}; {}", what,
+         weight_layout_name(plan.lm_head_layout), plan.target, weight_layout_name(int4),
+         weight_layout_name(int8), how);
+  }
+  if (is_int8(plan.linear_layout)) {
+    fail(ErrorKind::kInput, "{}: linear_layout is {}, wanted an int4 or dense one; {}", what,
+         weight_layout_name(plan.linear_layout), how);
+  }
+  if (is_int4(plan.dense_layout) || is_int8(plan.dense_layout)) {
     fail(ErrorKind::kInput, "{}: dense_layout is {}, wanted f32-rows, bf16-rows or f16-rows; {}",
          what, weight_layout_name(plan.dense_layout), how);
   }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cctype>
 
+#include "base/error.h"
 #include "build/tokenizer_files.h"
 #include "formats/inspect.h"
 
@@ -14,6 +15,8 @@ namespace {
 
 constexpr std::string_view kEnginesBegin = "<!-- nibble:engines -->";
 constexpr std::string_view kEnginesEnd = "<!-- /nibble:engines -->";
+constexpr std::string_view kSpeedBegin = "<!-- nibble:speed -->";
+constexpr std::string_view kSpeedEnd = "<!-- /nibble:speed -->";
 constexpr std::string_view kNoEngines =
     "None was built yet. `nibble build` adds a row for each engine.\n";
 
@@ -81,7 +84,17 @@ std::string specifications(const ModelCard& card) {
              fmt::format("signed 4-bit integers, one F32 scale per row and {} input channels, one "
                          "pre-scale vector per linear",
                          card.group_size));
-  out += row("Embedding, norms, lm_head", card.dtype + ", not quantized");
+  if (card.lm_head == LmHeadFormat::kDense) {
+    out += row("Embedding, norms, lm_head", card.dtype + ", not quantized");
+  } else {
+    out += row("lm_head",
+               card.lm_head == LmHeadFormat::kInt4
+                   ? "int4 like the linears of the layers"
+                   : fmt::format("int8, one F32 scale per row and {} input channels (nibble's own "
+                                 "extension of the format)",
+                                 card.group_size));
+    out += row("Embedding, norms", card.dtype + ", not quantized");
+  }
   const json::value* kv = card.report.if_contains("kv_scales");
   const bool has_kv = kv != nullptr && !kv->as_object().at("k").as_array().empty();
   out += row("KV cache", has_kv ? "static int8 scales are in the checkpoint (one for K and one for "
@@ -159,11 +172,13 @@ std::string quality(const ModelCard& card) {
         "FILE` or `nibble eval . --against ORIGINAL --text FILE`).\n";
   }
   return out +
-         "\nBenchmarks of knowledge or skill (MMLU and the like): not measured.\n\nSpeed: not "
-         "measured (`nibble bench latency ENGINE`, `nibble bench throughput ENGINE`).\n\n";
+         fmt::format(
+             "\nBenchmarks of knowledge or skill (MMLU and the like): not measured.\n\nSpeed:\n\n"
+             "{}\nNot measured. `nibble bench latency ENGINE --write-card` adds a row.\n{}\n\n",
+             kSpeedBegin, kSpeedEnd);
 }
 
-std::string engine_rows(const std::string& section) {
+std::string table_rows(const std::string& section) {
   std::string rows;
   for (size_t at = 0; at < section.size();) {
     const size_t end = std::min(section.find('\n', at), section.size() - 1) + 1;
@@ -171,6 +186,20 @@ std::string engine_rows(const std::string& section) {
     at = end;
   }
   return rows;
+}
+
+// The part of the card between two marks as a table: its rows, less the one that begins with `key`,
+// and `row`.
+std::string with_row(const std::string& card, std::string_view begin_mark,
+                     std::string_view end_mark, std::string_view header, const std::string& key,
+                     const std::string& row) {
+  const size_t begin = card.find(begin_mark), end = card.find(end_mark);
+  if (begin == card.npos || end == card.npos || end < begin) return card;
+  const size_t content = begin + begin_mark.size();
+  std::string rows = table_rows(card.substr(content, end - content));
+  if (const size_t old = rows.find(key); old != rows.npos)
+    rows.erase(old, rows.find('\n', old) + 1 - old);
+  return fmt::format("{}\n{}{}{}{}", card.substr(0, content), header, rows, row, card.substr(end));
 }
 
 }  // namespace
@@ -182,9 +211,11 @@ std::string render_model_card(const ModelCard& card) {
   std::string out = front_matter(card);
   out += fmt::format(
       "# {}\n\n## Overview\n\n{} quantized to 4-bit weights, as a portable checkpoint in "
-      "TensorRT-LLM's layout (W4A16 AWQ). It runs with nibble on CPUs and NVIDIA Hopper GPUs.\n\n"
+      "TensorRT-LLM's layout (W4A16 AWQ). It runs with nibble on {}.\n\n"
       "License: {}.\n\n",
       card.name, original,
+      card.lm_head == LmHeadFormat::kDense ? "CPUs and NVIDIA Hopper GPUs"
+                                           : "CPUs (for GPUs quantize without --quantize-lm-head)",
       card.base.license.empty() ? "not stated in the original's directory; the original's applies"
                                 : card.base.license + ", the original's");
   out += fmt::format(
@@ -205,11 +236,14 @@ std::string render_model_card(const ModelCard& card) {
     out += fmt::format("trt-llm/checkpoints/rank{}.safetensors\n", rank);
   out += "```\n\n";
   out += details(card);
+  out += "## Compatibility\n\n- nibble " NIBBLE_VERSION
+         " and later: `nibble build . --out ENGINE`, then `nibble chat ENGINE` or `nibble serve "
+         "ENGINE` (OpenAI-compatible)\n- ";
+  out += card.lm_head == LmHeadFormat::kInt8
+             ? "TensorRT-LLM refuses the int8 lm_head (an unknown key under `quantization`)"
+             : "TensorRT-LLM's TensorRT path reads this layout: not tested with this checkpoint";
   out +=
-      "## Compatibility\n\n- nibble " NIBBLE_VERSION
-      " and later: `nibble build . --out ENGINE`, then `nibble chat ENGINE` or `nibble serve "
-      "ENGINE` (OpenAI-compatible)\n- TensorRT-LLM's TensorRT path reads this layout: not tested "
-      "with this checkpoint\n- not a Hugging Face transformers checkpoint: AutoAWQ, vLLM and "
+      "\n- not a Hugging Face transformers checkpoint: AutoAWQ, vLLM and "
       "llama.cpp do not read it\n\n";
   out += fmt::format("### Engines built from it\n\n{}\n{}{}\n\n", kEnginesBegin, kNoEngines,
                      kEnginesEnd);
@@ -231,22 +265,48 @@ std::string render_model_card(const ModelCard& card) {
 
 std::string add_engine_to_card(const std::string& card, const fs::path& engine,
                                const EnginePlan& plan, uint64_t engine_bytes) {
-  const size_t begin = card.find(kEnginesBegin), end = card.find(kEnginesEnd);
-  if (begin == card.npos || end == card.npos || end < begin) return card;
-  const size_t content = begin + kEnginesBegin.size();
-  const std::string name = "| `" + engine.filename().string() + "`";
-  std::string rows = engine_rows(card.substr(content, end - content));
-  if (const size_t old = rows.find(name + " |"); old != rows.npos)
-    rows.erase(old, rows.find('\n', old) + 1 - old);
-  rows +=
-      fmt::format("{} | {} | {} | {} | {} | {} x ({} + {}) | {} |\n", name, plan.target,
+  const std::string key = "| `" + engine.filename().string() + "` |";
+  return with_row(
+      card, kEnginesBegin, kEnginesEnd,
+      "| engine | machine | nibble | KV cache | activations | sequences x (prompt + answer) "
+      "tokens | size |\n|---|---|---|---|---|---|---|\n",
+      key,
+      fmt::format("{} {} | {} | {} | {} | {} x ({} + {}) | {} |\n", key, plan.target,
                   plan.nibble_version, kv_format_name(plan.kv_format),
                   activation_precision_name(plan.activation_precision), plan.limits.max_batch_size,
-                  plan.limits.max_input_len, plan.limits.max_output_len, human_bytes(engine_bytes));
-  return card.substr(0, content) +
-         "\n| engine | machine | nibble | KV cache | activations | sequences x (prompt + answer) "
-         "tokens | size |\n|---|---|---|---|---|---|---|\n" +
-         rows + card.substr(end);
+                  plan.limits.max_input_len, plan.limits.max_output_len,
+                  human_bytes(engine_bytes)));
+}
+
+std::string add_speed_to_card(const std::string& card, const SpeedRow& row) {
+  const std::string key = fmt::format("| `{}` | {} | {} x ({} + {}) |", row.engine, row.target,
+                                      row.batch, row.prompt_tokens, row.output_tokens);
+  return with_row(card, kSpeedBegin, kSpeedEnd,
+                  "| engine | machine | sequences x (prompt + answer) tokens | prompt tokens/s | "
+                  "answer tokens/s | weights read | the machine reads |\n"
+                  "|---|---|---|---|---|---|---|\n",
+                  key,
+                  fmt::format("{} {:.1f} | {:.1f} | {:.1f} GB/s | {:.1f} GB/s |\n", key,
+                              row.prefill_tokens_per_s, row.decode_tokens_per_s,
+                              row.weight_gb_per_s, row.read_gb_per_s));
+}
+
+std::vector<fs::path> cards_of_engine(const fs::path& engine) {
+  const fs::path absolute = fs::absolute(engine).lexically_normal();
+  const fs::path directory = absolute.has_filename() ? absolute : absolute.parent_path();
+  const fs::path engines = directory.parent_path();
+  std::vector<fs::path> cards = {directory / "README.md"};
+  if (engines.filename() == "engines" && engines.parent_path().filename() == "trt-llm")
+    cards.push_back(engines.parent_path().parent_path() / "README.md");
+  for (const fs::path& card : cards) {
+    if (fs::is_regular_file(card) && read_file(card).find(kSpeedBegin) != std::string::npos)
+      continue;
+    fail(ErrorKind::kUsage,
+         "{} is not a model card with a place for measured speed; `nibble quantize` and `nibble "
+         "build` make it",
+         card.string());
+  }
+  return cards;
 }
 
 void update_cards(const fs::path& checkpoint, const fs::path& engine, const EnginePlan& plan) {

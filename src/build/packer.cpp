@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "base/half.h"
 #include "pack/cuda_int4.h"
+#include "pack/int8.h"
 #include "pack/pack.h"
 
 namespace nibble {
@@ -56,22 +57,25 @@ class Packer {
           norm(row, shared_gate_up_ ? gate : std::vector<float>());
           break;
         }
-        case WeightRole::kFinalNorm: norm(row, {}); break;
-        case WeightRole::kQkv: linear(row, /*keep_pre_scale=*/false); break;
+        case WeightRole::kFinalNorm:
+          norm(row, plan_.spec.tied_embeddings ? std::vector<float>()
+                                               : pre_scale_of(table, i, WeightRole::kLmHead));
+          break;
+        case WeightRole::kQkv: linear(row, plan_.linear_layout, /*keep_pre_scale=*/false); break;
         case WeightRole::kO:
-        case WeightRole::kDown: linear(row, true); break;
+        case WeightRole::kDown: linear(row, plan_.linear_layout, true); break;
         case WeightRole::kGate:
           if (fuses_gate_up(row)) {
             gate_up(row, table[i + 1]);
           } else {
-            linear(row, !shared_gate_up_);
+            linear(row, plan_.linear_layout, !shared_gate_up_);
           }
           break;
         case WeightRole::kUp:
-          if (!fuses_gate_up(row)) linear(row, !shared_gate_up_);
+          if (!fuses_gate_up(row)) linear(row, plan_.linear_layout, !shared_gate_up_);
           break;
-        case WeightRole::kEmbedding:
-        case WeightRole::kLmHead: dense(row, plan_.dense_layout); break;
+        case WeightRole::kEmbedding: dense(row, plan_.dense_layout); break;
+        case WeightRole::kLmHead: linear(row, plan_.lm_head_layout, false); break;
       }
       source_.release(row);
     }
@@ -153,36 +157,50 @@ class Packer {
 
   Int4Weight load_int4(const WeightRow& row) const {
     Int4Weight weight = source_.load_int4(row);
-    if (weight.group_size != plan_.group_size) {
-      fail(
-          ErrorKind::kUnsupported,
-          "{} is quantized in groups of {}, the layers before it in groups of {}; one size a model",
-          row.name, weight.group_size, plan_.group_size);
-    }
+    check_group(row, weight.group_size);
     return weight;
   }
+  Int8Weight load_int8(const WeightRow& row) const {
+    Int8Weight weight = source_.load_int8(row);
+    check_group(row, weight.group_size);
+    return weight;
+  }
+  void check_group(const WeightRow& row, int group_size) const {
+    if (group_size == plan_.group_size) return;
+    fail(ErrorKind::kUnsupported,
+         "{} is quantized in groups of {}, the layers before it in groups of {}; one size a model",
+         row.name, group_size, plan_.group_size);
+  }
 
-  void linear(const WeightRow& row, bool keep_pre_scale) {
-    if (!source_.is_quantized(row)) {
-      dense(row, plan_.linear_layout);
+  void linear(const WeightRow& row, WeightLayout layout, bool keep_pre_scale) {
+    const int bits = source_.bits(row);
+    if (bits == 0) {
+      dense(row, layout);
       return;
     }
     const int out = static_cast<int>(row.shape[0]), in = static_cast<int>(row.shape[1]),
               group = plan_.group_size;
-    const auto size = static_cast<int64_t>(packed_int4_bytes(out, in, group, plan_.linear_layout));
-    emit_(row.name + ".weight", DType::kU8, {size}, [&] {
+    const size_t size = bits == 8 ? packed_int8_bytes(out, in, group, layout)
+                                  : packed_int4_bytes(out, in, group, layout);
+    emit_(row.name + ".weight", DType::kU8, {static_cast<int64_t>(size)}, [&] {
+      if (bits == 8) {
+        const Int8Weight weight = load_int8(row);
+        const auto* q = reinterpret_cast<const int8_t*>(weight.values);
+        return pack_int8({out, in, group, {q, q + int64_t{out} * in}, weight.scales}, layout)
+            .weight;
+      }
       const Int4Weight weight = load_int4(row);
-      if (plan_.linear_layout == WeightLayout::kCudaInt4) {
+      if (layout == WeightLayout::kCudaInt4) {
         return pack_cuda_int4({rows_of(weight)}, in, /*gate_up=*/false);
       }
       const Int4Matrix matrix{out, in, group, unpack_nibbles(weight.nibbles, out, in),
                               weight.scales};
-      return pack_int4(matrix, plan_.linear_layout).weight;
+      return pack_int4(matrix, layout).weight;
     });
-    if (plan_.linear_layout ==
-        WeightLayout::kInt4Portable) {  // the other layouts hold scales inline
+    // The other layouts hold their scales inline.
+    if (layout == WeightLayout::kInt4Portable || layout == WeightLayout::kInt8Portable) {
       emit_(row.name + ".scales", DType::kF32, {out, in / group},
-            [&] { return to_bytes(load_int4(row).scales); });
+            [&] { return to_bytes(bits == 8 ? load_int8(row).scales : load_int4(row).scales); });
     }
     if (!keep_pre_scale) return;
     const std::vector<float> pre_scale = source_.load_pre_scale(row);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "build/model_loader.h"
+#include "chat/constraint_cache.h"
 #include "nibble/engine.h"
 #include "text/chat_template.h"
 #include "text/detokenizer.h"
@@ -44,6 +45,11 @@ class ChatModel {
   uint64_t kv_cache_bytes() const { return kv_cache_bytes_; }
   const std::vector<std::string>& notices() const { return notices_; }
 
+  /// Of SamplingParams; where the engine takes any (Engine::supports_constraints()).
+  std::shared_ptr<const TokenConstraint> constraint(const OutputFormat& format) const {
+    return constraints_->get(format);
+  }
+
   /// Template literals may become control tokens, what people typed never does.
   std::vector<int32_t> encode_chat(ChatRequest request) const;
   /// A finished prompt (completions): control strings are parsed, BOS added unless already there.
@@ -51,10 +57,13 @@ class ChatModel {
 
  private:
   ChatModel(Tokenizer tokenizer, ChatTemplate chat_template)
-      : tokenizer_(std::move(tokenizer)), template_(std::move(chat_template)) {}
+      : tokenizer_(std::move(tokenizer)),
+        template_(std::move(chat_template)),
+        constraints_(std::make_unique<ConstraintCache>(tokenizer_)) {}
 
   Tokenizer tokenizer_;
   ChatTemplate template_;
+  std::unique_ptr<ConstraintCache> constraints_;
   RolePolicy roles_ = RolePolicy::kTolerant;
   EnginePlan plan_;
   std::unique_ptr<WeightSource> source_;  // host backends map its bytes; must outlive the engine

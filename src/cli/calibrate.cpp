@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <optional>
 
 #include "base/error.h"
 #include "build/hf_card.h"
@@ -17,8 +18,8 @@ namespace {
 constexpr double kFewBytesPerToken = 2.2;
 
 // Says plainly why the texts shipped with nibble may be the wrong ones for this model.
-void warn_of_mismatch(const fs::path& model, const ChatTemplate& chat, double bytes_per_token,
-                      Progress& progress) {
+void warn_of_mismatch(const fs::path& model, const ChatTemplate& chat,
+                      std::optional<double> bytes_per_token, Progress& progress) {
   const auto warn = [&](const std::string& why) {
     progress.note("warning: the built-in calibration texts may not suit this model: " + why +
                   "; give texts of your own with --calib");
@@ -30,11 +31,11 @@ void warn_of_mismatch(const fs::path& model, const ChatTemplate& chat, double by
       });
   if (!card.languages.empty() && !has_english) {
     warn(fmt::format("they are English, and its card names {}", fmt::join(card.languages, ", ")));
-  } else if (bytes_per_token < kFewBytesPerToken) {
+  } else if (bytes_per_token && *bytes_per_token < kFewBytesPerToken) {
     warn(
         fmt::format("they are English, and its tokenizer cuts them into pieces of {:.1f} bytes, as "
                     "one made for another language does",
-                    bytes_per_token));
+                    *bytes_per_token));
   }
   if (chat.is_built_in()) {
     warn(fmt::format("it has no chat template, so their chats are written in the {} format",
@@ -101,9 +102,11 @@ CalibrationData calibrate(const QuantizeFlags& flags, Progress& progress) {
   CalibrationData data = make_calibration(
       texts, {.size = flags.calib_size, .seq_len = flags.calib_seq_len, .seed = flags.seed},
       encoder);
-  if (flags.calib.empty() && text_tokens > 0) {
-    warn_of_mismatch(model, chat,
-                     static_cast<double>(text_bytes) / static_cast<double>(text_tokens), progress);
+  if (flags.calib.empty()) {
+    std::optional<double> bytes_per_token;  // a small set may hold chats only
+    if (text_tokens > 0)
+      bytes_per_token = static_cast<double>(text_bytes) / static_cast<double>(text_tokens);
+    warn_of_mismatch(model, chat, bytes_per_token, progress);
   }
   progress.note(fmt::format("calibrating on {} tokens in {} sequences from {}", data.tokens,
                             data.sequences.size(), fmt::join(names, ", ")));

@@ -12,6 +12,7 @@
 #include "base/error.h"
 #include "base/interrupt.h"
 #include "bench/bench_ops.h"
+#include "build/model_card.h"
 #include "build/model_loader.h"
 #include "cli/names.h"
 #include "cli/options.h"
@@ -192,6 +193,20 @@ void measure_latency(const BenchFlags& flags, Load& load, double bandwidth) {
   const double rate = flags.batch / step_ms * 1e3;
   const double gb_per_s = static_cast<double>(load.bytes_per_step()) / step_ms * 1e-6;
   const double outside = share.percent(load.engine().stats());
+  if (flags.write_card) {
+    const std::vector<fs::path> cards = cards_of_engine(flags.model);
+    const SpeedRow row = {.engine = cards[0].parent_path().filename().string(),
+                          .target = load.plan().target,
+                          .batch = flags.batch,
+                          .prompt_tokens = flags.prompt_tokens,
+                          .output_tokens = flags.output_tokens,
+                          .prefill_tokens_per_s = prefill_rate,
+                          .decode_tokens_per_s = rate,
+                          .weight_gb_per_s = gb_per_s,
+                          .read_gb_per_s = bandwidth};
+    for (const fs::path& card : cards)
+      write_file_atomically(card, add_speed_to_card(read_file(card), row));
+  }
   if (flags.json) {
     fmt::print("{}\n",
                dump_json(json::object{
@@ -324,6 +339,15 @@ int run_bench(const BenchFlags& given) {
          flags.what, flags.batches.size());
   }
   flags.batch = *std::max_element(flags.batches.begin(), flags.batches.end());
+  if (flags.write_card) {  // before minutes of measuring
+    if (flags.what != "latency" || flags.model.empty() ||
+        model_kind(flags.model) != ModelKind::kEngine) {
+      fail(ErrorKind::kUsage,
+           "--write-card: wanted `bench latency` of an engine, got bench {} of {}", flags.what,
+           flags.model.empty() ? flags.synthetic : flags.model);
+    }
+    cards_of_engine(flags.model);
+  }
   if (flags.what == "ops") return run_ops(flags, progress);
   LoadedModel model = load(flags, progress);
   return flags.what == "latency" ? run_latency(flags, std::move(model))

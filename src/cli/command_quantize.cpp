@@ -109,6 +109,9 @@ json::object full_report(const QuantizeFlags& flags, const QuantizeOptions& opti
   }
   if (options.method != QuantizeMethod::kRtn) settings["sequential"] = options.sequential;
   settings["group size"] = options.group_size;
+  settings["lm_head"] = options.lm_head == LmHeadFormat::kDense
+                            ? dtype_name(options.dtype)
+                            : lm_head_format_name(options.lm_head);
   settings["unquantized tensors"] = dtype_name(options.dtype);
   settings["static int8 KV scales"] = options.int8_kv;
   json::object full = report.to_json();
@@ -177,6 +180,7 @@ ModelCard model_card(const QuantizeFlags& flags, const QuantizeOptions& options,
                  .tp_size = options.tp_size,
                  .group_size = options.group_size,
                  .dtype = dtype_name(options.dtype),
+                 .lm_head = options.lm_head,
                  .checkpoint_bytes = bytes_under(checkpoint)};
   for (const WeightRow& row : weight_table(source.spec())) {
     uint64_t elements = 1;
@@ -201,12 +205,6 @@ int run_quantize(const QuantizeFlags& flags) {
          flags.model,
          kind == ModelKind::kCheckpoint ? "a quantized checkpoint already" : "an engine");
   }
-  if (!flags.quantize_lm_head.empty()) {
-    fail(ErrorKind::kUnsupported,
-         "--quantize-lm-head {}: not implemented; lm_head stays in 16 bits, as TensorRT-LLM's "
-         "int4_awq checkpoints keep it (exclude_modules [\"lm_head\"]). Leave the flag out",
-         flags.quantize_lm_head);
-  }
   const auto source = open_hf(flags.model);
   TerminalProgress progress;
   for (const std::string& notice : source->notices()) progress.note(notice);
@@ -219,6 +217,8 @@ int run_quantize(const QuantizeFlags& flags) {
                   : flags.dtype == "float16" ? DType::kF16
                                              : DType::kBF16;
   if (options.dtype == DType::kF32) options.dtype = DType::kBF16;
+  if (!flags.quantize_lm_head.empty())
+    options.lm_head = lm_head_format_from_name(flags.quantize_lm_head);
   options.int8_kv = flags.kv_cache == "int8";
   options.calib_batch = flags.calib_batch;
   options.num_threads = flags.threads;

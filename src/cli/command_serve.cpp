@@ -137,16 +137,23 @@ ApiOptions api_options(const ServeFlags& flags, AccessLog* log) {
   return options;
 }
 
-/// What SIGHUP does: keys, certificate and log file are opened again; bad ones are named and the
-/// old ones stay.
+/// What SIGHUP does: keys and certificate are read and the log file is opened again. What is not
+/// good is named, and the old one stays.
 void reload(const ServeFlags& flags, ApiServer& server, AccessLog* log) {
-  try {
+  const auto again = [](const char* what, const auto& action) {
+    try {
+      action();
+      fmt::print(stderr, "SIGHUP: {} again\n", what);
+    } catch (const Error& error) {
+      fmt::print(stderr, "SIGHUP: {}; what was there before stays in use\n", error.what());
+    }
+  };
+  again("read API keys and certificate", [&] {
     server.reload(flags.api_key_file.empty() ? ApiKeys() : ApiKeys::load(flags.api_key_file));
+  });
+  again("opened the access log", [&] {
     if (log != nullptr) log->reopen();
-    fmt::print(stderr, "SIGHUP: API keys, certificate and access log were opened again\n");
-  } catch (const Error& error) {
-    fmt::print(stderr, "SIGHUP: {}; what was read before stays in use\n", error.what());
-  }
+  });
 }
 
 }  // namespace

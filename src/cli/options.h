@@ -27,7 +27,7 @@ struct QuantizeFlags : CommonOptions {
   std::string device = "cpu";  // cpu | ref
   uint64_t seed = 1234;
   std::string tokenizer_regex = "shipped";
-  std::string quantize_lm_head;   // refused with a sentence
+  std::string quantize_lm_head;   // int8 | int4; empty: stays in 16 bits
   std::string base_model;         // "org/name", for the card
   std::vector<std::string> eval;  // texts or ids to measure the result on, against the model
   int eval_windows = 16;
@@ -99,6 +99,7 @@ struct BenchFlags : CommonOptions {
   std::vector<int> batches = {1};  // more than one: latency only
   int batch = 1;                   // the largest of them
   int prompt_tokens = 512, output_tokens = 64, requests = 0;
+  bool write_card = false;  // latency of an engine: into its model card
 };
 
 struct SynthesizeFlags : CommonOptions {

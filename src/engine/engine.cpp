@@ -128,7 +128,7 @@ class EngineImpl final : public Engine {
   // -----------------------------------------------------------------------------------------
 
   Submitted submit(Request request) override {
-    check_request(request, limits_);
+    check(request);
     QueueSlot slot = reserve_slot();
     if (!slot) return {refusal().value_or(SubmitStatus::kQueueFull)};
     return submit_checked(std::move(request), std::move(slot));
@@ -136,7 +136,7 @@ class EngineImpl final : public Engine {
 
   Submitted submit(Request request, QueueSlot slot) override {
     NIBBLE_CHECK(static_cast<bool>(slot), "submit() with an empty slot");
-    check_request(request, limits_);
+    check(request);
     return submit_checked(std::move(request), std::move(slot));
   }
 
@@ -170,6 +170,8 @@ class EngineImpl final : public Engine {
     const std::lock_guard lock(mutex_);
     return failure_;
   }
+
+  bool supports_constraints() const override { return executor_->masks_rows(); }
 
   int max_input_len() const override {
     return std::min(limits_.max_input_len, limits_.max_seq_len - 1);
@@ -208,6 +210,20 @@ class EngineImpl final : public Engine {
   // -----------------------------------------------------------------------------------------
 
   void return_slot() override { num_queued_.fetch_sub(1); }
+
+  void check(const Request& request) const {
+    check_request(request, limits_);
+    if (request.params.constraint == nullptr) return;
+    if (!supports_constraints()) {
+      fail(ErrorKind::kUnsupported,
+           "structured output is not there yet on cuda targets; leave it out, or build the engine "
+           "for a cpu target");
+    }
+    if (limits_.eos_ids.empty()) {
+      fail(ErrorKind::kUnsupported,
+           "structured output needs an end-of-sequence id, and this model has none");
+    }
+  }
 
   std::optional<SubmitStatus> refusal() const {
     if (!healthy_.load()) return SubmitStatus::kFailed;
@@ -315,10 +331,11 @@ class EngineImpl final : public Engine {
     publish_stats();
   }
 
-  /// Whether the step after this one cannot be made without its tokens: penalties count them.
+  /// Whether the step after this one cannot be made without its tokens: penalties count them, and
+  /// what a constraint allows next depends on them.
   static bool needs_tokens(const StepPlan& plan) {
     return std::ranges::any_of(plan.sequences, [](const ScheduledSequence& scheduled) {
-      return scheduled.draws && scheduled.seq->has_history;
+      return scheduled.draws && (scheduled.seq->has_history || scheduled.seq->matcher != nullptr);
     });
   }
 
@@ -390,7 +407,11 @@ class EngineImpl final : public Engine {
         event.prompt_position = scheduled.first_prompt_row + 1;
         event.prompt_logprobs = std::span(scores_).subspan(first_row, scheduled.num_prompt_rows);
       }
-      if (scheduled.draws) {
+      if (seq.finish_reason == FinishReason::kError) {
+        event.error =
+            "no token that the model may draw fits the constraint: logit_bias or the stop ids that "
+            "min_tokens holds back leave none, or the grammar is too ambiguous";
+      } else if (scheduled.draws) {
         const size_t r = row - 1;
         event.tokens = result.tokens.subspan(r, 1);
         if (seq.row.num_logprobs >= 0) {

@@ -41,9 +41,14 @@ std::optional<FinishReason> Sequence::settle(int32_t token) {
   NIBBLE_CHECK(is_pending());
   tokens.back() = token;
   pending_row = -1;
+  const bool is_eos = std::ranges::find(eos_ids, token) != eos_ids.end();
+  if (matcher != nullptr && !(is_eos ? matcher->can_end() : matcher->accept(token))) {
+    tokens.pop_back();
+    return FinishReason::kError;
+  }
   if (has_history) history.add(token, true);
   const bool may_stop = num_output_tokens() >= min_tokens;
-  if (may_stop && std::ranges::find(eos_ids, token) != eos_ids.end()) {
+  if (is_eos && (may_stop || matcher != nullptr)) {
     stop_token = token;
     return FinishReason::kEos;
   }
@@ -74,12 +79,22 @@ Sequence make_sequence(const Request& request, RequestId id, int index,
 
   seq.row = make_sample_row(params, choice_seed(defaults.seed, index));
   seq.min_tokens = params.min_tokens;
-  if (!params.ignore_eos) seq.eos_ids.assign(defaults.eos_ids.begin(), defaults.eos_ids.end());
+  seq.ignore_eos = params.ignore_eos;
+  if (params.constraint != nullptr) seq.matcher = params.constraint->start();
+  if (!params.ignore_eos || seq.matcher != nullptr) {
+    seq.eos_ids.assign(defaults.eos_ids.begin(), defaults.eos_ids.end());
+  }
   seq.stop_ids = params.stop_token_ids;
   seq.bias = make_bias(params, {});
   if (params.min_tokens > 0) {
     std::vector<int32_t> banned = seq.stop_ids;
-    banned.insert(banned.end(), seq.eos_ids.begin(), seq.eos_ids.end());
+    if (seq.matcher == nullptr) {
+      banned.insert(banned.end(), seq.eos_ids.begin(), seq.eos_ids.end());
+    } else {  // whose mask holds them back until it needs them
+      std::erase_if(banned, [&](int32_t id) {
+        return std::ranges::find(seq.eos_ids, id) != seq.eos_ids.end();
+      });
+    }
     seq.early_bias = make_bias(params, banned);
   }
   if (needs_history(params)) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -59,9 +60,12 @@ struct Sequence {
   std::vector<TokenBias> bias;        // from min_tokens on
   std::vector<TokenBias> early_bias;  // before: what would stop it is banned too
   int min_tokens = 0;
-  std::vector<int32_t> eos_ids;  // empty with ignore_eos
+  std::vector<int32_t> eos_ids;  // empty with ignore_eos, unless there is a matcher
   std::vector<int32_t> stop_ids;
   int prompt_logprobs = -1;
+  std::unique_ptr<TokenMatcher>
+      matcher;  // of the constraint, after all settled tokens; may be null
+  bool ignore_eos = false;
   int num_scored_tokens = 0;  // prompt rows [0, num_scored) have given their log-probs
 
   // State, written by the scheduler alone.
@@ -88,11 +92,15 @@ struct Sequence {
     return num_output_tokens() < min_tokens ? early_bias : bias;
   }
 
+  /// An end-of-sequence id may come next, as far as min_tokens and ignore_eos go.
+  bool may_stop_now() const { return !ignore_eos && num_output_tokens() >= min_tokens; }
+
   /// Makes room for the token of logit row `row` of a step that has been launched.
   void append_pending(int row);
   /// Nobody will hear of it.
   void drop_pending();
-  /// The pending token is this one; says whether that ends the sequence.
+  /// The pending token is this one; says whether that ends the sequence. kError: it does not fit
+  /// the constraint, because no id did; it is not kept.
   std::optional<FinishReason> settle(int32_t token);
 };
 

@@ -17,10 +17,13 @@ int num_blocks_of(int num_tokens, int block_tokens) {
   return (num_tokens + block_tokens - 1) / block_tokens;
 }
 
+int num_mask_words(int vocab_size) { return (vocab_size + 63) / 64; }
+
 }  // namespace
 
 StepBuffer::Layout StepBuffer::layout(int num_tokens, int num_seqs, int num_logit_rows,
-                                      int num_blocks, size_t num_history, size_t num_bias) {
+                                      int num_blocks, size_t num_history, size_t num_bias,
+                                      size_t num_mask_words) {
   Layout l{};
   size_t end = 0;
   const auto carve = [&](size_t count, size_t size) {
@@ -39,6 +42,7 @@ StepBuffer::Layout StepBuffer::layout(int num_tokens, int num_seqs, int num_logi
   l.history =
       carve((num_history + kHistoryStep - 1) / kHistoryStep * kHistoryStep, sizeof(TokenCount));
   l.bias = carve(num_bias, sizeof(TokenBias));
+  l.masks = carve(num_mask_words, sizeof(uint64_t));
   l.end = end;
   return l;
 }
@@ -48,21 +52,25 @@ size_t StepBuffer::capacity_bytes(const StepShape& shape) {
   return layout(shape.max_num_tokens, shape.max_batch_size, shape.max_logit_rows,
                 num_blocks_of(shape.max_seq_len, shape.block_tokens) + 1,
                 num_seqs * std::min(shape.max_seq_len, shape.vocab_size),
-                num_seqs * (kMaxLogitBias + kMaxStopTokenIds + kMaxEosIds))
+                num_seqs * (kMaxLogitBias + kMaxStopTokenIds + kMaxEosIds),
+                size_t(shape.max_masks) * num_mask_words(shape.vocab_size))
       .end;
 }
 
 StepBuffer::StepBuffer(const StepShape& shape)
     : shape_(shape),
+      mask_words_(num_mask_words(shape.vocab_size)),
       owned_(static_cast<std::byte*>(::operator new[](capacity_bytes(shape)))),
       host_(owned_.get()) {}
 
-StepBuffer::StepBuffer(const StepShape& shape, std::byte* memory) : shape_(shape), host_(memory) {}
+StepBuffer::StepBuffer(const StepShape& shape, std::byte* memory)
+    : shape_(shape), mask_words_(num_mask_words(shape.vocab_size)), host_(memory) {}
 
 void StepBuffer::build(const StepPlan& plan) {
   int num_blocks = 1;
   size_t num_history = 0, num_bias = 0;
   max_logprobs_ = 0;
+  num_masks_ = 0;
   for (const ScheduledSequence& scheduled : plan.sequences) {
     const Sequence& seq = *scheduled.seq;
     num_blocks = std::max(num_blocks, num_blocks_of(scheduled.first_token + scheduled.num_tokens,
@@ -72,7 +80,10 @@ void StepBuffer::build(const StepPlan& plan) {
     max_logprobs_ = std::max(max_logprobs_, seq.row.num_logprobs);
     if (seq.has_history) num_history += seq.history.entries().size();
     num_bias += seq.current_bias().size();
+    num_masks_ += seq.matcher != nullptr;
   }
+  NIBBLE_CHECK(num_masks_ <= shape_.max_masks, "{} masks in a step of at most {}", num_masks_,
+               shape_.max_masks);
   // By eights, so that a growing sequence keeps its graph_key() for a while.
   num_blocks = std::min((num_blocks + 7) / 8 * 8,
                         num_blocks_of(shape_.max_seq_len, shape_.block_tokens) + 1);
@@ -81,7 +92,7 @@ void StepBuffer::build(const StepPlan& plan) {
            .num_logit_rows = plan.num_logit_rows,
            .max_blocks_per_seq = num_blocks};
   layout_ = layout(step_.num_tokens, step_.num_seqs, step_.num_logit_rows, num_blocks, num_history,
-                   num_bias);
+                   num_bias, size_t(num_masks_) * mask_words_);
   used_bytes_ = layout_.end;
   NIBBLE_CHECK(used_bytes_ <= capacity_bytes(shape_), "a step of {} bytes in a buffer of {}",
                used_bytes_, capacity_bytes(shape_));
@@ -95,8 +106,9 @@ void StepBuffer::build(const StepPlan& plan) {
   SampleRow* rows = at<SampleRow>(layout_.rows);
   TokenCount* history = at<TokenCount>(layout_.history);
   TokenBias* bias = at<TokenBias>(layout_.bias);
+  uint64_t* masks = at<uint64_t>(layout_.masks);
 
-  int token = 0, row = 0, history_end = 0, bias_end = 0;
+  int token = 0, row = 0, history_end = 0, bias_end = 0, mask = 0;
   for (size_t s = 0; s < plan.sequences.size(); ++s) {
     const ScheduledSequence& scheduled = plan.sequences[s];
     const Sequence& seq = *scheduled.seq;
@@ -131,6 +143,10 @@ void StepBuffer::build(const StepPlan& plan) {
       std::ranges::copy(seq.current_bias(), bias + bias_end);
       bias_end += static_cast<int>(seq.current_bias().size());
       sample.bias_end = bias_end;
+      if (seq.matcher != nullptr) {
+        fill_mask(seq, masks + size_t(mask) * mask_words_);
+        sample.mask = mask++;
+      }
     }
     for (int position = scheduled.first_token; position < end; ++position, ++token) {
       const bool pending = seq.is_pending() && position + 1 == seq.num_tokens();
@@ -140,6 +156,13 @@ void StepBuffer::build(const StepPlan& plan) {
   }
   seq_starts[plan.sequences.size()] = token;
   NIBBLE_CHECK(token == plan.num_tokens && row == plan.num_logit_rows);
+}
+
+void StepBuffer::fill_mask(const Sequence& seq, uint64_t* words) const {
+  const auto [can_end, must_end] =
+      seq.matcher->fill_mask({words, static_cast<size_t>(mask_words_)});
+  if (!must_end && (!can_end || !seq.may_stop_now())) return;
+  for (const int32_t id : seq.eos_ids) words[id / 64] |= uint64_t{1} << (id % 64);
 }
 
 uint64_t StepBuffer::graph_key(const void* base) const {
@@ -152,7 +175,8 @@ uint64_t StepBuffer::graph_key(const void* base) const {
                          layout_.logit_rows,
                          layout_.rows,
                          layout_.history,
-                         layout_.bias};
+                         layout_.bias,
+                         num_masks_ > 0 ? layout_.masks : 0};
   return xxh3_64(std::as_bytes(std::span(what))) | 1;  // not 0
 }
 
@@ -173,13 +197,16 @@ StepBatch StepBuffer::step_batch(const void* base) const {
 
 SampleBatch StepBuffer::sample_batch(const void* base, const uint64_t* allowed) const {
   const std::byte* bytes = static_cast<const std::byte*>(base);
-  return {.num_rows = step_.num_logit_rows,
-          .vocab_size = shape_.vocab_size,
-          .rows = reinterpret_cast<const SampleRow*>(bytes + layout_.rows),
-          .history = reinterpret_cast<const TokenCount*>(bytes + layout_.history),
-          .bias = reinterpret_cast<const TokenBias*>(bytes + layout_.bias),
-          .allowed = allowed,
-          .max_logprobs = max_logprobs_};
+  return {
+      .num_rows = step_.num_logit_rows,
+      .vocab_size = shape_.vocab_size,
+      .rows = reinterpret_cast<const SampleRow*>(bytes + layout_.rows),
+      .history = reinterpret_cast<const TokenCount*>(bytes + layout_.history),
+      .bias = reinterpret_cast<const TokenBias*>(bytes + layout_.bias),
+      .allowed = allowed,
+      .masks = num_masks_ > 0 ? reinterpret_cast<const uint64_t*>(bytes + layout_.masks) : nullptr,
+      .mask_words = mask_words_,
+      .max_logprobs = max_logprobs_};
 }
 
 }  // namespace nibble

@@ -22,6 +22,7 @@ struct StepShape {
   int max_seq_len = 0;
   int block_tokens = 0;
   int vocab_size = 0;
+  int max_masks = 0;  // rows with a mask of their own; 0 where the backend has none
 };
 
 class StepBuffer {
@@ -48,16 +49,20 @@ class StepBuffer {
   // Byte offsets of the arrays in this step.
   struct Layout {
     size_t token_ids, positions, seq_starts, kv_lens, block_tables, logit_rows, rows, history, bias,
-        end;
+        masks, end;
   };
   static Layout layout(int num_tokens, int num_seqs, int num_logit_rows, int num_blocks,
-                       size_t num_history, size_t num_bias);
+                       size_t num_history, size_t num_bias, size_t num_mask_words);
+  /// Which ids the sequence's next one may be, its ends included. words: [mask_words_]
+  void fill_mask(const Sequence& seq, uint64_t* words) const;
   template <typename T>
   T* at(size_t offset) const {
     return reinterpret_cast<T*>(host_ + offset);
   }
 
   const StepShape shape_;
+  const int mask_words_;  // of one mask
+  int num_masks_ = 0;
   size_t used_bytes_ = 0;
   std::unique_ptr<std::byte[]> owned_;
   std::byte* host_;

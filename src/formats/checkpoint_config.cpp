@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "formats/checkpoint_config.h"
 
+#include <fnmatch.h>
+
+#include <string>
+
 #include "base/error.h"
 #include "spec/object_reader.h"
 
@@ -30,6 +34,41 @@ void read_mapping(ObjectReader& in, CheckpointConfig& config) {
   }
 }
 
+// TensorRT-LLM leaves out what a pattern of exclude_modules names, and lm_head also where the list
+// is missing or empty. `lm_head_quant_algo` is nibble's own; TensorRT-LLM refuses a key it does not
+// know in this object, and must, because it would take the tensor for int4.
+void read_lm_head(const json::object& object, ObjectReader& quant, CheckpointConfig& config) {
+  const std::string algo = quant.string_or("lm_head_quant_algo", "");
+  if (!algo.empty() && algo != kInt8LmHeadAlgo) {
+    fail(ErrorKind::kUnsupported, "{}: lm_head_quant_algo is \"{}\"; known is \"{}\"",
+         quant.where(), algo, kInt8LmHeadAlgo);
+  }
+  if (!config.quantized) return;
+  const json::value* value = object.if_contains("exclude_modules");
+  if (value != nullptr && !value->is_null() && !value->is_array()) {
+    fail(ErrorKind::kInput, "{}: exclude_modules is {}; wanted a list of names or null",
+         quant.where(), show_json(*value));
+  }
+  const json::array patterns =
+      value != nullptr && value->is_array() ? value->get_array() : json::array();
+  bool excluded = patterns.empty();
+  for (const json::value& pattern : patterns) {
+    if (!pattern.is_string()) {
+      fail(ErrorKind::kInput, "{}: exclude_modules holds {}; wanted strings", quant.where(),
+           show_json(pattern));
+    }
+    excluded |= ::fnmatch(std::string(pattern.get_string()).c_str(), "lm_head", 0) == 0;
+  }
+  if (!algo.empty() && excluded) {
+    fail(ErrorKind::kInput,
+         "{}: lm_head_quant_algo is \"{}\" but exclude_modules says that lm_head is not quantized",
+         quant.where(), algo);
+  }
+  config.lm_head = excluded       ? LmHeadFormat::kDense
+                   : algo.empty() ? LmHeadFormat::kInt4
+                                  : LmHeadFormat::kInt8;
+}
+
 void read_quantization(ObjectReader& in, CheckpointConfig& config) {
   const json::object* object = in.object("quantization");
   if (object == nullptr) return;
@@ -47,6 +86,7 @@ void read_quantization(ObjectReader& in, CheckpointConfig& config) {
     fail(ErrorKind::kUnsupported, "{}: has_zero_point is true; only symmetric int4 is supported",
          quant.where());
   }
+  read_lm_head(*object, quant, config);
   const std::string kv = quant.string_or("kv_cache_quant_algo", "");
   if (kv == "INT8") {
     config.kv = CheckpointConfig::KvQuant::kInt8;

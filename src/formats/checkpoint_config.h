@@ -6,8 +6,13 @@
 
 #include "base/json.h"
 #include "spec/model_spec.h"
+#include "spec/weight_table.h"
 
 namespace nibble {
+
+/// quantization.lm_head_quant_algo of an int8 lm_head: 8-bit weights, 16-bit activations, by
+/// groups.
+inline constexpr std::string_view kInt8LmHeadAlgo = "W8A16_GROUP";
 
 struct CheckpointConfig {
   enum class KvQuant { kNone, kInt8, kFp8 };
@@ -17,6 +22,7 @@ struct CheckpointConfig {
   int tp_size = 1, pp_size = 1;
   bool quantized = false;  // W4A16_AWQ; otherwise every weight is dense
   int group_size = 0;      // 0: take it from the scales' shape
+  LmHeadFormat lm_head = LmHeadFormat::kDense;
   KvQuant kv = KvQuant::kNone;
   EmbeddingSplit embedding = EmbeddingSplit::kReplicated;
 };

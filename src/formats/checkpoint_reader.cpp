@@ -43,7 +43,8 @@ class CheckpointSource final : public WeightSource {
   }
 
   const ModelSpec& spec() const override { return config_.spec; }
-  bool is_quantized(const WeightRow& row) const override { return located(row).quantized; }
+  bool is_quantized(const WeightRow& row) const override { return located(row).bits != 0; }
+  int bits(const WeightRow& row) const override { return located(row).bits; }
 
   std::vector<float> load_dense(const WeightRow& row) const override {
     std::vector<std::byte> storage;
@@ -52,7 +53,7 @@ class CheckpointSource final : public WeightSource {
 
   TensorView view_dense(const WeightRow& row, std::vector<std::byte>& storage) const override {
     const Located& at = located(row);
-    NIBBLE_CHECK(!at.quantized, "{} is quantized", row.name);
+    NIBBLE_CHECK(at.bits == 0, "{} is quantized", row.name);
     const TensorView first = weight(at, row, 0);
     const int64_t out = row.shape.size() == 2 ? row.shape[0] : 1, in = row.shape.back();
     const int64_t element = dtype_bits(first.dtype) / 8;
@@ -73,33 +74,25 @@ class CheckpointSource final : public WeightSource {
 
   Int4Weight load_int4(const WeightRow& row) const override {
     const Located& at = located(row);
-    NIBBLE_CHECK(at.quantized, "{} is dense", row.name);
-    const int64_t out = row.shape[0], in = row.shape[1];
-    Int4Weight result{.out_features = out, .in_features = in, .group_size = at.group_size};
-    result.scales.resize(static_cast<size_t>(out * (in / at.group_size)));
-    if (config_.tp_size == 1) {
-      result.nibbles = weight(at, row, 0).bytes.data();
-    } else {
-      result.owned.resize(static_cast<size_t>(out / 2 * in));
-      result.nibbles = result.owned.data();
-    }
-    if (at.has_pre_scale) result.pre_scale.resize(static_cast<size_t>(in));
-    for (int r = 0; r < config_.tp_size; ++r) {
-      const ShardSlice& slice = at.slices[static_cast<size_t>(r)];
-      const std::vector<float> scales =
-          finite(tensor(at, row, r, ".weights_scaling_factor"), row, r, "scale");
-      place_slice(reinterpret_cast<const std::byte*>(scales.data()), slice,
-                  {.col_bytes = sizeof(float), .col_divide = at.group_size}, out, in,
-                  reinterpret_cast<std::byte*>(result.scales.data()));
-      if (config_.tp_size > 1) {
-        place_slice(weight(at, row, r).bytes.data(), slice, {.divide_rows = 2}, out, in,
-                    result.owned.data());
-      }
-      if (at.has_pre_scale) {
-        const std::vector<float> part =
-            finite(tensor(at, row, r, ".prequant_scaling_factor"), row, r, "prequant scale");
-        std::copy(part.begin(), part.end(), result.pre_scale.begin() + slice.col_begin);
-      }
+    NIBBLE_CHECK(at.bits == 4, "{} has {} bits", row.name, at.bits);
+    Int4Weight result{.out_features = row.shape[0], .in_features = row.shape[1]};
+    result.nibbles = join(row, at, result);
+    return result;
+  }
+
+  Int8Weight load_int8(const WeightRow& row) const override {
+    const Located& at = located(row);
+    NIBBLE_CHECK(at.bits == 8, "{} has {} bits", row.name, at.bits);
+    Int8Weight result{.out_features = row.shape[0], .in_features = row.shape[1]};
+    result.values = join(row, at, result);
+    const auto* q = reinterpret_cast<const int8_t*>(result.values);
+    const int64_t count = row.shape[0] * row.shape[1];
+    const auto* bad =
+        std::find_if(q, q + count, [](int8_t v) { return v < -kMaxInt8 || v > kMaxInt8; });
+    if (bad != q + count) {
+      fail(ErrorKind::kInput, "{}: value {} of {} is {}; wanted -{}..{}",
+           rank_file(at.stage, 0).file().path().parent_path().string(), bad - q, at.name, *bad,
+           kMaxInt8, kMaxInt8);
     }
     return result;
   }
@@ -126,7 +119,8 @@ class CheckpointSource final : public WeightSource {
   struct Located {
     int stage = 0;
     std::string name;  // in the stage's files, with the local layer's number
-    bool quantized = false, has_pre_scale = false;
+    int bits = 0;      // of its integers; 0: dense
+    bool has_pre_scale = false;
     int group_size = 0;
     std::vector<ShardSlice> slices;  // one per tensor-parallel rank
   };
@@ -135,6 +129,36 @@ class CheckpointSource final : public WeightSource {
     const auto found = rows_.find(row.name);
     NIBBLE_CHECK(found != rows_.end(), "{} is not a weight of this model", row.name);
     return found->second;
+  }
+
+  // Scales, pre-scale and integers of all ranks into `result`; returns where the integers are.
+  template <typename Weight>
+  const std::byte* join(const WeightRow& row, const Located& at, Weight& result) const {
+    const int64_t out = row.shape[0], in = row.shape[1], rows_a_byte = 8 / at.bits;
+    // A vocabulary may be odd; what is stored is padded, so the last byte's other row is there.
+    const int64_t whole = (out + rows_a_byte - 1) / rows_a_byte * rows_a_byte;
+    result.group_size = at.group_size;
+    result.scales.resize(static_cast<size_t>(out * (in / at.group_size)));
+    if (config_.tp_size > 1) result.owned.resize(static_cast<size_t>(whole / rows_a_byte * in));
+    if (at.has_pre_scale) result.pre_scale.resize(static_cast<size_t>(in));
+    for (int r = 0; r < config_.tp_size; ++r) {
+      const ShardSlice& slice = at.slices[static_cast<size_t>(r)];
+      const std::vector<float> scales =
+          finite(tensor(at, row, r, ".weights_scaling_factor"), row, r, "scale");
+      place_slice(reinterpret_cast<const std::byte*>(scales.data()), slice,
+                  {.col_bytes = sizeof(float), .col_divide = at.group_size}, out, in,
+                  reinterpret_cast<std::byte*>(result.scales.data()));
+      if (config_.tp_size > 1) {
+        place_slice(weight(at, row, r).bytes.data(), slice, {.divide_rows = rows_a_byte}, whole, in,
+                    result.owned.data());
+      }
+      if (at.has_pre_scale) {
+        const std::vector<float> part =
+            finite(tensor(at, row, r, ".prequant_scaling_factor"), row, r, "prequant scale");
+        std::copy(part.begin(), part.end(), result.pre_scale.begin() + slice.col_begin);
+      }
+    }
+    return config_.tp_size > 1 ? result.owned.data() : weight(at, row, 0).bytes.data();
   }
 
   const SafetensorsFile& rank_file(int stage, int tp_rank) const {
@@ -231,20 +255,23 @@ class CheckpointSource final : public WeightSource {
              "and F32",
              where, weight_name, dtype_name(view.dtype));
       }
-      if (packed && (!row.quantizable || !config_.quantized)) {
+      const int bits = packed ? quantized_bits(row, config_.lm_head) : 0;
+      if (packed && (bits == 0 || !config_.quantized)) {
         fail(ErrorKind::kUnsupported, "{}: the tensor \"{}\" is {}, but {}", where, weight_name,
              dtype_name(view.dtype),
-             row.quantizable
-                 ? "config.json says that nothing is quantized (quantization.quant_algo)"
-                 : "only the linears inside the layers may be int4");
+             !row.quantizable     ? "only linears may be quantized"
+             : !config_.quantized ? "config.json says that nothing is quantized "
+                                    "(quantization.quant_algo)"
+                                  : "config.json says that lm_head is not quantized "
+                                    "(quantization.exclude_modules)");
       }
-      if (r > 0 && (packed != at.quantized || (!packed && view.dtype != dense_dtype_))) {
+      if (r > 0 && (bits != at.bits || (!packed && view.dtype != dense_dtype_))) {
         fail(ErrorKind::kInput, "{}: the tensor \"{}\" is {}, unlike rank 0's", where, weight_name,
              dtype_name(view.dtype));
       }
-      at.quantized = packed;
+      at.bits = bits;
       dense_dtype_ = view.dtype;
-      at.slices.push_back(slice_of(cut, row, r, view, where, weight_name));
+      at.slices.push_back(slice_of(cut, row, r, view, bits == 4 ? 2 : 1, where, weight_name));
       if (packed) {
         check_packed(row, at, r, view, where);
       } else {
@@ -257,14 +284,14 @@ class CheckpointSource final : public WeightSource {
   }
 
   ShardSlice slice_of(const WeightRow& cut, const WeightRow& row, int tp_rank,
-                      const TensorView& view, const std::string& where,
+                      const TensorView& view, int rows_a_byte, const std::string& where,
                       const std::string& name) const {
     const bool vocab_rows = row.role == WeightRole::kEmbedding || row.role == WeightRole::kLmHead;
     if (!vocab_rows || view.shape.empty())
       return shard_slice(cut, config_.spec, tp_rank, config_.tp_size);
     // The vocabulary may be padded, to a multiple of 64 and of tp: the file knows.
     const int64_t parts = cut.shard == ShardRule::kVocab ? config_.tp_size : 1;
-    const int64_t vocab = config_.spec.vocab_size, rows = view.shape[0];
+    const int64_t vocab = config_.spec.vocab_size, rows = view.shape[0] * rows_a_byte;
     if (rows < (vocab + parts - 1) / parts || rows > (vocab + 64 * parts) / parts + 1) {
       fail(
           ErrorKind::kInput,
@@ -280,16 +307,18 @@ class CheckpointSource final : public WeightSource {
   void check_packed(const WeightRow& row, Located& at, int tp_rank, const TensorView& view,
                     const std::string& where) {
     const ShardSlice& slice = at.slices.back();
-    const int64_t rows = slice.num_rows(), cols = slice.num_cols();
+    const int64_t rows = slice.num_rows(), cols = slice.num_cols(), rows_a_byte = 8 / at.bits;
     for (const RowRange& range : slice.rows) {
+      if (at.bits == 8) break;
       if (range.begin % 2 != 0 || range.end % 2 != 0) {
         fail(ErrorKind::kUnsupported, "{}: the tensor \"{}.weight\" would hold half a byte's row",
              where, at.name);
       }
     }
-    if (view.shape != std::vector<int64_t>{rows / 2, cols}) {
-      wrong_shape(where, at.name + ".weight", view, {rows / 2, cols},
-                  "(two output rows a byte) by config.json");
+    if (view.shape != std::vector<int64_t>{rows / rows_a_byte, cols}) {
+      wrong_shape(
+          where, at.name + ".weight", view, {rows / rows_a_byte, cols},
+          at.bits == 4 ? "(two output rows a byte) by config.json" : "(one a byte) by config.json");
     }
     const SafetensorsFile& file = rank_file(at.stage, tp_rank);
     const std::string scale_name = at.name + ".weights_scaling_factor";

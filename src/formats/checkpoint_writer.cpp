@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/interrupt.h"
+#include "formats/checkpoint_config.h"
 #include "formats/safetensors.h"
 #include "formats/shard.h"
 #include "formats/widen.h"
@@ -32,6 +33,8 @@ class Writer {
         table_(weight_table(spec_)) {
     NIBBLE_CHECK(is_dense_dtype(options.dtype), "dtype {}", dtype_name(options.dtype));
     check_shardable(spec_, options.tp_size, options.group_size, "cannot write a checkpoint");
+    NIBBLE_CHECK(options.lm_head == LmHeadFormat::kDense || !spec_.tied_embeddings,
+                 "a quantized lm_head that is the embedding");
     vocab_ = padded_vocab(spec_.vocab_size, options.tp_size);
     ranks_.reserve(static_cast<size_t>(options.tp_size));
     for (int rank = 0; rank < options.tp_size; ++rank) {
@@ -43,7 +46,7 @@ class Writer {
   void write(const CheckpointContent& content) {
     for (const WeightRow& row : table_) {
       throw_if_interrupted();
-      if (row.quantizable) {
+      if (bits(row) != 0) {
         write_linear(row, content.linear(row));
       } else {
         write_dense(row);
@@ -55,6 +58,8 @@ class Writer {
   }
 
  private:
+  int bits(const WeightRow& row) const { return quantized_bits(row, options_.lm_head); }
+
   ShardSlice slice(const WeightRow& row, int rank) const {
     return shard_slice(row, spec_, rank, options_.tp_size, vocab_ / options_.tp_size);
   }
@@ -64,12 +69,14 @@ class Writer {
     for (const WeightRow& row : table_) {
       const ShardSlice part = slice(row, rank);
       const int64_t rows = part.num_rows(), cols = part.num_cols();
-      if (row.quantizable) {
-        tensors.push_back({row.trtllm_name + ".weight", DType::kI8, {rows / 2, cols}});
+      if (bits(row) != 0) {
+        tensors.push_back({row.trtllm_name + ".weight", DType::kI8, {rows * bits(row) / 8, cols}});
         tensors.push_back({row.trtllm_name + ".weights_scaling_factor",
                            DType::kF32,
                            {rows, cols / options_.group_size}});
-        tensors.push_back({row.trtllm_name + ".prequant_scaling_factor", options_.dtype, {cols}});
+        if (bits(row) == 4) {
+          tensors.push_back({row.trtllm_name + ".prequant_scaling_factor", options_.dtype, {cols}});
+        }
       } else if (row.shape.size() == 2) {
         tensors.push_back({row.trtllm_name + ".weight", options_.dtype, {rows, cols}});
       } else {
@@ -128,14 +135,9 @@ class Writer {
     source_.release(row);
   }
 
-  void write_linear(const WeightRow& row, const CheckpointLinear& linear) {
-    const int64_t out = row.shape[0], in = row.shape[1], groups = in / options_.group_size;
-    NIBBLE_CHECK(linear.q.size() == static_cast<size_t>(out * in), "{}: {} values", row.name,
-                 linear.q.size());
-    NIBBLE_CHECK(linear.scales.size() == static_cast<size_t>(out * groups), "{}: {} scales",
-                 row.name, linear.scales.size());
-    NIBBLE_CHECK(linear.pre_scale.empty() || linear.pre_scale.size() == static_cast<size_t>(in),
-                 "{}: {} pre-scales", row.name, linear.pre_scale.size());
+  // Two rows a byte.
+  static std::vector<std::byte> pack_int4(const WeightRow& row, const CheckpointLinear& linear,
+                                          int64_t out, int64_t in) {
     std::vector<std::byte> packed(static_cast<size_t>(out / 2 * in));
     for (int64_t pair = 0; pair < out / 2; ++pair) {
       const int8_t* even = linear.q.data() + 2 * pair * in;
@@ -149,6 +151,30 @@ class Writer {
       NIBBLE_CHECK((bad & ~15) == 0, "{}: a value outside -8..7 in rows {} and {}", row.name,
                    2 * pair, 2 * pair + 1);
     }
+    return packed;
+  }
+
+  void write_linear(const WeightRow& row, CheckpointLinear linear) {
+    int64_t out = row.shape[0];
+    const int64_t in = row.shape[1], groups = in / options_.group_size;
+    NIBBLE_CHECK(linear.q.size() == static_cast<size_t>(out * in), "{}: {} values", row.name,
+                 linear.q.size());
+    NIBBLE_CHECK(linear.scales.size() == static_cast<size_t>(out * groups), "{}: {} scales",
+                 row.name, linear.scales.size());
+    if (row.shard == ShardRule::kVocab) {  // padding rows: zeros with a scale of one
+      out = vocab_;
+      linear.q.resize(static_cast<size_t>(out * in));
+      linear.scales.resize(static_cast<size_t>(out * groups), 1.0f);
+    }
+    NIBBLE_CHECK(linear.pre_scale.empty() || linear.pre_scale.size() == static_cast<size_t>(in),
+                 "{}: {} pre-scales", row.name, linear.pre_scale.size());
+    const int64_t rows_a_byte = 8 / bits(row);
+    std::vector<std::byte> packed;
+    const std::byte* integers = reinterpret_cast<const std::byte*>(linear.q.data());
+    if (rows_a_byte == 2) {
+      packed = pack_int4(row, linear, out, in);
+      integers = packed.data();
+    }
     // A vector of ones where there is none: TensorRT-LLM wants one for each of the five linears.
     const std::vector<std::byte> pre_scale =
         narrow(linear.pre_scale.empty() ? std::vector<float>(static_cast<size_t>(in), 1.0f)
@@ -157,9 +183,10 @@ class Writer {
     const int64_t element = dtype_bits(options_.dtype) / 8;
     for (int rank = 0; rank < options_.tp_size; ++rank) {
       const ShardSlice part = slice(row, rank);
-      write_slice(rank, packed.data(), out, in, part, {.divide_rows = 2});
+      write_slice(rank, integers, out, in, part, {.divide_rows = rows_a_byte});
       write_slice(rank, reinterpret_cast<const std::byte*>(linear.scales.data()), out, in, part,
                   {.col_bytes = sizeof(float), .col_divide = options_.group_size});
+      if (bits(row) == 8) continue;
       write_slice(rank, pre_scale.data(), 1, in, {{{0, 1}}, part.col_begin, part.col_end},
                   {.col_bytes = element});
     }
@@ -227,8 +254,14 @@ class Writer {
           {"group_size", options_.group_size},
           {"has_zero_point", false},
           {"pre_quant_scale", true},
-          {"exclude_modules", json::array{"lm_head"}}}},
+          // Left empty it would stand for a list with lm_head in it.
+          {"exclude_modules", options_.lm_head == LmHeadFormat::kDense
+                                  ? json::array{"lm_head"}
+                                  : json::array{"transformer.vocab_embedding"}}}},
     };
+    // No key of TensorRT-LLM's, so that it stops instead of reading the tensor as int4.
+    if (options_.lm_head == LmHeadFormat::kInt8)
+      config["quantization"].as_object()["lm_head_quant_algo"] = kInt8LmHeadAlgo;
     // What TensorRT-LLM has no key for and nibble reads back.
     json::object own;
     if (const json::value* given = options_.extra_config.if_contains("nibble");

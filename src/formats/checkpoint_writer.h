@@ -16,8 +16,9 @@ namespace nibble {
 struct CheckpointOptions {
   int tp_size = 1;
   int group_size = 128;
-  DType dtype = DType::kBF16;  // of unquantized tensors and prequant vectors
-  bool int8_kv = true;         // write kv_cache_quant_algo INT8 and the scales
+  DType dtype = DType::kBF16;                   // of unquantized tensors and prequant vectors
+  bool int8_kv = true;                          // write kv_cache_quant_algo INT8 and the scales
+  LmHeadFormat lm_head = LmHeadFormat::kDense;  // not of a source whose embeddings are tied
   std::string producer_version = NIBBLE_VERSION;
   json::object extra_config;  // further top-level keys ("nibble": {...}), ignored by TensorRT-LLM;
                               // vocab_size, bos_token_id, eos_token_ids are added to "nibble"
@@ -25,12 +26,13 @@ struct CheckpointOptions {
 
 /// A linear to write: dense values are never re-quantized here.
 struct CheckpointLinear {
-  std::vector<int8_t> q;         // [out, in], -8..7
+  std::vector<int8_t> q;         // [out, in], -8..7; 8 bits: -kMaxInt8..kMaxInt8
   std::vector<float> scales;     // [out, in/group]
-  std::vector<float> pre_scale;  // [in]; empty: ones are written
+  std::vector<float> pre_scale;  // [in]; empty: ones are written. 8 bits: empty
 };
 
-/// Called once per quantizable row, in table order. KV scales are asked for after the last row.
+/// Called once per quantized row (quantized_bits()), in table order. KV scales are asked for after
+/// the last row.
 struct CheckpointContent {
   std::function<CheckpointLinear(const WeightRow&)> linear;
   std::function<KvScales()> kv_scales;  // empty when int8_kv is false

@@ -117,6 +117,23 @@ json::object inspect_row(const WeightSource& source, const WeightRow& row) {
     out["first"] = first_values(values);
     return out;
   }
+  if (source.bits(row) == 8) {
+    const Int8Weight weight = source.load_int8(row);
+    const int64_t in = weight.in_features, groups = in / weight.group_size;
+    out["dtype"] = "int8";
+    out["group_size"] = weight.group_size;
+    out["bytes"] = weight.out_features * in;
+    std::vector<float> values(static_cast<size_t>(weight.out_features * in));
+    for (int64_t i = 0; i < weight.out_features * in; ++i) {
+      values[static_cast<size_t>(i)] =
+          static_cast<float>(static_cast<int8_t>(weight.values[i])) *
+          weight.scales[static_cast<size_t>(i / in * groups + i % in / weight.group_size)];
+    }
+    add_statistics(values, out);
+    out["first"] = first_values(values);
+    add_statistics(weight.scales, out, "scale_");
+    return out;
+  }
   const Int4Weight weight = source.load_int4(row);
   const int64_t in = weight.in_features, groups = in / weight.group_size;
   out["dtype"] = "int4";
@@ -192,7 +209,12 @@ json::object inspect_source(const WeightSource& source, std::string_view kind) {
     int64_t parameters = 1;
     for (const int64_t dim : row.shape) parameters *= dim;
     Line line{.role = row.role, .shape_list = shape_json(row.shape)};
-    if (source.is_quantized(row)) {
+    if (source.bits(row) == 8) {
+      const Int8Weight weight = source.load_int8(row);
+      line.storage = "int8";
+      line.group_size = weight.group_size;
+      line.bytes = parameters + static_cast<int64_t>(weight.scales.size() * 4);
+    } else if (source.is_quantized(row)) {
       const Int4Weight weight = source.load_int4(row);
       line.storage = "int4";
       line.group_size = weight.group_size;

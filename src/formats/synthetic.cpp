@@ -196,7 +196,9 @@ class SyntheticSource final : public WeightSource {
     spec_.dtype = DType::kBF16;
   }
   const ModelSpec& spec() const override { return spec_; }
-  bool is_quantized(const WeightRow& row) const override { return int4_ && row.quantizable; }
+  bool is_quantized(const WeightRow& row) const override {
+    return int4_ && quantized_bits(row) != 0;
+  }
 
   std::vector<float> load_dense(const WeightRow& row) const override {
     std::vector<std::byte> storage;

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "base/error.h"
 #include "base/file.h"
 #include "spec/dtype.h"
 #include "spec/model_spec.h"
@@ -26,6 +27,16 @@ struct Int4Weight {
   std::vector<std::byte> owned;  // backs `nibbles` when shards had to be joined
 };
 
+/// lm_head in 8 bits, whole; the same words.
+struct Int8Weight {
+  int64_t out_features = 0, in_features = 0;
+  int group_size = 128;
+  const std::byte* values = nullptr;  // int8 [out, in], -kMaxInt8..kMaxInt8
+  std::vector<float> scales;          // [out, in/group]
+  std::vector<float> pre_scale;       // [in]; empty: all ones
+  std::vector<std::byte> owned;
+};
+
 struct KvScales {           // static int8: stored = round(x / scale)
   std::vector<float> k, v;  // [layers]
 };
@@ -35,6 +46,8 @@ class WeightSource {
   virtual ~WeightSource() = default;
   virtual const ModelSpec& spec() const = 0;
   virtual bool is_quantized(const WeightRow& row) const = 0;
+  /// Bits of a quantized row's integers: 4, or 8 for an lm_head. 0: dense.
+  virtual int bits(const WeightRow& row) const { return is_quantized(row) ? 4 : 0; }
   /// Dense weight as floats, exactly widened: [shape] row-major. Quantized rows are an internal
   /// error.
   virtual std::vector<float> load_dense(const WeightRow& row) const = 0;
@@ -42,9 +55,12 @@ class WeightSource {
   /// when a copy was needed.
   virtual TensorView view_dense(const WeightRow& row, std::vector<std::byte>& storage) const = 0;
   virtual Int4Weight load_int4(const WeightRow& row) const = 0;
-  /// load_int4(row).pre_scale, for sources that can do without the rest.
+  virtual Int8Weight load_int8(const WeightRow& row) const {  // of rows with bits() 8
+    NIBBLE_CHECK(false, "{} has no 8-bit form", row.name);
+  }
+  /// The pre_scale of load_int4(row) or load_int8(row), for sources that can do without the rest.
   virtual std::vector<float> load_pre_scale(const WeightRow& row) const {
-    return load_int4(row).pre_scale;
+    return bits(row) == 8 ? load_int8(row).pre_scale : load_int4(row).pre_scale;
   }
   /// Calibrated KV scales, or nullopt when the model carries none (always for HF directories).
   virtual std::optional<KvScales> kv_scales() const = 0;

@@ -16,7 +16,8 @@ enum class Tap : uint8_t {
   kDownInput,
   kRotatedQkv /* after RoPE */,
   kAttnResidual,  // x before o adds to it
-  kMlpResidual    // x before down adds to it
+  kMlpResidual,   // x before down adds to it
+  kHeadInput  // after the final norm: of the model, not of a layer; Decoder::layer() never says it
 };
 using TapFn = std::function<void(int layer, Tap tap, const void* act, int rows, int cols)>;
 

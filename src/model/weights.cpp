@@ -57,7 +57,9 @@ class Loader {
 
   LinearOperand linear(const WeightRow& row) {
     LinearOperand operand;
-    operand.layout = row.quantizable ? plan_.linear_layout : plan_.dense_layout;
+    operand.layout = row.role == WeightRole::kEmbedding ? plan_.dense_layout
+                     : row.role == WeightRole::kLmHead  ? plan_.lm_head_layout
+                                                        : plan_.linear_layout;
     operand.out_features = static_cast<int>(row.shape[0]);
     operand.in_features = static_cast<int>(row.shape[1]);
     const TensorView view = tensors_.get(row.name + ".weight");
@@ -71,10 +73,7 @@ class Loader {
     }
     operand.weight = backend_.import_weights(view.bytes.data(), view.bytes.size());
     if (row.role != WeightRole::kEmbedding) bytes_ += view.bytes.size();
-    const bool int4 = operand.layout == WeightLayout::kInt4Portable ||
-                      operand.layout == WeightLayout::kCpuInt4 ||
-                      operand.layout == WeightLayout::kCudaInt4;
-    if (int4) operand.group_size = plan_.group_size;
+    if (is_int4(operand.layout) || is_int8(operand.layout)) operand.group_size = plan_.group_size;
     if (tensors_.contains(row.name + ".scales")) {
       const int64_t count = row.shape[0] * (row.shape[1] / plan_.group_size);
       operand.scales = floats(row.name + ".scales", count);
@@ -111,8 +110,12 @@ class Loader {
       return cuda_int4_packed_bytes(row.role == WeightRole::kGate ? 2 * row.shape[0] : row.shape[0],
                                     in);
     }
-    if (layout != WeightLayout::kCpuInt4) return elements / 2;
-    return static_cast<size_t>(cpu_int4_num_tiles(out)) * cpu_int4_tile_bytes(in, plan_.group_size);
+    if (layout == WeightLayout::kInt4Portable)
+      return static_cast<size_t>((out + 1) / 2) * static_cast<size_t>(in);
+    if (layout == WeightLayout::kInt8Portable) return elements;
+    const size_t plane =
+        static_cast<size_t>(cpu_int4_num_tiles(out)) * cpu_int4_tile_bytes(in, plan_.group_size);
+    return layout == WeightLayout::kCpuInt8 ? 2 * plane : plane;
   }
 
   Backend& backend_;

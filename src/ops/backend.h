@@ -147,9 +147,13 @@ class Backend {
                        float* logits) = 0;
 
   /// Draws one token a row. Row r's result depends on its own logits and parameters only. Logits
-  /// may be overwritten.
+  /// may be overwritten. Ids outside of `allowed` or of the row's mask [vocab/64 bits] are never
+  /// drawn; log-probabilities know nothing of either.
   virtual void sample(const SampleBatch& batch, float* logits /*[R, vocab]*/,
                       const SampleResult& result) = 0;
+
+  /// Whether sample() heeds SampleRow::mask.
+  virtual bool masks_rows() const { return false; }
 
   /// Sum over tensor-parallel ranks; nothing to do for one rank.
   virtual void all_reduce(void* x, size_t num_elements) {

@@ -15,12 +15,12 @@ namespace nibble {
 
 struct LinearOperand {
   WeightLayout layout = WeightLayout::kF32Rows;
-  int out_features = 0;          // N
-  int in_features = 0;           // K
-  int group_size = 0;            // 0 for dense layouts
-  const void* weight = nullptr;  // bytes by layout
-  const float* scales =
-      nullptr;  // kInt4Portable: [N, K/group]; null when the layout holds them inline
+  int out_features = 0;           // N
+  int in_features = 0;            // K
+  int group_size = 0;             // 0 for dense layouts
+  const void* weight = nullptr;   // bytes by layout
+  const float* scales = nullptr;  // kInt4Portable, kInt8Portable: [N, K/group]; null when the
+                                  // layout holds them inline
   const float* pre_scale =
       nullptr;  // [K], multiplies the activation first; null when folded elsewhere
 };

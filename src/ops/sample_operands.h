@@ -24,7 +24,8 @@ struct SampleRow {
   int32_t bias_begin = 0, bias_end = 0;        // into SampleBatch::bias
   int32_t num_logprobs = -1;  // -1: none; k >= 0: the sampled token's and the k best
   int32_t forced_token =
-      -1;  // >= 0: "drawn" whatever the logits and masks say (log-probs of a given text)
+      -1;             // >= 0: "drawn" whatever the logits and masks say (log-probs of a given text)
+  int32_t mask = -1;  // >= 0: which of SampleBatch::masks its id must be in, besides `allowed`
 };
 
 struct TokenCount {
@@ -43,7 +44,11 @@ struct SampleBatch {
   const TokenCount* history = nullptr;  // ragged; each id once a row
   const TokenBias* bias = nullptr;      // ragged; each id once a row
   const uint64_t* allowed = nullptr;    // [vocab/64 bits]; null: every id may be drawn
-  int max_logprobs = 0;                 // columns of the two arrays below
+  // [masks, mask_words] bits of the ids that rows naming one may draw (structured output). Read
+  // only where Backend::masks_rows().
+  const uint64_t* masks = nullptr;
+  int mask_words = 0;    // ceil(vocab/64)
+  int max_logprobs = 0;  // columns of the two arrays below
 };
 
 struct SampleResult {

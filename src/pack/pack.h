@@ -29,7 +29,8 @@ size_t packed_int4_bytes(int out_features, int in_features, int group_size, Weig
 Int4Matrix unpack_int4(std::span<const std::byte> weight, std::span<const float> scales,
                        int out_features, int in_features, int group_size, WeightLayout layout);
 
-/// Portable nibbles [out/2, in] <-> int8 [out, in].
+/// Portable nibbles [out/2, in] <-> int8 [out, in]. With an odd number of rows (a vocabulary) the
+/// last byte row's high nibbles are zero.
 std::vector<int8_t> unpack_nibbles(const std::byte* nibbles, int64_t out_features,
                                    int64_t in_features);
 std::vector<std::byte> pack_nibbles(std::span<const int8_t> q, int64_t out_features,

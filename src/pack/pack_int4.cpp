@@ -29,7 +29,7 @@ PackedLinear pack_int4(const Int4Matrix& matrix, WeightLayout layout) {
 size_t packed_int4_bytes(int out_features, int in_features, int group_size, WeightLayout layout) {
   switch (layout) {
     case WeightLayout::kInt4Portable:
-      return static_cast<size_t>(out_features) * static_cast<size_t>(in_features) / 2;
+      return static_cast<size_t>((out_features + 1) / 2) * static_cast<size_t>(in_features);
     case WeightLayout::kCpuInt4:
       return static_cast<size_t>(cpu_int4_num_tiles(out_features)) *
              cpu_int4_tile_bytes(in_features, group_size);
@@ -43,7 +43,8 @@ Int4Matrix unpack_int4(std::span<const std::byte> weight, std::span<const float>
   const int64_t elements = int64_t{out_features} * in_features;
   switch (layout) {
     case WeightLayout::kInt4Portable:
-      NIBBLE_CHECK(static_cast<int64_t>(weight.size()) * 2 == elements &&
+      NIBBLE_CHECK(weight.size() ==
+                       packed_int4_bytes(out_features, in_features, group_size, layout) &&
                    static_cast<int64_t>(scales.size()) * group_size == elements);
       return {.out_features = out_features,
               .in_features = in_features,

@@ -10,6 +10,7 @@
 #include "base/interrupt.h"
 #include "quantize/group_search.h"
 #include "quantize/rounding.h"
+#include "spec/weight_table.h"
 
 namespace nibble::awq {
 namespace {
@@ -162,32 +163,49 @@ float round_to(DType dtype, float value) {
   }
 }
 
-CheckpointLinear round_to_nearest(ThreadPool& pool, const DenseLinear& linear, int64_t in_features,
-                                  int group_size) {
+namespace {
+
+// scale = amax / most, integers in least..most.
+CheckpointLinear round_groups(ThreadPool& pool, const DenseLinear& linear, int64_t in_features,
+                              int group_size, float least, float most) {
   NIBBLE_CHECK(in_features % group_size == 0, "{} in-features, groups of {}", in_features,
                group_size);
   const int64_t groups = in_features / group_size;
   CheckpointLinear out;
   out.q.resize(static_cast<size_t>(linear.out_features * in_features));
   out.scales.resize(static_cast<size_t>(linear.out_features * groups));
-  out.pre_scale.assign(static_cast<size_t>(in_features), 1.0f);
   pool.parallel_for(linear.out_features, [&](int64_t row, int) {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t at = row * in_features + g * group_size;
       float widest = 0;
       for (int64_t j = at; j < at + group_size; ++j)
         widest = std::max(widest, std::fabs(linear.weight[j]));
-      float scale = widest / 7.0f;
+      float scale = widest / most;
       if (!(scale > 0)) scale = 1.0f;
       out.scales[static_cast<size_t>(row * groups + g)] = scale;
       for (int64_t j = at; j < at + group_size; ++j) {
         const float q =
             std::nearbyint(linear.weight[j] / scale);  // ties to even: the default rounding mode
-        out.q[static_cast<size_t>(j)] = static_cast<int8_t>(std::clamp(q, -8.0f, 7.0f));
+        out.q[static_cast<size_t>(j)] = static_cast<int8_t>(std::clamp(q, least, most));
       }
     }
   });
   return out;
+}
+
+}  // namespace
+
+CheckpointLinear round_to_nearest(ThreadPool& pool, const DenseLinear& linear, int64_t in_features,
+                                  int group_size) {
+  CheckpointLinear out = round_groups(pool, linear, in_features, group_size, -8.0f, 7.0f);
+  out.pre_scale.assign(static_cast<size_t>(in_features), 1.0f);
+  return out;
+}
+
+CheckpointLinear round_to_int8(ThreadPool& pool, const DenseLinear& linear, int64_t in_features,
+                               int group_size) {
+  constexpr float kMost = kMaxInt8;
+  return round_groups(pool, linear, in_features, group_size, -kMost, kMost);
 }
 
 QuantizedGroup quantize_group(ThreadPool& pool, std::span<const DenseLinear> linears,

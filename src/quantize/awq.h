@@ -108,6 +108,11 @@ struct QuantizedGroup {
 CheckpointLinear round_to_nearest(ThreadPool& pool, const DenseLinear& linear, int64_t in_features,
                                   int group_size);
 
+/// Eight bits: amax / kMaxInt8 of each group, half to even, no pre_scale. The step is a 17th of
+/// four bits' (measured: +0.006 % perplexity on nano), so nothing is searched.
+CheckpointLinear round_to_int8(ThreadPool& pool, const DenseLinear& linear, int64_t in_features,
+                               int group_size);
+
 /// One search for all `linears` that read the same input.
 QuantizedGroup quantize_group(ThreadPool& pool, std::span<const DenseLinear> linears,
                               int64_t in_features, const InputStatistics& input,

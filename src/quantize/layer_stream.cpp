@@ -273,4 +273,21 @@ void LayerStream::run_step(size_t index, int layer, const LayerWeights& weights,
   backend_.sync();
 }
 
+void LayerStream::final_norm_step(size_t index, std::span<const float> norm,
+                                  const std::function<void(const void* act, int rows)>& listen) {
+  throw_if_interrupted();
+  const Step& step = steps_[index];
+  const size_t bytes = static_cast<size_t>(step.num_tokens) * row_bytes_;
+  if (normed_.bytes() < bytes + norm.size_bytes()) {
+    normed_ = Buffer();
+    normed_ = backend_.alloc(bytes + norm.size_bytes());  // the norm's weight, then the output
+  }
+  float* weight = normed_.as<float>();
+  backend_.upload(weight, norm.data(), norm.size_bytes());
+  backend_.rms_norm(state(step), weight, static_cast<float>(plan_.spec.norm_eps), step.num_tokens,
+                    plan_.spec.hidden_size, weight + norm.size());
+  backend_.sync();
+  listen(weight + norm.size(), step.num_tokens);
+}
+
 }  // namespace nibble

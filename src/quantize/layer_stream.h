@@ -56,6 +56,10 @@ class LayerStream {
   /// One step of it; two streams of the same sequences have the same steps.
   void run_step(size_t step, int layer, const LayerWeights& weights, const Listener& listen,
                 bool keep);
+  /// One step's states after the model's last norm: [rows, hidden] activations in the backend's
+  /// memory, valid until the next step. The states stay as they are.
+  void final_norm_step(size_t step, std::span<const float> norm /*[hidden]*/,
+                       const std::function<void(const void* act, int rows)>& listen);
   size_t num_steps() const { return steps_.size(); }
   int64_t tokens_after(size_t step) const {
     return steps_[step].first_token + steps_[step].num_tokens;
@@ -88,8 +92,8 @@ class LayerStream {
   std::vector<Step> steps_;
   int64_t num_tokens_ = 0;
   size_t row_bytes_ = 0;
-  Buffer states_;  // [tokens, hidden] activations
-  Buffer device_step_, kv_data_;
+  Buffer states_;                          // [tokens, hidden] activations
+  Buffer device_step_, kv_data_, normed_;  // normed_: of final_norm_step()
   KvLayer kv_;
 };
 

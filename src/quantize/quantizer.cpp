@@ -18,6 +18,7 @@
 #include "quantize/input_groups.h"
 #include "quantize/layer_stream.h"
 #include "quantize/resume.h"
+#include "quantize/untied_source.h"
 
 namespace nibble {
 namespace {
@@ -65,7 +66,9 @@ class Quantizer {
         progress_(progress),
         pool_(options.num_threads) {
     for (WeightRow& row : weight_table(source.spec())) {
-      if (row.quantizable) rows_[{row.layer, row.role}] = std::move(row);
+      // lm_head is taken for a layer behind the last.
+      const int layer = row.role == WeightRole::kLmHead ? source.spec().num_layers : row.layer;
+      if (quantized_bits(row, options.lm_head) != 0) rows_[{layer, row.role}] = std::move(row);
     }
     if (!needs_calibration(options)) return;
     NIBBLE_CHECK(backend != nullptr && calibration != nullptr);
@@ -95,10 +98,15 @@ class Quantizer {
                                  resume_->layers_done(), layers));
       resume_->load_states(all_states());
     }
-    progress_.begin("quantizing", int64_t{layers} * units_per_layer_ / 100, "passes");
+    const int with_head = layers + (options_.lm_head == LmHeadFormat::kDense ? 0 : 1);
+    progress_.begin("quantizing", int64_t{with_head} * units_per_layer_ / 100, "passes");
     CheckpointContent content;
     content.linear = [&](const WeightRow& row) {
-      if (row.layer != layer_) next_layer(row.layer);
+      if (row.role == WeightRole::kLmHead) {
+        next_is_lm_head();
+      } else if (row.layer != layer_) {
+        next_layer(row.layer);
+      }
       const auto found = done_.linears.find(row.role);
       NIBBLE_CHECK(found != done_.linears.end(), "{} asked for twice or out of order", row.name);
       CheckpointLinear linear = std::move(found->second);
@@ -137,13 +145,72 @@ class Quantizer {
         resume_->save(done_, all_states());
       }
     }
-    report_.linears.insert(report_.linears.end(), done_.reports.begin(), done_.reports.end());
     if (options_.int8_kv) {
       report_.kv_scales.k.push_back(done_.k_scale);
       report_.kv_scales.v.push_back(done_.v_scale);
     }
+    add_to_report();
+  }
+
+  // Made from the states after the last layer, which a run that goes on has too: nothing to keep.
+  void next_is_lm_head() {
+    NIBBLE_CHECK(layer_ == source_.spec().num_layers - 1 && done_.linears.empty());
+    ++layer_;
+    done_ = LayerResult();
+    const InputGroup head = {Tap::kHeadInput, {WeightRole::kLmHead}};
+    std::optional<awq::InputStatistics> input;
+    if (searches(options_) && options_.lm_head == LmHeadFormat::kInt4) {
+      const Clock::time_point start = Clock::now();
+      input.emplace(source_.spec().hidden_size, options_.group_size, options_.max_gram_bytes);
+      listen_after_layers(*input);
+      done_.forward_seconds = seconds_since(start);
+    }
+    const Clock::time_point start = Clock::now();
+    quantize_group(head, input ? &*input : nullptr);
+    done_.search_seconds = seconds_since(start);
+    searched_here_ += done_.forward_seconds + done_.search_seconds;
+    add_to_report();
+  }
+
+  void add_to_report() {
+    report_.linears.insert(report_.linears.end(), done_.reports.begin(), done_.reports.end());
     report_.forward_seconds += done_.forward_seconds;
     report_.search_seconds += done_.search_seconds;
+  }
+
+  // Statistics of lm_head's input: the states of all tokens after the final norm.
+  void listen_after_layers(awq::InputStatistics& input) {
+    std::vector<float> norm;
+    for (const WeightRow& row : weight_table(source_.spec())) {
+      if (row.role == WeightRole::kFinalNorm) norm = source_.load_dense(row);
+    }
+    const int64_t hidden = source_.spec().hidden_size;
+    std::vector<float> dense;  // of one step
+    for (size_t step = 0; step < stream_->num_steps(); ++step) {
+      if (dense_stream_) {
+        dense_stream_->final_norm_step(
+            step, norm, [&](const void* act, int rows) {
+              const auto* x = static_cast<const float*>(act);
+              dense.assign(x, x + rows * hidden);
+            });
+      }
+      stream_->final_norm_step(step, norm, [&](const void* act, int rows) {
+        const auto* x = static_cast<const float*>(act);
+        input.add(pool_, x, rows);
+        if (dense_stream_) input.add_drift(pool_, x, dense.data(), nullptr, 0, rows);
+      });
+      tick(0, stream_->tokens_after(step), stream_->num_tokens());
+    }
+    finish(input);
+  }
+
+  void finish(awq::InputStatistics& input) {
+    input.finish(pool_);
+    if (!std::isfinite(input.max_abs())) {
+      fail(ErrorKind::kInput,
+           "layer {}: an activation is not finite on the calibration texts; is the model damaged?",
+           layer_);
+    }
   }
 
   std::vector<std::span<std::byte>> all_states() {
@@ -187,7 +254,7 @@ class Quantizer {
     }
   }
 
-  // `input` is null for kRtn.
+  // `input` is null for kRtn and for 8 bits.
   void quantize_group(const InputGroup& group, const awq::InputStatistics* input) {
     std::vector<std::vector<float>> weights;
     std::vector<awq::DenseLinear> linears;
@@ -196,14 +263,15 @@ class Quantizer {
       linears.push_back({weights.back().data(), row(role).shape[0]});
     }
     const int64_t in_features = row(group.roles[0]).shape[1];
-    if (dense_stream_) {
+    if (dense_stream_ && input != nullptr) {
       for (std::vector<float>& weight : weights)
         awq::correct_drift(pool_, *input, awq::kDriftStrength, weight);
     }
     if (input == nullptr) {
       for (size_t i = 0; i < group.roles.size(); ++i) {
-        done_.linears[group.roles[i]] =
-            awq::round_to_nearest(pool_, linears[i], in_features, options_.group_size);
+        const bool int8 = quantized_bits(row(group.roles[i]), options_.lm_head) == 8;
+        done_.linears[group.roles[i]] = (int8 ? awq::round_to_int8 : awq::round_to_nearest)(
+            pool_, linears[i], in_features, options_.group_size);
       }
       return;
     }
@@ -299,15 +367,7 @@ class Quantizer {
       tick(0, stream_->tokens_after(step), stream_->num_tokens());
     }
     if (statistics != nullptr) {
-      for (auto& [tap, input] : *statistics) {
-        input.finish(pool_);
-        if (!std::isfinite(input.max_abs())) {
-          fail(ErrorKind::kInput,
-               "layer {}: an activation is not finite on the calibration texts; is the model "
-               "damaged?",
-               layer_);
-        }
-      }
+      for (auto& [tap, input] : *statistics) finish(input);
     }
     if (options_.int8_kv) {
       // An all-zero layer still needs a positive scale.
@@ -367,6 +427,7 @@ json::object fingerprint(const WeightSource& source, const Backend* backend,
   print["weights"] = hex64(weights);
   print["dtype"] = dtype_name(options.dtype);
   print["group_size"] = options.group_size;
+  print["lm_head"] = lm_head_format_name(options.lm_head);
   print["int8_kv"] = options.int8_kv;
   print["calib_batch"] = options.calib_batch;
   print["max_step_tokens"] = options.max_step_tokens;
@@ -399,11 +460,19 @@ QuantizeReport quantize(const fs::path& directory, const WeightSource& source, B
                         const CalibrationData* calibration, const QuantizeOptions& options,
                         Progress& progress) {
   check_options(source, options);
+  if (options.lm_head != LmHeadFormat::kDense && source.spec().tied_embeddings) {
+    progress.note(
+        fmt::format("lm_head is tied to the embedding, which stays in {}; lm_head becomes "
+                    "an {} tensor of its own",
+                    dtype_name(options.dtype), lm_head_format_name(options.lm_head)));
+    return quantize(directory, UntiedSource(source), backend, calibration, options, progress);
+  }
   CheckpointOptions checkpoint;
   checkpoint.tp_size = options.tp_size;
   checkpoint.group_size = options.group_size;
   checkpoint.dtype = options.dtype;
   checkpoint.int8_kv = options.int8_kv;
+  checkpoint.lm_head = options.lm_head;
   json::object facts = {{"method", method_name(options.method)}};
   if (options.method == QuantizeMethod::kAwq) {
     facts["rounding"] = rounding_name(options.rounding);
@@ -412,6 +481,8 @@ QuantizeReport quantize(const fs::path& directory, const WeightSource& source, B
   }
   if (searches(options)) facts["sequential"] = options.sequential;
   if (options.method == QuantizeMethod::kAwq) facts["correct_drift"] = corrects_drift(options);
+  if (options.lm_head != LmHeadFormat::kDense)
+    facts["lm_head"] = lm_head_format_name(options.lm_head);
   if (needs_calibration(options)) {
     NIBBLE_CHECK(calibration != nullptr);
     facts["calibration"] = calibration->to_json();

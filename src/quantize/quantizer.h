@@ -32,7 +32,8 @@ struct QuantizeOptions {
   int sweeps = awq::RoundingOptions().sweeps;  // of coordinate descent, with kCompensated
   int group_size = 128;                        // 64 or 128
   int tp_size = 1;
-  DType dtype = DType::kBF16;  // of the checkpoint: kBF16 or kF16
+  DType dtype = DType::kBF16;                   // of the checkpoint: kBF16 or kF16
+  LmHeadFormat lm_head = LmHeadFormat::kDense;  // tied embeddings: it becomes a tensor of its own
   bool int8_kv = true;         // calibrate static scales for K after RoPE and for V
   int calib_batch = 16;        // sequences a step
   int max_step_tokens = 8192;  // tokens a step; a longer sequence is run in parts

@@ -173,9 +173,10 @@ std::string bar(const json::object& stages) {
   return svg + "</svg>" + table + "</table>";
 }
 
-// "layers.3.qkv" -> 3, "qkv"
+// "layers.3.qkv" -> 3, "qkv"; "lm_head" is in no layer and in no plot over layers.
 std::pair<int, std::string> split_name(std::string_view name) {
   const size_t dot = name.rfind('.');
+  if (dot == name.npos) return {0, std::string(name)};
   int layer = 0;
   for (const char c : name.substr(7, dot - 7)) layer = layer * 10 + (c - '0');
   return {layer, std::string(name.substr(dot + 1))};
@@ -288,6 +289,14 @@ class Page {
         "<h2>Error of each linear</h2>\n<p>Hollow: rounding to nearest. Filled: as written. "
         "Log scale, lower is better.</p>\n" +
         layer_plot(all, true, "error energy / output energy") + "\n";
+    for (const json::object* linear : linears_) {
+      if (plain(linear->at("name")) != "lm_head") continue;
+      out_ += fmt::format(
+          "<p>lm_head: {:.4f} % of its output's energy (round to nearest: {:.4f} %), alpha {:.1f}, "
+          "beta {:.2f}, mean clip {:.3f}.</p>\n",
+          100 * number(*linear, "error"), 100 * number(*linear, "error_rtn"),
+          number(*linear, "alpha"), number(*linear, "beta"), number(*linear, "mean_clip"));
+    }
   }
 
   void scales() {

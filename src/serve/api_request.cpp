@@ -209,22 +209,11 @@ void read_sampling(const Fields& fields, SamplingParams& params) {
 /// Known to other servers, would change the answer, not done here.
 void refuse_unsupported(const Fields& fields) {
   for (const std::string_view name :
-       {"functions", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
-        "guided_decoding_backend", "structured_outputs", "prompt_logprobs", "audio",
+       {"functions", "guided_grammar", "guided_whitespace_pattern", "prompt_logprobs", "audio",
         "web_search_options", "prediction"}) {
     if (fields.find(name) != nullptr) {
       throw ApiError::unsupported(
           name, fmt::format("{} is not supported by nibble; leave it out of the request", name));
-    }
-  }
-  if (const auto* format = fields.find("response_format")) {
-    const auto* type = format->is_object() ? format->get_object().if_contains("type") : nullptr;
-    if (type == nullptr || !type->is_string() || type->get_string() != "text") {
-      throw ApiError::unsupported(
-          "response_format",
-          fmt::format("response_format is {}, but only {{\"type\": \"text\"}} is "
-                      "supported; ask for the format in the prompt",
-                      shown(*format)));
     }
   }
   bool beams = false;
@@ -235,9 +224,125 @@ void refuse_unsupported(const Fields& fields) {
   }
 }
 
+// Structured output
+// ----------------------------------------------------------------------------------------------
+
+OutputFormat schema_format(std::string_view field, const json::value& schema) {
+  OutputFormat format{.kind = OutputFormat::Kind::kJsonSchema, .field = std::string(field)};
+  if (schema.is_string()) {  // vLLM takes the schema as text, too
+    try {
+      format.schema = parse_json(schema.get_string(), field, kMaxDepth);
+    } catch (const Error& error) {
+      throw ApiError::bad_request(field, error.what());
+    }
+  } else {
+    format.schema = schema;
+  }
+  if (!format.schema.is_object() && !format.schema.is_bool()) {
+    wrong(field, schema, "a JSON schema");
+  }
+  return format;
+}
+
+OutputFormat choice_format(std::string_view field, const json::value& choices) {
+  constexpr std::string_view kWanted = "a non-empty array of strings";
+  OutputFormat format{.kind = OutputFormat::Kind::kChoice, .field = std::string(field)};
+  if (!choices.is_array() || choices.get_array().empty()) wrong(field, choices, kWanted);
+  for (const auto& choice : choices.get_array()) {
+    if (!choice.is_string()) wrong(field, choices, kWanted);
+    format.choices.emplace_back(choice.get_string());
+  }
+  return format;
+}
+
+OutputFormat regex_format(std::string_view field, const json::value& regex) {
+  if (!regex.is_string()) wrong(field, regex, "a regular expression as a string");
+  return {.kind = OutputFormat::Kind::kRegex,
+          .field = std::string(field),
+          .regex = std::string(regex.get_string())};
+}
+
+OutputFormat response_format(const json::value& value) {
+  constexpr std::string_view kField = "response_format";
+  constexpr std::string_view kWanted =
+      "{\"type\": \"text\"}, {\"type\": \"json_object\"} or {\"type\": \"json_schema\", "
+      "\"json_schema\": {\"name\": ..., \"schema\": {...}}}";
+  if (!value.is_object()) wrong(kField, value, kWanted);
+  const Fields parts(value.get_object());
+  const auto* type = parts.find("type");
+  if (type == nullptr || !type->is_string()) wrong(kField, value, kWanted);
+  const std::string_view word = type->get_string();
+  if (word == "text") return {};
+  if (word == "json_object") {
+    // A schema beside it: llama.cpp's spelling.
+    if (const auto* schema = parts.find("schema")) return schema_format(kField, *schema);
+    return {.kind = OutputFormat::Kind::kJsonObject, .field = std::string(kField)};
+  }
+  if (word != "json_schema") {
+    throw ApiError::unsupported(
+        kField, fmt::format("response_format is {}, but must be {}", shown(value), kWanted));
+  }
+  const auto* named = parts.find("json_schema");
+  if (named == nullptr || !named->is_object()) wrong(kField, value, kWanted);
+  const auto* schema = Fields(named->get_object()).find("schema");
+  if (schema == nullptr) wrong(kField, value, kWanted);
+  return schema_format(kField, *schema);
+}
+
+OutputFormat structured_outputs(const json::value& value) {
+  constexpr std::string_view kField = "structured_outputs";
+  constexpr std::string_view kWanted = "an object with one of json, json_object, choice and regex";
+  if (!value.is_object()) wrong(kField, value, kWanted);
+  OutputFormat format;
+  for (const auto& member : value.get_object()) {
+    const std::string_view name = member.key();
+    const json::value& given = member.value();
+    if (given.is_null() || given == json::value(false)) continue;
+    if (name == "disable_fallback") continue;  // there is no other implementation to fall back to
+    if (format) wrong(kField, value, kWanted);
+    if (name == "json") {
+      format = schema_format(kField, given);
+    } else if (name == "json_object" && given == json::value(true)) {
+      format = {.kind = OutputFormat::Kind::kJsonObject, .field = std::string(kField)};
+    } else if (name == "choice") {
+      format = choice_format(kField, given);
+    } else if (name == "regex") {
+      format = regex_format(kField, given);
+    } else {
+      throw ApiError::unsupported(
+          kField, fmt::format("structured_outputs has \"{}\", but must be {}", name, kWanted));
+    }
+  }
+  if (!format) wrong(kField, value, kWanted);
+  return format;
+}
+
+void read_format(const Fields& fields, OutputFormat& format) {
+  const auto take = [&](OutputFormat next) {
+    if (!next) return;
+    if (format) {
+      throw ApiError::bad_request(
+          next.field, fmt::format("{} and {} are both given; the answer can follow only "
+                                  "one of them",
+                                  format.field, next.field));
+    }
+    format = std::move(next);
+  };
+  if (const auto* value = fields.find("response_format")) take(response_format(*value));
+  if (const auto* value = fields.find("structured_outputs")) take(structured_outputs(*value));
+  if (const auto* value = fields.find("guided_json")) take(schema_format("guided_json", *value));
+  if (const auto* value = fields.find("guided_choice")) {
+    take(choice_format("guided_choice", *value));
+  }
+  if (const auto* value = fields.find("guided_regex")) take(regex_format("guided_regex", *value));
+  std::string ignored;  // which of vLLM's implementations
+  fields.read("guided_decoding_backend", ignored);
+}
+
 /// What both generation endpoints share.
 void read_common(const Fields& fields, GenerationBody& body) {
   refuse_unsupported(fields);
+  read_format(fields, body.format);
   fields.read("model", body.model);
   read_sampling(fields, body.params);
   read_stop(fields, body.stop);
@@ -368,6 +473,12 @@ void read_tools(const Fields& fields, GenerationBody& body) {
     }
   }
   if (!body.uses_tools()) return;  // what is not to be called is not told to the model
+  if (body.format && body.tool_choice != Choice::kAuto) {
+    throw ApiError::bad_request(
+        "tool_choice",
+        fmt::format("tool_choice asks for a tool and {} for another answer; use one of them",
+                    body.format.field));
+  }
   check_tools(tools->get_array());
   const auto is_named = [&](const json::value& tool) { return tool_name(tool) == body.tool_name; };
   if (body.tool_choice == Choice::kNamed &&

@@ -13,6 +13,7 @@
 #include "base/json.h"
 #include "nibble/request.h"
 #include "text/chat_template.h"
+#include "text/output_format.h"
 
 namespace nibble {
 
@@ -31,7 +32,8 @@ struct GenerationBody {
   std::vector<Prompt> prompts;     // completions: at least one
   bool add_special_tokens = true;  // completions: BOS before a text prompt
 
-  SamplingParams params;  // logprobs and n included
+  SamplingParams params;  // logprobs and n included; the constraint is made of:
+  OutputFormat format;
   std::optional<int> max_tokens;
   std::vector<std::string> stop;
   bool include_stop = false;  // include_stop_str_in_output

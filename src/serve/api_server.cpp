@@ -324,6 +324,7 @@ class ApiServerImpl final : public ApiServer {
                        : parse_completion_body(text, defaults_, options_.limits);
     GenerationBody& body = out.body;
     body.model = resolve_model(body.model);
+    if (body.format) body.params.constraint = constraint(model, body.format);
     if (is_chat) {
       if (body.uses_tools() && !can_call_tools(model.tokenizer())) {
         throw ApiError::unsupported("tools",
@@ -331,6 +332,12 @@ class ApiServerImpl final : public ApiServer {
                                     "[TOOL_CALLS]: it cannot call tools; leave tools out");
       }
       out.prompts.push_back(encode_chat(model, std::move(body.chat)));
+      if (body.format && ends_in_reasoning(model.tokenizer(), out.prompts[0])) {
+        throw ApiError::unsupported(
+            body.format.field,
+            fmt::format("the prompt ends inside of [THINK], where {} cannot hold; leave one out",
+                        body.format.field));
+      }
       using Choice = GenerationBody::ToolChoice;
       if (body.tool_choice == Choice::kRequired || body.tool_choice == Choice::kNamed) {
         out.forced = forced_tool_call(model.tokenizer(), body.tool_name);
@@ -353,6 +360,21 @@ class ApiServerImpl final : public ApiServer {
     }
     body.prompts = {};
     return out;
+  }
+
+  static std::shared_ptr<const TokenConstraint> constraint(const ChatModel& model,
+                                                           const OutputFormat& format) {
+    if (!model.engine().supports_constraints()) {
+      throw ApiError::unsupported(
+          format.field, fmt::format("{} is given, but structured output is not there yet on cuda "
+                                    "targets; leave it out, or serve an engine for a cpu target",
+                                    format.field));
+    }
+    try {
+      return model.constraint(format);
+    } catch (const Error& error) {
+      throw ApiError::from(error, format.field);
+    }
   }
 
   static std::vector<int32_t> encode_chat(const ChatModel& model, ChatRequest chat) {

@@ -181,6 +181,10 @@ void Generation::on_event(const TokenHub::Event& event, const TokenHub::Batch& b
         fail(ApiError::unavailable("the server shut down before the answer was complete", 5));
         return;
       case FinishReason::kError: {
+        if (services_.model.engine().healthy()) {  // this choice's own: nothing fits its constraint
+          fail(ApiError::unsupported(body_.format.field, event.error));
+          return;
+        }
         ApiError error("the engine has failed: " + event.error);
         error.code = "engine_failed";
         fail(error);

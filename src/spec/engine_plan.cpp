@@ -18,12 +18,14 @@ constexpr Names<KvFormat, 4> kKvFormats = {{{KvFormat::kInt8Dynamic, "int8"},
                                             {KvFormat::kInt8Static, "int8-static"},
                                             {KvFormat::kF16, "f16"},
                                             {KvFormat::kF32, "f32"}}};
-constexpr Names<WeightLayout, 6> kLayouts = {{{WeightLayout::kF32Rows, "f32-rows"},
+constexpr Names<WeightLayout, 8> kLayouts = {{{WeightLayout::kF32Rows, "f32-rows"},
                                               {WeightLayout::kBf16Rows, "bf16-rows"},
                                               {WeightLayout::kF16Rows, "f16-rows"},
                                               {WeightLayout::kInt4Portable, "int4-portable"},
                                               {WeightLayout::kCpuInt4, "cpu-int4"},
-                                              {WeightLayout::kCudaInt4, "cuda-int4"}}};
+                                              {WeightLayout::kCudaInt4, "cuda-int4"},
+                                              {WeightLayout::kInt8Portable, "int8-portable"},
+                                              {WeightLayout::kCpuInt8, "cpu-int8"}}};
 constexpr Names<ActivationPrecision, 3> kActivations = {{{ActivationPrecision::kF32, "f32"},
                                                          {ActivationPrecision::kInt8Group, "int8"},
                                                          {ActivationPrecision::kBf16, "bf16"}}};
@@ -62,6 +64,13 @@ const char* weight_layout_name(WeightLayout layout) { return name_of(kLayouts, l
 WeightLayout weight_layout_from_name(std::string_view name) {
   return value_of(kLayouts, name, "weight layout");
 }
+bool is_int4(WeightLayout layout) {
+  return layout == WeightLayout::kInt4Portable || layout == WeightLayout::kCpuInt4 ||
+         layout == WeightLayout::kCudaInt4;
+}
+bool is_int8(WeightLayout layout) {
+  return layout == WeightLayout::kInt8Portable || layout == WeightLayout::kCpuInt8;
+}
 const char* activation_precision_name(ActivationPrecision precision) {
   return name_of(kActivations, precision);
 }
@@ -84,6 +93,7 @@ json::object EnginePlan::to_json() const {
         {"max_num_tokens", limits.max_num_tokens}}},
       {"linear_layout", weight_layout_name(linear_layout)},
       {"dense_layout", weight_layout_name(dense_layout)},
+      {"lm_head_layout", weight_layout_name(lm_head_layout)},
       {"activation_precision", activation_precision_name(activation_precision)},
       {"group_size", group_size},
       {"kv_format", kv_format_name(kv_format)},
@@ -117,6 +127,7 @@ EnginePlan EnginePlan::from_json(const json::object& object, std::string_view wh
   limit.refuse_unknown_keys();
   plan.linear_layout = weight_layout_from_name(in.string("linear_layout"));
   plan.dense_layout = weight_layout_from_name(in.string("dense_layout"));
+  plan.lm_head_layout = weight_layout_from_name(in.string("lm_head_layout"));
   plan.activation_precision = activation_precision_from_name(in.string("activation_precision"));
   plan.group_size = in.integer("group_size", 1, 1 << 20);
   plan.kv_format = kv_format_from_name(in.string("kv_format"));

@@ -27,9 +27,13 @@ enum class WeightLayout : uint8_t {
   kInt4Portable,  // as the checkpoint: u8 [out/2, in]; scales float [out, in/group] beside it
   kCpuInt4,       // pack/cpu_int4.h
   kCudaInt4,      // pack/cuda_int4.h
+  kInt8Portable,  // as the checkpoint: i8 [out, in]; scales float [out, in/group] beside it
+  kCpuInt8,       // pack/cpu_int4.h: two planes of kCpuInt4
 };
 const char* weight_layout_name(WeightLayout layout);
 WeightLayout weight_layout_from_name(std::string_view name);  // throws Error{kInput}
+bool is_int4(WeightLayout layout);
+bool is_int8(WeightLayout layout);
 
 /// How a backend feeds its linears.
 enum class ActivationPrecision : uint8_t {
@@ -51,14 +55,15 @@ struct EngineLimits {
 };
 
 struct EnginePlan {
-  static constexpr int kFormatVersion = 2;
+  static constexpr int kFormatVersion = 3;
   std::string nibble_version;
   std::string target = "ref";  // "ref", "cpu:avx512", "cpu:avx2", "cpu:generic", "cuda:sm_90"
   ModelSpec spec;
   int tp_rank = 0, tp_size = 1;
   EngineLimits limits;
-  WeightLayout linear_layout = WeightLayout::kInt4Portable;  // of the quantizable linears
-  WeightLayout dense_layout = WeightLayout::kBf16Rows;       // embedding and lm_head
+  WeightLayout linear_layout = WeightLayout::kInt4Portable;  // of the layers' linears
+  WeightLayout dense_layout = WeightLayout::kBf16Rows;       // embedding
+  WeightLayout lm_head_layout = WeightLayout::kBf16Rows;     // tied to the embedding: its layout
   ActivationPrecision activation_precision = ActivationPrecision::kF32;
   int group_size = 128;
   KvFormat kv_format = KvFormat::kInt8Dynamic;

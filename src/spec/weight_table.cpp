@@ -3,6 +3,8 @@
 
 #include <fmt/format.h>
 
+#include "base/error.h"
+
 namespace nibble {
 
 std::vector<WeightRow> weight_table(const ModelSpec& spec) {
@@ -86,9 +88,28 @@ std::vector<WeightRow> weight_table(const ModelSpec& spec) {
                      .hf_names = {"lm_head.weight"},
                      .trtllm_name = "lm_head",
                      .shape = {vocab, hidden},
-                     .shard = ShardRule::kVocab});
+                     .shard = ShardRule::kVocab,
+                     .quantizable = true});
   }
   return table;
+}
+
+const char* lm_head_format_name(LmHeadFormat format) {
+  return format == LmHeadFormat::kInt4 ? "int4" : format == LmHeadFormat::kInt8 ? "int8" : "none";
+}
+
+LmHeadFormat lm_head_format_from_name(std::string_view name) {
+  for (const LmHeadFormat format :
+       {LmHeadFormat::kDense, LmHeadFormat::kInt8, LmHeadFormat::kInt4}) {
+    if (name == lm_head_format_name(format)) return format;
+  }
+  fail(ErrorKind::kInput, "lm_head format \"{}\"; wanted none, int8 or int4", name);
+}
+
+int quantized_bits(const WeightRow& row, LmHeadFormat lm_head) {
+  if (!row.quantizable) return 0;
+  if (row.role != WeightRole::kLmHead) return 4;
+  return lm_head == LmHeadFormat::kInt4 ? 4 : lm_head == LmHeadFormat::kInt8 ? 8 : 0;
 }
 
 int64_t ModelSpec::num_parameters() const {

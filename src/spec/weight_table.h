@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "spec/model_spec.h"
@@ -42,10 +43,24 @@ struct WeightRow {
   std::string trtllm_name;     // without the ".weight" suffix: "transformer.layers.3.attention.qkv"
   std::vector<int64_t> shape;  // [out, in], or [hidden] for norms
   ShardRule shard = ShardRule::kReplicated;
-  bool quantizable = false;  // qkv, o, gate, up, down
+  bool quantizable = false;  // qkv, o, gate, up, down; lm_head where a checkpoint asks for it
 
   bool is_linear() const { return shape.size() == 2 && role != WeightRole::kEmbedding; }
 };
+
+/// How a quantized checkpoint stores lm_head; the linears of the layers are int4 whatever this is.
+enum class LmHeadFormat : uint8_t {
+  kDense,  // 16 bits, as TensorRT-LLM's int4_awq checkpoints have it
+  kInt8,
+  kInt4,
+};
+/// Largest magnitude of lm_head's int8: 16 hi + lo with both in -8..7 reaches 119 on either side.
+constexpr int kMaxInt8 = 119;
+const char* lm_head_format_name(LmHeadFormat format);          // "none", "int8", "int4"
+LmHeadFormat lm_head_format_from_name(std::string_view name);  // throws Error{kInput}
+
+/// Bits of this row's integers in a quantized checkpoint; 0: it stays dense.
+int quantized_bits(const WeightRow& row, LmHeadFormat lm_head = LmHeadFormat::kDense);
 
 /// In the order of the forward pass: embedding, layers, final norm, lm_head. With tied embeddings
 /// the lm_head row is absent and the embedding serves for it.

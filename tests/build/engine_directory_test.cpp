@@ -352,6 +352,13 @@ TEST_F(EngineDirectory, ForeignPlansAreRefusedWithTheCommandThatRebuilds) {
               AllOf(HasSubstr("layers.0.qkv.weight"), HasSubstr("rebuild")));
   EXPECT_THAT(refusal(with_plan("dense", [](json::object& p) { p["dense_layout"] = "f32-rows"; })),
               HasSubstr("embedding.weight"));
+  EXPECT_THAT(
+      refusal(with_plan("head", [](json::object& p) { p["lm_head_layout"] = "int8-portable"; })),
+      AllOf(HasSubstr("lm_head lies as int8-portable"), HasSubstr("reads cpu-int4 or cpu-int8"),
+            command("head", limits)));
+  EXPECT_THAT(
+      refusal(with_plan("eight", [](json::object& p) { p["lm_head_layout"] = "cpu-int8"; })),
+      HasSubstr("lm_head.weight"));
   load(with_plan("same", [](json::object&) {}));  // and the helper itself makes good engines
 }
 
@@ -399,6 +406,40 @@ TEST_F(EngineDirectory, StopIdsOfACheckpointComeFromItsOwnKeyAndGenerationConfig
   EXPECT_EQ(load(scratch_ / "e1").plan.spec.eos_token_ids, wanted);
   testing_::write_text(out / "generation_config.json", R"({"eos_token_id": 5})");
   EXPECT_EQ(open_checkpoint(out)->spec().eos_token_ids, std::vector<int>{5});
+}
+
+TEST_F(EngineDirectory, AQuantizedLmHeadShrinksTheEngineAndCudaRefusesIt) {
+  uint64_t dense_bytes = fs::file_size(engine_ / "rank0.engine");
+  for (const LmHeadFormat head : {LmHeadFormat::kInt8, LmHeadFormat::kInt4}) {
+    const fs::path checkpoint = scratch_ / lm_head_format_name(head);
+    fs::create_directories(checkpoint);
+    SilentProgress progress;
+    quantize(checkpoint, *open_hf(kNano), nullptr, nullptr,
+             {.method = QuantizeMethod::kRtn, .lm_head = head, .int8_kv = false}, progress);
+    const auto source = open_checkpoint(checkpoint);
+    EXPECT_THAT(catch_error([&] { plan_engine(*source, small_options("cuda:sm_90")); }).message,
+                AllOf(HasSubstr(fmt::format("lm_head is stored as {}", lm_head_format_name(head))),
+                      HasSubstr("--target cpu:native")));
+    std::vector<Greedy> answers;
+    for (const char* target : {"ref", "cpu:native"}) {
+      BuildOptions options = small_options(target);
+      options.activation_precision = ActivationPrecision::kF32;
+      const fs::path engine =
+          scratch_ / fmt::format("engine-{}-{}", lm_head_format_name(head), target);
+      build_engine(checkpoint, *source, options, engine, progress);
+      const LoadedModel model = load(engine);
+      answers.push_back(generate(model, 8));
+      if (model.plan.target == "ref") continue;
+      EXPECT_EQ(model.plan.lm_head_layout,
+                head == LmHeadFormat::kInt8 ? WeightLayout::kCpuInt8 : WeightLayout::kCpuInt4);
+      const uint64_t bytes = fs::file_size(engine / "rank0.engine");
+      // nano's lm_head: 4096 x 256 bf16, groups of 128 with an F32 scale (8 bits: two).
+      const uint64_t saved = head == LmHeadFormat::kInt8 ? 4096 * 256 - 4096 * 2 * 8
+                                                         : 4096 * 256 * 3 / 2 - 4096 * 2 * 4;
+      EXPECT_NEAR(static_cast<double>(dense_bytes - bytes), static_cast<double>(saved), 1024);
+    }
+    EXPECT_EQ(answers[0].tokens, answers[1].tokens);
+  }
 }
 
 // Without a GPU: what build writes for one is what the loader wants to the byte.

@@ -64,11 +64,16 @@ TEST_F(EndToEnd, QuantizeTellsWhatItDidInReportAndCard) {
                        "{\"messages\": [{\"role\": \"user\", \"content\": \"Where is the "
                        "station?\"}, {\"role\": \"assistant\", \"content\": \"Here.\"}]}\n");
   testing_::write_text(more, std::string(2000, 'a') + " and a few words more.");
-  const std::string out =
-      must({"quantize", kNano, "--out", path("awq"), "--calib", texts + ":3", "--calib", more,
-            "--calib-size", "4", "--calib-seq-len", "64", "--eval", kWiki, "--eval-windows", "1",
-            "--report-json", "--base-model", "somebody/nano"});
-  EXPECT_THAT(out, HasSubstr("eval_wiki.u16: perplexity"));
+  const Result done =
+      nibble({"quantize", kNano, "--out", path("awq"), "--calib", texts + ":3", "--calib", more,
+              "--calib-size", "4", "--calib-seq-len", "64", "--eval", kWiki, "--eval-windows", "1",
+              "--report-json", "--base-model", "somebody/nano"});
+  EXPECT_EQ(done.status, 0) << done.err;
+  EXPECT_THAT(done.out, HasSubstr("eval_wiki.u16: perplexity"));
+  // Said, and said once.
+  const size_t holds = done.err.find("own.jsonl holds ");
+  ASSERT_NE(holds, done.err.npos) << done.err;
+  EXPECT_EQ(done.err.find("own.jsonl holds ", holds + 1), done.err.npos) << done.err;
   const fs::path awq = path("awq");
   const json::object config =
       parse_json(read_file(awq / "trt-llm/checkpoints/config.json"), "config").as_object();
@@ -98,6 +103,22 @@ TEST_F(EndToEnd, QuantizeTellsWhatItDidInReportAndCard) {
               AllOf(HasSubstr("| `here` | cpu:"), Not(HasSubstr("None was built yet"))));
   EXPECT_EQ(read_file(fs::path(engine) / "README.md"), read_file(awq / "README.md"));
   must({"inspect", engine, "--verify"});
+  // bench latency puts its figures there too, on demand; a second run replaces its row.
+  EXPECT_THAT(read_file(awq / "README.md"), HasSubstr("Not measured. `nibble bench latency"));
+  for (int i = 0; i < 2; ++i) {
+    must({"bench", "latency", engine, "--prompt-tokens", "16", "--output-tokens", "8",
+          "--write-card"});
+  }
+  const std::string measured = read_file(awq / "README.md");
+  const size_t row = measured.find("x (16 + 8) |");
+  ASSERT_NE(row, measured.npos) << measured;
+  EXPECT_EQ(measured.find("x (16 + 8) |", row + 1), measured.npos);
+  EXPECT_THAT(measured, Not(HasSubstr("Not measured. `nibble bench latency")));
+  EXPECT_EQ(read_file(fs::path(engine) / "README.md"), measured);
+  must({"inspect", engine, "--verify"});
+  const Result no_card = nibble({"bench", "latency", path("awq"), "--write-card"});
+  EXPECT_EQ(no_card.status, 2);
+  EXPECT_THAT(no_card.err, HasSubstr("wanted `bench latency` of an engine"));
 }
 
 TEST_F(EndToEnd, QuantizeRefusesFlagsItsMethodHasNoUseFor) {
@@ -115,8 +136,54 @@ TEST_F(EndToEnd, QuantizeRefusesFlagsItsMethodHasNoUseFor) {
     EXPECT_THAT(result.err, HasSubstr(part));
     EXPECT_FALSE(fs::exists(path("never") + ".tmp"));
   }
-  EXPECT_THAT(nibble({"quantize", kNano, "--out", path("never"), "--quantize-lm-head", "int4"}).err,
-              HasSubstr("lm_head stays in 16 bits"));
+}
+
+TEST_F(EndToEnd, QuantizeWarnsWhereTheBuiltInTextsDoNotMatchTheModel) {
+  const auto said = [&](const std::string& model, std::vector<std::string> more = {}) {
+    static int count = 0;
+    std::vector<std::string> arguments = {
+        "quantize",     model, "--out",           path("out" + std::to_string(count++)),
+        "--method",     "rtn",  // with KV scales, which need the texts
+        "--calib-size", "1",   "--calib-seq-len", "32"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const Result result = nibble(arguments);
+    EXPECT_EQ(result.status, 0) << result.err;
+    return result.err;
+  };
+  EXPECT_THAT(said(kNano), Not(HasSubstr("may not suit")));
+  const fs::path other = path("other");
+  fs::copy(kNano, other);
+  testing_::write_text(other / "README.md", "---\nlanguage:\n- fr\n- de\n---\n# Autre\n");
+  EXPECT_THAT(said(other.string()),
+              AllOf(HasSubstr("warning: the built-in calibration texts may not suit this model"),
+                    HasSubstr("its card names fr, de"), HasSubstr("--calib")));
+  testing_::write_text(path("own.txt"), "Bonjour tout le monde.");
+  EXPECT_THAT(said(other.string(), {"--calib", path("own.txt")}), Not(HasSubstr("may not suit")));
+  fs::remove(other / "README.md");
+  fs::remove(other / "chat_template.jinja");
+  EXPECT_THAT(said(other.string()),
+              HasSubstr("it has no chat template, so their chats are written"));
+}
+
+TEST_F(EndToEnd, QuantizeBuildRunWithAQuantizedLmHead) {
+  for (const std::string head : {"int4", "int8"}) {
+    must({"quantize", kNano, "--out", path(head), "--calib-size", "2", "--calib-seq-len", "64",
+          "--quantize-lm-head", head});
+    EXPECT_THAT(must({"inspect", path(head)}), testing::ContainsRegex("lm_head +1 .*" + head));
+    EXPECT_EQ(must_json({"inspect", path(head), "--tensor", "lm_head", "--json"}).at("dtype"),
+              json::value(head));
+    EXPECT_THAT(read_file(fs::path(path(head)) / "README.md"), HasSubstr("| lm_head | " + head));
+    EXPECT_THAT(read_file(fs::path(path(head)) / "report.html"),
+                HasSubstr("<td>lm_head</td><td>" + head + "</td>"));
+    const std::string engine = build(path(head), head + "-engine");
+    EXPECT_THAT(must({"inspect", engine}), HasSubstr("\"lm_head_layout\": \"cpu-" + head));
+    EXPECT_THAT(answer(engine), HasSubstr("volcano"));
+    EXPECT_EQ(answer(engine), answer(path(head)));
+    const Result cuda = nibble({"build", path(head), "--out", path("never"), "--target",
+                                "cuda:sm_90", "--max-input-len", "100"});
+    EXPECT_NE(cuda.status, 0);
+    EXPECT_THAT(cuda.err, HasSubstr("lm_head is stored as " + head));
+  }
 }
 
 TEST_F(EndToEnd, QuantizeBuildRunWithAwq) {

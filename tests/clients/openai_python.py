@@ -4,10 +4,13 @@
     python3 -m venv /tmp/venv && /tmp/venv/bin/pip install -r tests/clients/requirements.txt
     /tmp/venv/bin/python tests/clients/openai_python.py http://127.0.0.1:8000/v1 [KEY]
 """
+import json
 import sys
 import time
+import typing
 
 import openai
+import pydantic
 
 client = openai.OpenAI(base_url=sys.argv[1], api_key=sys.argv[2] if len(sys.argv) > 2 else "none", max_retries=0)
 model = client.models.list().data[0].id
@@ -58,6 +61,30 @@ after = client.chat.completions.create(model=model, max_tokens=8, tools=[look_up
     {"role": "assistant", "content": None, "tool_calls": [{"id": "call_of_another_server", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "water"}'}}]},
     {"role": "tool", "tool_call_id": "call_of_another_server", "content": "wet"}])
 check(after.choices[0].message.content is not None, "a tool's result")
+
+class Animal(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=8)
+    kind: typing.Literal["cat", "dog"]
+    age: int = pydantic.Field(ge=0, le=30)
+    tame: typing.Optional[bool]
+
+
+parse = client.chat.completions.parse if hasattr(client.chat.completions, "parse") else client.beta.chat.completions.parse
+for seed in range(3):
+    parsed = parse(model=model, messages=question, response_format=Animal, temperature=0.8, seed=seed, max_tokens=140)
+    check(isinstance(parsed.choices[0].message.parsed, Animal) and parsed.choices[0].finish_reason == "stop", "parse() into a pydantic model")
+thing = client.chat.completions.create(model=model, messages=question, response_format={"type": "json_object"}, temperature=0, max_tokens=140)
+check(thing.choices[0].finish_reason == "length" or isinstance(json.loads(thing.choices[0].message.content), dict), "a JSON object")
+chosen = client.chat.completions.create(model=model, messages=question, max_tokens=20, extra_body={"guided_choice": ["wet", "dry"]})
+check(chosen.choices[0].message.content in ("wet", "dry"), "guided_choice")
+matched = client.completions.create(model=model, prompt="The year", max_tokens=20, extra_body={"structured_outputs": {"regex": "[12][0-9]{3}"}})
+check(len(matched.choices[0].text) == 4 and matched.choices[0].text.isdigit(), "structured_outputs with a regex")
+try:
+    client.chat.completions.create(model=model, messages=question, response_format={
+        "type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object", "minProperties": 1}}})
+    check(False, "a keyword that is not honoured must be refused")
+except openai.BadRequestError as error:
+    check(error.code == "unsupported_value" and "minProperties" in error.message, "a keyword that is not honoured")
 
 old = client.completions.create(model=model, prompt="The sea", max_tokens=6, temperature=0, logprobs=1, echo=True)
 check(old.choices[0].text.startswith("The sea") and old.choices[0].logprobs.tokens, "a text completion with echo")

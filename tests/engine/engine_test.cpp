@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <list>
 #include <random>
 #include <semaphore>
 #include <thread>
@@ -314,6 +315,76 @@ TEST_P(EngineTest, ParametersOutOfRangeAreNamed) {
               HasSubstr("logit_bias of token 5"));
   EXPECT_THAT(message([](Request& r) { r.sink = nullptr; }), HasSubstr("no sink"));
   EXPECT_EQ(engine->stats().num_queued, 0);
+}
+
+TEST_P(EngineTest, AConstraintHoldsForEveryChoiceAndEndsIt) {
+  auto engine = make_engine();
+  std::list<std::pair<Request, Collector>> items;
+  for (const auto& [ignore_eos, min_tokens] :
+       std::vector<std::pair<bool, int>>{{false, 0}, {true, 0}, {false, 7}, {false, 15}}) {
+    auto& [request, collector] = items.emplace_back();
+    request = make_request(tokens_from(3 + min_tokens, 20), 40, collector);
+    request.params.temperature = 1;
+    request.params.n = 3;
+    request.params.ignore_eos = ignore_eos;
+    request.params.min_tokens = min_tokens;
+    request.params.logprobs = 0;
+    request.params.constraint =
+        std::make_shared<FakeConstraint>(kVocab, 5, std::set<int32_t>{kEosId});
+    ASSERT_TRUE(engine->submit(request));
+  }
+  // Beside them one without.
+  auto& [free, told] = items.emplace_back();
+  free = make_request(tokens_from(1, 20), 40, told);
+  ASSERT_TRUE(engine->submit(free));
+  for (auto& [request, collector] : items) {
+    ASSERT_TRUE(collector.wait());
+    for (int i = 0; i < request.params.n; ++i) {
+      const auto choice = collector.choice(i);
+      const FakeAnswer expected = oracle(request, i);
+      EXPECT_EQ(choice.tokens, expected.tokens);
+      EXPECT_EQ(choice.logprobs,
+                request.params.logprobs < 0 ? std::vector<float>() : expected.logprobs);
+      EXPECT_EQ(choice.reason, expected.reason);
+      if (request.params.constraint == nullptr) continue;
+      // Five ids and at most two more; never more, whatever ignore_eos and min_tokens ask for.
+      EXPECT_EQ(choice.reason, FinishReason::kEos);
+      EXPECT_EQ(choice.stop_token, kEosId);
+      EXPECT_GE(choice.tokens.size(), 6u);
+      EXPECT_LE(choice.tokens.size(), 8u);
+      if (request.params.ignore_eos || request.params.min_tokens >= 7) {
+        EXPECT_EQ(choice.tokens.size(), 8u);
+      }
+    }
+  }
+}
+
+TEST_P(EngineTest, AConstraintThatLeavesNothingEndsItsRequestOnly) {
+  // Lets any id be drawn and takes none of them: what a matcher does that has run into a limit.
+  class Nothing final : public TokenConstraint {
+    class Matcher final : public TokenMatcher {
+      Ending fill_mask(std::span<uint64_t> allowed) override {
+        std::ranges::fill(allowed, ~uint64_t{0});
+        return {};
+      }
+      bool accept(int32_t) override { return false; }
+      bool can_end() override { return false; }
+    };
+    std::unique_ptr<TokenMatcher> start() const override { return std::make_unique<Matcher>(); }
+  };
+  auto engine = make_engine();
+  Collector bad, good;
+  Request request = make_request({1, 2, 3}, 5, bad);
+  request.params.constraint = std::make_shared<Nothing>();
+  ASSERT_TRUE(engine->submit(request));
+  ASSERT_TRUE(bad.wait());
+  EXPECT_EQ(bad.choice().reason, FinishReason::kError);
+  EXPECT_THAT(bad.choice().error, HasSubstr("no token"));
+  EXPECT_TRUE(bad.choice().tokens.empty());
+  EXPECT_TRUE(engine->healthy());
+  ASSERT_TRUE(engine->submit(make_request({1, 2, 3}, 5, good)));
+  ASSERT_TRUE(good.wait());
+  EXPECT_EQ(good.choice().reason, FinishReason::kLength);
 }
 
 TEST_P(EngineTest, BanningEveryTokenIsRefusedAndDepressingAllIsNot) {

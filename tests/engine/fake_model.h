@@ -33,7 +33,8 @@ constexpr uint64_t kPrefixSeed = 12345;
 
 /// The drawn token and a stand-in for its log-prob.
 inline int32_t fake_draw(uint64_t prefix, const SampleRow& row, std::span<const TokenCount> history,
-                         std::span<const TokenBias> bias, int vocab_size) {
+                         std::span<const TokenBias> bias, std::span<const uint64_t> mask,
+                         int vocab_size) {
   if (row.forced_token >= 0) return row.forced_token;
   uint64_t state = prefix;
   if (row.temperature > 0) state = mix(mix(state, row.seed), row.position);
@@ -42,7 +43,7 @@ inline int32_t fake_draw(uint64_t prefix, const SampleRow& row, std::span<const 
   if (!history.empty()) state = mix(state, seen);
   for (int attempt = 0; attempt < 1000 * vocab_size; ++attempt) {
     const auto token = static_cast<int32_t>(state % vocab_size);
-    bool banned = false;
+    bool banned = !mask.empty() && (mask[token / 64] >> (token % 64) & 1) == 0;
     for (const TokenBias& entry : bias) {
       banned |= entry.token == token && entry.bias == -std::numeric_limits<float>::infinity();
     }
@@ -55,6 +56,50 @@ inline int32_t fake_draw(uint64_t prefix, const SampleRow& row, std::span<const 
 inline float fake_logprob(uint64_t prefix, int32_t token) {
   return -static_cast<float>(mix(prefix, token) % 1000) / 100;
 }
+
+/// A constraint by arithmetic: an id fits when it and the sum of those before leave the right
+/// remainder. Whole from `num_tokens` ids on, and ends two later.
+class FakeConstraint final : public TokenConstraint {
+ public:
+  FakeConstraint(int vocab_size, int num_tokens, std::set<int32_t> eos)
+      : vocab_size_(vocab_size), num_tokens_(num_tokens), eos_(std::move(eos)) {}
+
+  bool fits(int64_t sum, int32_t token) const {
+    return !eos_.contains(token) && (sum + 7 * token) % 3 == 0;
+  }
+
+  std::unique_ptr<TokenMatcher> start() const override {
+    class Matcher final : public TokenMatcher {
+     public:
+      explicit Matcher(const FakeConstraint& constraint) : constraint_(constraint) {}
+      Ending fill_mask(std::span<uint64_t> allowed) override {
+        std::ranges::fill(allowed, 0);
+        const bool must_end = count_ >= constraint_.num_tokens_ + 2;
+        for (int32_t token = 0; token < constraint_.vocab_size_ && !must_end; ++token) {
+          if (constraint_.fits(sum_, token)) allowed[token / 64] |= uint64_t{1} << (token % 64);
+        }
+        return {.can_end = can_end(), .must_end = must_end};
+      }
+      bool accept(int32_t token) override {
+        if (count_ >= constraint_.num_tokens_ + 2 || !constraint_.fits(sum_, token)) return false;
+        sum_ += token;
+        ++count_;
+        return true;
+      }
+      bool can_end() override { return count_ >= constraint_.num_tokens_; }
+
+     private:
+      const FakeConstraint& constraint_;
+      int64_t sum_ = 0;
+      int count_ = 0;
+    };
+    return std::make_unique<Matcher>(*this);
+  }
+
+ private:
+  const int vocab_size_, num_tokens_;
+  const std::set<int32_t> eos_;
+};
 
 struct FakeAnswer {
   std::vector<int32_t> tokens;
@@ -75,6 +120,7 @@ inline FakeAnswer fake_generate(const Request& request, int index, int max_token
     counts[token] += 0;
   }
   SampleRow row = make_sample_row(params, choice_seed(params.seed.value_or(0), index));
+  const auto matcher = params.constraint != nullptr ? params.constraint->start() : nullptr;
   for (int i = 0; i < max_tokens; ++i) {
     row.position = request.prompt_tokens.size() + i;
     std::vector<TokenCount> history;
@@ -86,18 +132,38 @@ inline FakeAnswer fake_generate(const Request& request, int index, int max_token
     for (const auto& [token, value] : params.logit_bias) bias[token] = value;
     std::set<int32_t> stops(params.stop_token_ids.begin(), params.stop_token_ids.end());
     std::set<int32_t> eos;
-    if (!params.ignore_eos) eos.insert(eos_ids.begin(), eos_ids.end());
+    if (!params.ignore_eos && matcher == nullptr) eos.insert(eos_ids.begin(), eos_ids.end());
     if (i < params.min_tokens) {
-      for (const int32_t token : stops) bias[token] = -std::numeric_limits<float>::infinity();
+      for (const int32_t token : stops) {
+        const bool may_have_to =
+            matcher != nullptr && std::ranges::find(eos_ids, token) != eos_ids.end();
+        if (!may_have_to) bias[token] = -std::numeric_limits<float>::infinity();
+      }
       for (const int32_t token : eos) bias[token] = -std::numeric_limits<float>::infinity();
     }
     std::vector<TokenBias> biases;
     for (const auto& [token, value] : bias) biases.push_back({token, value});
-    const int32_t token = fake_draw(prefix, row, history, biases, vocab_size);
+    std::vector<uint64_t> mask;
+    if (matcher != nullptr) {
+      mask.resize((vocab_size + 63) / 64);
+      const auto ending = matcher->fill_mask(mask);
+      const bool may_end = ending.can_end && !params.ignore_eos && i >= params.min_tokens;
+      for (const int32_t id : eos_ids) {
+        if (may_end || ending.must_end) mask[id / 64] |= uint64_t{1} << (id % 64);
+      }
+    }
+    const int32_t token = fake_draw(prefix, row, history, biases, mask, vocab_size);
     answer.tokens.push_back(token);
     answer.logprobs.push_back(fake_logprob(prefix, token));
     prefix = hash_prefix(prefix, token);
     ++counts[token];
+    if (matcher != nullptr) {
+      if (std::ranges::find(eos_ids, token) != eos_ids.end()) {
+        answer.reason = FinishReason::kEos;
+        break;
+      }
+      NIBBLE_CHECK(matcher->accept(token));
+    }
     if (i + 1 >= params.min_tokens) {
       if (eos.contains(token)) {
         answer.reason = FinishReason::kEos;
@@ -117,7 +183,7 @@ class FakeExecutor final : public Executor {
   /// With `overlaps` a step may be launched before the last one is collected; its pending tokens
   /// are then taken from what that one drew, as a device does.
   FakeExecutor(const StepShape& shape, int num_blocks, bool overlaps = false)
-      : shape_(shape), step_(shape), overlaps_(overlaps) {
+      : shape_(with_masks(shape)), step_(shape_), overlaps_(overlaps) {
     kv_.assign(size_t(num_blocks) * shape.block_tokens, -1);
     writer_.assign(num_blocks, -1);
     for (Flight& flight : flights_) {
@@ -193,6 +259,11 @@ class FakeExecutor final : public Executor {
   }
 
  private:
+  static StepShape with_masks(StepShape shape) {
+    shape.max_masks = shape.max_batch_size;
+    return shape;
+  }
+
   struct Flight {
     std::vector<int32_t> tokens, top_tokens;
     std::vector<float> logprobs, top_logprobs;
@@ -204,7 +275,11 @@ class FakeExecutor final : public Executor {
     const SampleRow& row = samples.rows[r];
     const std::span history(samples.history + row.history_begin, samples.history + row.history_end);
     const std::span bias(samples.bias + row.bias_begin, samples.bias + row.bias_end);
-    tokens[r] = fake_draw(prefix, row, history, bias, shape_.vocab_size);
+    std::span<const uint64_t> mask;
+    if (row.mask >= 0) {
+      mask = {samples.masks + size_t(row.mask) * samples.mask_words, size_t(samples.mask_words)};
+    }
+    tokens[r] = fake_draw(prefix, row, history, bias, mask, shape_.vocab_size);
     logprobs[r] = row.num_logprobs >= 0 ? fake_logprob(prefix, tokens[r]) : NAN;
     for (int i = 0; i < samples.max_logprobs; ++i) {
       const size_t at = size_t(r) * samples.max_logprobs + i;

@@ -27,7 +27,7 @@ struct Case {
 
 struct Totals {
   uint64_t preemptions = 0, hits = 0, copies = 0, steps = 0, cancelled = 0, stopped = 0, scored = 0;
-  uint64_t overlapped = 0, dropped = 0;
+  uint64_t overlapped = 0, dropped = 0, constrained = 0;
 };
 
 class Simulation {
@@ -108,6 +108,11 @@ class Simulation {
     if (pick(3) == 0) params.presence_penalty = 0.5f;
     if (pick(3) == 0) params.logit_bias = {{pick(kVocab), -INFINITY}, {pick(kVocab), 1.0f}};
     if (pick(5) == 0) params.prompt_logprobs = 0;
+    if (pick(4) == 0) {
+      params.constraint = std::make_shared<FakeConstraint>(
+          kVocab, pick(20), std::set<int32_t>(kEos.begin(), kEos.end()));
+      ++totals_->constrained;
+    }
     request.priority = pick(3) == 0 ? pick(3) : 0;
     request.cache_salt = pick(4) ? "" : "s";
     request.reuse_prefix = pick(6) != 0;
@@ -148,8 +153,9 @@ class Simulation {
     flying_ = &plan;
     ++totals_->steps;
     totals_->copies += plan.copies.size();
-    const bool needs_tokens = std::ranges::any_of(
-        plan.sequences, [](const auto& s) { return s.draws && s.seq->has_history; });
+    const bool needs_tokens = std::ranges::any_of(plan.sequences, [](const auto& s) {
+      return s.draws && (s.seq->has_history || s.seq->matcher != nullptr);
+    });
     if (!executor_.overlaps() || needs_tokens) {
       ASSERT_NO_FATAL_FAILURE(land());
     } else {
@@ -293,6 +299,7 @@ void simulate(uint32_t first_seed, int num_seeds, BlockPool::HashFn hash, bool o
   EXPECT_GT(totals.cancelled, 1u * num_seeds);
   EXPECT_GT(totals.stopped, 5u * num_seeds);
   EXPECT_GT(totals.scored, 5u * num_seeds);
+  EXPECT_GT(totals.constrained, 5u * num_seeds);
   if (overlaps) {
     EXPECT_GT(totals.overlapped, 20u * num_seeds);
     EXPECT_GT(totals.dropped, 2u * num_seeds);

@@ -88,8 +88,8 @@ void expect_equals_source(const WeightSource& read, const ModelSpec& spec, bool 
   EXPECT_EQ(read.spec().to_json(), spec.to_json());
   const auto dense = open_synthetic(spec, 11, false);
   for (const WeightRow& row : weight_table(spec)) {
-    ASSERT_EQ(read.is_quantized(row), row.quantizable) << row.name;
-    if (!row.quantizable) {
+    ASSERT_EQ(read.bits(row), quantized_bits(row)) << row.name;
+    if (quantized_bits(row) == 0) {
       EXPECT_EQ(read.load_dense(row), dense->load_dense(row)) << row.name;
       std::vector<std::byte> storage;
       const TensorView view = read.view_dense(row, storage);
@@ -126,6 +126,71 @@ TEST_P(TensorParallel, ReadsBackWhole) {
 
 // 4 exceeds the two kv heads, which are then held twice.
 INSTANTIATE_TEST_SUITE_P(Sizes, TensorParallel, ::testing::Values(1, 2, 4));
+
+// lm_head by its format; the vocabulary of 203 is odd and padded to 256.
+CheckpointLinear with_head(const WeightRow& row, LmHeadFormat format) {
+  CheckpointLinear linear = linear_of(row);
+  if (row.role == WeightRole::kLmHead && format == LmHeadFormat::kInt8) {
+    for (size_t i = 0; i < linear.q.size(); ++i)
+      linear.q[i] = static_cast<int8_t>(static_cast<int>(i * 37 % (2 * kMaxInt8 + 1)) - kMaxInt8);
+    linear.pre_scale.clear();
+  }
+  return linear;
+}
+
+void write_head(const fs::path& directory, int tp, LmHeadFormat format) {
+  const auto source = open_synthetic(tiny_spec(), 11, false);
+  fs::create_directories(directory);
+  write_checkpoint(
+      directory, *source,
+      {.tp_size = tp, .group_size = kGroup, .int8_kv = false, .lm_head = format},
+      {.linear = [&](const WeightRow& row) { return with_head(row, format); }, .kv_scales = {}});
+}
+
+TEST_P(TensorParallel, LmHeadReadsBackWholeInFourAndEightBits) {
+  TemporaryDirectory directory;
+  const WeightRow row = weight_table(tiny_spec()).back();
+  for (const LmHeadFormat format : {LmHeadFormat::kInt4, LmHeadFormat::kInt8}) {
+    const fs::path path = directory / lm_head_format_name(format);
+    write_head(path, GetParam(), format);
+    const auto read = open_checkpoint(path);
+    EXPECT_THAT(read->notices(), ::testing::IsEmpty());
+    EXPECT_EQ(read->spec().to_json(), tiny_spec().to_json());
+    ASSERT_EQ(read->bits(row), format == LmHeadFormat::kInt8 ? 8 : 4);
+    const CheckpointLinear wanted = with_head(row, format);
+    EXPECT_EQ(read->load_pre_scale(row), wanted.pre_scale);
+    if (format == LmHeadFormat::kInt8) {
+      const Int8Weight weight = read->load_int8(row);
+      EXPECT_EQ(std::memcmp(weight.values, wanted.q.data(), wanted.q.size()), 0);
+      EXPECT_EQ(weight.scales, wanted.scales);
+    } else {
+      const Int4Weight weight = read->load_int4(row);
+      EXPECT_TRUE(unpack(weight) == wanted.q);
+      EXPECT_EQ(weight.scales, wanted.scales);
+    }
+    // What is padded has scales, as TensorRT-LLM wants of every group.
+    const int last = GetParam() - 1;
+    const SafetensorsFile file =
+        SafetensorsFile::open(path / fmt::format("rank{}.safetensors", last));
+    EXPECT_EQ(widen(file.tensor("lm_head.weights_scaling_factor")).back(), 1);
+    EXPECT_EQ(
+        file.tensor("lm_head.weight").shape,
+        (std::vector<int64_t>{256 / GetParam() / (format == LmHeadFormat::kInt8 ? 1 : 2), 64}));
+  }
+}
+
+TEST(Checkpoint, TheConfigSaysHowLmHeadIsStored) {
+  TemporaryDirectory directory;
+  const auto quantization = [&](LmHeadFormat format) {
+    write_head(directory / "c", 1, format);
+    return read_json_object(directory / "c/config.json").at("quantization").as_object();
+  };
+  // In TensorRT-LLM's own words: a list without lm_head, and not an empty one.
+  const json::object four = quantization(LmHeadFormat::kInt4);
+  EXPECT_EQ(four.at("exclude_modules"), (json::array{"transformer.vocab_embedding"}));
+  EXPECT_FALSE(four.contains("lm_head_quant_algo"));
+  EXPECT_EQ(quantization(LmHeadFormat::kInt8).at("lm_head_quant_algo"), "W8A16_GROUP");
+}
 
 TEST(Checkpoint, ReshardingFromFourToOneIsByteEqual) {
   TemporaryDirectory directory;
@@ -606,6 +671,46 @@ TEST_F(CheckpointVariant, DamagedTensorsAreNamed) {
   }
 }
 
+// A reader that is told another format than the tensor has must not guess.
+TEST_F(CheckpointVariant, LmHeadAndConfigMustAgree) {
+  const auto message = [&](LmHeadFormat format, json::array excluded, bool int8) {
+    write_head(path(), 1, format);
+    edit_config(path(), [&](json::object& config) {
+      json::object& quant = config["quantization"].as_object();
+      quant["exclude_modules"] = excluded;
+      quant.erase("lm_head_quant_algo");
+      if (int8) quant["lm_head_quant_algo"] = "W8A16_GROUP";
+    });
+    return catch_error([&] { open_checkpoint(path())->load_int8(weight_table(spec_).back()); })
+        .message;
+  };
+  using enum LmHeadFormat;
+  const json::array without = {"transformer.vocab_embedding"};
+  for (const LmHeadFormat format : {kInt4, kInt8}) {
+    for (const json::array& excluded : {json::array(), json::array{"*lm_head"}}) {
+      EXPECT_THAT(message(format, excluded, false),
+                  ::testing::AllOf(HasSubstr("lm_head.weight"), HasSubstr("exclude_modules")));
+    }
+  }
+  EXPECT_THAT(message(kInt8, without, false), HasSubstr("has 512 rows"));
+  EXPECT_THAT(message(kInt4, without, true), HasSubstr("has 128 rows"));
+  // A value that two nibbles cannot hold.
+  write_head(path(), 1, kInt8);
+  rewrite(rank0(), [](Stored& t) {
+    if (t.name == "lm_head.weight") t.bytes[3] = std::byte{120};
+    return true;
+  });
+  EXPECT_THAT(
+      catch_error([&] { open_checkpoint(path())->load_int8(weight_table(spec_).back()); }).message,
+      ::testing::AllOf(HasSubstr("value 3 of lm_head is 120"), HasSubstr("-119..119")));
+  // Dense where the config would have it quantized: the tensor speaks for itself.
+  write(path(), spec_, 1);
+  edit_config(path(), [&](json::object& config) {
+    config["quantization"].as_object()["exclude_modules"] = without;
+  });
+  expect_equals_source(*open_checkpoint(path()), spec_);
+}
+
 TEST_F(CheckpointVariant, NotANumberInScalesIsFoundOnLoad) {
   rewrite(rank0(), [](Stored& tensor) {
     if (tensor.name == "transformer.layers.0.mlp.proj.weights_scaling_factor") {
@@ -694,6 +799,18 @@ TEST_F(CheckpointVariant, UnreadableConfigsAreNamed) {
        set("mapping", {{"pp_size", 3}}),
        ErrorKind::kInput,
        {"4 layers", "3"}},
+      {"lm_head algorithm",
+       quant("lm_head_quant_algo", "W8A16"),
+       ErrorKind::kUnsupported,
+       {"lm_head_quant_algo", "\"W8A16\"", "W8A16_GROUP"}},
+      {"lm_head both",
+       quant("lm_head_quant_algo", "W8A16_GROUP"),
+       ErrorKind::kInput,
+       {"W8A16_GROUP", "exclude_modules"}},
+      {"exclude_modules",
+       quant("exclude_modules", "lm_head"),
+       ErrorKind::kInput,
+       {"exclude_modules", "\"lm_head\"", "list"}},
       {"type", set("vocab_size", "many"), ErrorKind::kInput, {"vocab_size", "\"many\""}},
   };
   for (const BadConfig& bad : table) {

@@ -73,22 +73,28 @@ std::vector<float> round_to_int8(const LinearCase& c, const std::vector<float>& 
   return out;
 }
 
+WeightLayout portable_layout(WeightLayout layout) {
+  return layout == WeightLayout::kCpuInt4   ? WeightLayout::kInt4Portable
+         : layout == WeightLayout::kCpuInt8 ? WeightLayout::kInt8Portable
+                                            : layout;
+}
+
 TEST_P(CpuLinear, MatchesReference) {
   const auto reference = make_reference_backend();
   const auto exact = make_cpu_backend(GetParam(), ActivationPrecision::kF32, 2);
   const auto int8 = make_cpu_backend(GetParam(), ActivationPrecision::kInt8Group, 2);
   for (const LinearCase& c : linear_cases()) {
-    const bool int4 = c.layout == WeightLayout::kCpuInt4;
+    const WeightLayout portable = portable_layout(c.layout);
     const std::vector<float> x =
         normal(static_cast<size_t>(c.rows) * static_cast<size_t>(c.in_features), c.seed + 3);
     const std::vector<float> old_y =
         normal(static_cast<size_t>(c.rows) * static_cast<size_t>(c.out_features), c.seed + 4);
-    const Weights ref_weights(*reference, c, int4 ? WeightLayout::kInt4Portable : c.layout);
+    const Weights ref_weights(*reference, c, portable);
     const std::vector<float> want = run(*reference, c, ref_weights, x.data(), c.rows, old_y.data());
     const Weights weights(*exact, c, c.layout);
     EXPECT_LT(relative_error(run(*exact, c, weights, x.data(), c.rows, old_y.data()), want), 2e-5)
         << c.name();
-    if (!int4) continue;
+    if (portable == c.layout) continue;
     // int8: the same numbers as the reference fed with the rounded activations, and near the exact
     // ones.
     const std::vector<float> rounded = round_to_int8(c, x, ref_weights.w.operand().pre_scale);
@@ -241,6 +247,43 @@ TEST_P(CpuLinear, EmbedNormAndHeadMatchReference) {
         EXPECT_EQ(results[0][0], results[1][0]) << "embed " << hidden;
         EXPECT_LT(relative_error(results[1][1], results[0][1]), 1e-5) << "rms_norm " << hidden;
         EXPECT_LT(relative_error(results[1][2], results[0][2]), 2e-5) << "lm_head " << hidden;
+      }
+    }
+  }
+}
+
+// An lm_head in 4 and 8 bits, of an odd vocabulary; its pre-scale lies in the norm.
+TEST_P(CpuLinear, QuantizedHeadMatchesReference) {
+  const auto reference = make_reference_backend();
+  const int vocab = 331, hidden = 256, tokens = 40;
+  const std::vector<float> x = normal(size_t{tokens} * hidden, 21), norm = normal(hidden, 22);
+  for (const WeightLayout layout : {WeightLayout::kCpuInt4, WeightLayout::kCpuInt8}) {
+    for (const int rows : {1, 5, 40}) {
+      std::vector<int32_t> logit_rows;
+      for (int r = 0; r < rows; ++r) logit_rows.push_back(r * 7 % tokens);
+      const StepBatch batch{
+          .num_tokens = tokens, .num_logit_rows = rows, .logit_rows = logit_rows.data()};
+      const auto head = [&](Backend& backend, WeightLayout lies) {
+        const TestWeight weight(backend, lies, vocab, hidden, 128, 5, false);
+        GuardedOutput logits(backend, static_cast<size_t>(rows) * vocab);
+        backend.lm_head(batch, x.data(), norm.data(), 1e-5f, weight.operand(), logits.data());
+        return logits.read();
+      };
+      const std::vector<float> want = head(*reference, portable_layout(layout));
+      for (const ActivationPrecision precision :
+           {ActivationPrecision::kF32, ActivationPrecision::kInt8Group}) {
+        const auto cpu = make_cpu_backend(GetParam(), precision, 3);
+        const std::vector<float> have = head(*cpu, layout);
+        const bool exact = precision == ActivationPrecision::kF32;
+        EXPECT_LT(exact ? relative_error(have, want) : rms_error(have, want), exact ? 2e-5 : 0.05)
+            << weight_layout_name(layout) << ' ' << rows;
+        // A row's logits do not depend on the others.
+        const std::vector<int32_t> one = {logit_rows.back()};
+        const StepBatch alone{.num_tokens = tokens, .num_logit_rows = 1, .logit_rows = one.data()};
+        const TestWeight weight(*cpu, layout, vocab, hidden, 128, 5, false);
+        GuardedOutput logits(*cpu, vocab);
+        cpu->lm_head(alone, x.data(), norm.data(), 1e-5f, weight.operand(), logits.data());
+        EXPECT_EQ(logits.read(), std::vector<float>(have.end() - vocab, have.end()));
       }
     }
   }

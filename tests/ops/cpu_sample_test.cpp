@@ -65,6 +65,21 @@ TEST_P(CpuSample, MatchesReference) {
                                          {vocab - 1, 2.5f}};
     std::vector<uint64_t> allowed(static_cast<size_t>(vocab) / 64 + 1, ~uint64_t{0});
     allowed[0] = 0xfffffffffffffff5u;  // two ids banned
+    // Of the rows that have one: a few ids, one id, every id but some.
+    const int mask_words = (vocab + 63) / 64;
+    std::vector<uint64_t> masks(3 * static_cast<size_t>(mask_words));
+    for (int v = 0; v < vocab; ++v) {
+      const auto word = static_cast<size_t>(v / 64);
+      const uint64_t bit = uint64_t{1} << (v % 64);
+      if (v % 37 == 4) masks[word] |= bit;
+      if (v == vocab / 2) masks[static_cast<size_t>(mask_words) + word] |= bit;
+      if (v % 5 != 0) masks[2 * static_cast<size_t>(mask_words) + word] |= bit;
+    }
+    if (vocab > 5) {
+      for (size_t r = 0; r < rows.size(); ++r) {
+        if (r % 5 == 3) rows[r].mask = static_cast<int32_t>(r % 3);
+      }
+    }
     std::vector<float> logits(rows.size() * static_cast<size_t>(vocab));
     fill_normal(logits, static_cast<uint64_t>(vocab), 2.0f);
     for (size_t i = 0; i < logits.size(); ++i) logits[i] = std::round(logits[i] * 8) / 8;  // ties
@@ -74,12 +89,18 @@ TEST_P(CpuSample, MatchesReference) {
                             .history = history.data(),
                             .bias = bias.data(),
                             .allowed = vocab == 1000 ? allowed.data() : nullptr,
+                            .masks = masks.data(),
+                            .mask_words = mask_words,
                             .max_logprobs = kLogprobs};
     const Result want = run(*reference, batch, logits), got = run(*cpu, batch, logits);
     for (size_t r = 0; r < rows.size(); ++r) {
       EXPECT_EQ(got.tokens[r], want.tokens[r])
           << "vocab " << vocab << " row " << r << " temperature " << rows[r].temperature
           << " top_p " << rows[r].top_p << " top_k " << rows[r].top_k << " min_p " << rows[r].min_p;
+      if (rows[r].mask >= 0 && rows[r].forced_token < 0) {
+        const auto at = static_cast<size_t>(rows[r].mask * mask_words + got.tokens[r] / 64);
+        EXPECT_TRUE(masks[at] >> (got.tokens[r] % 64) & 1) << "vocab " << vocab << " row " << r;
+      }
     }
     EXPECT_EQ(got.top_tokens, want.top_tokens);
     for (size_t i = 0; i < want.logprobs.size(); ++i)

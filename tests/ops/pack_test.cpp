@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstring>
 
 #include "backends/cuda/layout.h"
@@ -11,6 +12,8 @@
 #include "ops/cpu_int4_layout.h"
 #include "pack/cpu_int4.h"
 #include "pack/cuda_int4.h"
+#include "pack/int8.h"
+#include "spec/weight_table.h"
 
 namespace nibble {
 namespace {
@@ -35,6 +38,32 @@ TEST(Pack, RoundTripsEveryLayoutBitForBit) {
       const Int4Matrix m = random_matrix(n, k, group, static_cast<uint64_t>(n));
       const PackedLinear packed = pack_int4(m, layout);
       const Int4Matrix back = unpack_int4(packed.weight, packed.scales, n, k, group, layout);
+      EXPECT_EQ(back.q, m.q) << weight_layout_name(layout) << ' ' << n;
+      EXPECT_EQ(back.scales, m.scales) << weight_layout_name(layout) << ' ' << n;
+    }
+  }
+}
+
+TEST(Pack, AnOddRowHasNoPair) {
+  const Int4Matrix m = random_matrix(5, 64, 32, 3);
+  const PackedLinear packed = pack_int4(m, WeightLayout::kInt4Portable);
+  EXPECT_EQ(packed.weight.size(), 3u * 64);
+  EXPECT_EQ(unpack_int4(packed.weight, packed.scales, 5, 64, 32, WeightLayout::kInt4Portable).q,
+            m.q);
+  for (size_t i = 2 * 64; i < 3 * 64; ++i)
+    EXPECT_EQ(std::to_integer<int>(packed.weight[i]) >> 4, 0);
+}
+
+TEST(Pack, Int8RoundTripsBitForBit) {
+  for (const WeightLayout layout : {WeightLayout::kInt8Portable, WeightLayout::kCpuInt8}) {
+    for (const auto& [n, k, group] : {std::array{1, 64, 64}, {17, 128, 128}, {34, 256, 32}}) {
+      const Int4Matrix four = random_matrix(n, k, group, static_cast<uint64_t>(n));
+      Int8Matrix m{n, k, group, four.q, four.scales};
+      for (size_t i = 0; i < m.q.size(); ++i)  // every value there is
+        m.q[i] = static_cast<int8_t>(static_cast<int>(i % (2 * kMaxInt8 + 1)) - kMaxInt8);
+      const PackedLinear packed = pack_int8(m, layout);
+      EXPECT_EQ(packed.weight.size(), packed_int8_bytes(n, k, group, layout));
+      const Int8Matrix back = unpack_int8(packed.weight, packed.scales, n, k, group, layout);
       EXPECT_EQ(back.q, m.q) << weight_layout_name(layout) << ' ' << n;
       EXPECT_EQ(back.scales, m.scales) << weight_layout_name(layout) << ' ' << n;
     }

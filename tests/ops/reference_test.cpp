@@ -97,6 +97,31 @@ TEST_F(Sample, LogprobsAreTheModels) {
   EXPECT_EQ(top_tokens_[2], -1);
 }
 
+TEST_F(Sample, OnlyIdsOfTheMaskAreDrawnAndLogprobsDoNotChange) {
+  // [masks, 1]: ids 1 and 3, then id 0. Two rows with one mask each and one without.
+  const uint64_t masks[] = {0b1010, 0b0001};
+  const SampleRow rows[] = {{.temperature = 0, .num_logprobs = 1, .mask = 0},
+                            {.temperature = 2, .top_k = 1, .num_logprobs = 1, .mask = 1},
+                            {.temperature = 0, .num_logprobs = 1}};
+  std::vector<float> logits;
+  for (int r = 0; r < 3; ++r) logits.insert(logits.end(), {0.0f, 1.0f, 5.0f, 2.0f});
+  int32_t tokens[3], top_tokens[3];
+  float logprobs[3], top_logprobs[3];
+  backend_->sample({.num_rows = 3,
+                    .vocab_size = 4,
+                    .rows = rows,
+                    .masks = masks,
+                    .mask_words = 1,
+                    .max_logprobs = 1},
+                   logits.data(), {tokens, logprobs, top_tokens, top_logprobs});
+  EXPECT_EQ(tokens[0], 3);
+  EXPECT_EQ(tokens[1], 0);
+  EXPECT_EQ(tokens[2], 2);
+  for (const int32_t top : top_tokens) EXPECT_EQ(top, 2);  // the model's own best
+  EXPECT_NEAR(logprobs[2] - logprobs[0], 3.0, 1e-5);
+  EXPECT_NEAR(logprobs[2] - logprobs[1], 5.0, 1e-5);
+}
+
 TEST_F(Sample, ForcedTokenIsTakenWhateverTheLogitsSay) {
   bias_ = {{2, -INFINITY}};
   const SampleRow row{.temperature = 0, .bias_end = 1, .num_logprobs = 1, .forced_token = 2};

@@ -43,6 +43,15 @@ def dequantize(tensors, prefix):
     return weight if prequant is None else weight * prequant.astype(np.float32)
 
 
+def lm_head(tensors, quantization):
+    """[vocab, hidden] floats, by what config.json says of it."""
+    weight = tensors["lm_head.weight"]
+    if quantization.get("lm_head_quant_algo") == "W8A16_GROUP":
+        scales = tensors["lm_head.weights_scaling_factor"]
+        return weight.astype(np.float32) * np.repeat(scales, weight.shape[1] // scales.shape[1], axis=1)
+    return dequantize(tensors, "lm_head") if "lm_head" not in quantization["exclude_modules"] else weight
+
+
 def checkpoint_weights(directory):
     directory = pathlib.Path(directory)
     config = json.loads((directory / "config.json").read_text())
@@ -56,7 +65,8 @@ def checkpoint_weights(directory):
     shape = dict(heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"], head=config["head_size"],
                  eps=config["norm_epsilon"], theta=config["rotary_base"], vocab=config["nibble"]["vocab_size"])
     embedding = t["transformer.vocab_embedding.weight"]
-    return shape, embedding, layers, t["transformer.ln_f.weight"], t.get("lm_head.weight", embedding)
+    head = lm_head(t, config["quantization"]) if "lm_head.weight" in t else embedding
+    return shape, embedding, layers, t["transformer.ln_f.weight"], head
 
 
 def hf_weights(directory):
@@ -143,7 +153,7 @@ def slices(directories):
                     want = cut(full, full.ndim - 1)
                 elif ("mlp.fc" in name or "mlp.gate" in name) and not name.endswith("prequant_scaling_factor"):
                     want = cut(full, 0)
-                elif "vocab_embedding" in name or name.startswith("lm_head"):
+                elif "vocab_embedding" in name or name.startswith("lm_head") and not name.endswith("prequant_scaling_factor"):
                     want = cut(full, 0)
                 else:  # norms, prequant vectors of row-cut linears, KV scales
                     want = full

@@ -46,11 +46,16 @@ TEST_F(Interchange, RankFilesAreSlicesOfTheWhole) {
   const auto backend = make_backend("ref", ActivationPrecision::kF32, 2);
   const CalibrationData data = testing_::random_calibration({40, 30});
   SilentProgress silent;
-  for (const int tp : {1, 2, 4}) {
-    fs::create_directories(scratch_ / std::to_string(tp));
-    quantize(scratch_ / std::to_string(tp), *source, backend.get(), &data, {.tp_size = tp}, silent);
+  for (const LmHeadFormat head : {LmHeadFormat::kDense, LmHeadFormat::kInt8, LmHeadFormat::kInt4}) {
+    const fs::path root = scratch_ / lm_head_format_name(head);
+    for (const int tp : {1, 2, 4}) {
+      fs::create_directories(root / std::to_string(tp));
+      quantize(root / std::to_string(tp), *source, backend.get(), &data,
+               {.tp_size = tp, .lm_head = head}, silent);
+    }
+    EXPECT_EQ(python(fmt::format("slices {0}/1 {0}/2 {0}/4", root.string())), 0)
+        << lm_head_format_name(head);
   }
-  EXPECT_EQ(python(fmt::format("slices {0}/1 {0}/2 {0}/4", scratch_.path().string())), 0);
 }
 
 TEST_F(Interchange, PythonGivesHuggingFacesLogits) {
@@ -62,11 +67,21 @@ TEST_F(Interchange, PythonGivesTheCheckpointsLogits) {
   const auto backend = make_backend("cpu:native", ActivationPrecision::kF32, 0);
   const CalibrationData data = testing_::random_calibration({256, 256}, 4000);
   SilentProgress silent;
-  for (const QuantizeMethod method : {QuantizeMethod::kAwq, QuantizeMethod::kAwqLite}) {
-    const fs::path directory = scratch_ / method_name(method);
+  struct Made {
+    QuantizeMethod method;
+    LmHeadFormat head;
+  };
+  for (const auto& [method, head] : {Made{QuantizeMethod::kAwq, LmHeadFormat::kDense},
+                                     {QuantizeMethod::kAwqLite, LmHeadFormat::kDense},
+                                     {QuantizeMethod::kAwq, LmHeadFormat::kInt4},
+                                     {QuantizeMethod::kRtn, LmHeadFormat::kInt8}}) {
+    const fs::path directory =
+        scratch_ / fmt::format("{}-{}", method_name(method), lm_head_format_name(head));
+    SCOPED_TRACE(directory.filename().string());
     fs::create_directories(directory);
     quantize(directory, *source, backend.get(), &data,
-             {.method = method, .sequential = method == QuantizeMethod::kAwq}, silent);
+             {.method = method, .lm_head = head, .sequential = method == QuantizeMethod::kAwq},
+             silent);
     LoadOptions options;
     options.build.target = "ref";
     options.build.kv_format = KvFormat::kF32;

@@ -72,8 +72,8 @@ TEST_F(Quantize, WritesACheckpointWhoseWeightsAreCloseToTheModels) {
   EXPECT_EQ(checkpoint->spec().hidden_size, 128);
   size_t rows = 0;
   for (const WeightRow& row : weight_table(source_->spec())) {
-    ASSERT_EQ(checkpoint->is_quantized(row), row.quantizable) << row.name;
-    if (!row.quantizable) continue;
+    ASSERT_EQ(checkpoint->bits(row), quantized_bits(row)) << row.name;
+    if (quantized_bits(row) == 0) continue;
     ASSERT_EQ(report.linears.at(rows++).name, row.name);
     const std::vector<float> dense = source_->load_dense(row);
     const Int4Weight weight = checkpoint->load_int4(row);
@@ -218,6 +218,7 @@ TEST_F(Quantize, GoesOnAfterAKillWithTheSameBytes) {
        {QuantizeMethod::kAwq, QuantizeMethod::kAwqLite, QuantizeMethod::kRtn}) {
     const fs::path whole = fresh(), kept = fresh(), again = fresh();
     QuantizeOptions options = {.method = method, .sequential = method == QuantizeMethod::kAwq};
+    options.lm_head = LmHeadFormat::kInt4;
     const QuantizeReport first = run(whole, options);
     options.resume_directory = kept;
     run(fresh(), options);
@@ -255,6 +256,12 @@ TEST_F(Quantize, GoesOnAfterAKillWithTheSameBytes) {
       EXPECT_EQ(resumed.linears[i].input.max_abs, first.linears[i].input.max_abs);
     }
 
+    // All layers done, and killed while lm_head was on its way.
+    const fs::path end = fresh();
+    const QuantizeReport only_head = run(end, options);
+    EXPECT_EQ(only_head.layers_continued, 2);
+    EXPECT_EQ(read_file(whole / "rank0.safetensors"), read_file(end / "rank0.safetensors"));
+
     // Other arguments must not go on with it, and damaged states are found.
     options.group_size = 64;
     try {
@@ -264,6 +271,93 @@ TEST_F(Quantize, GoesOnAfterAKillWithTheSameBytes) {
       EXPECT_EQ(error.kind(), ErrorKind::kUsage);
       EXPECT_THAT(error.what(), HasSubstr("begun with group_size 128, now it is 64"));
     }
+  }
+}
+
+// Mean squared error of lm_head in the checkpoint over its energy; the pre-scale counts.
+double head_error(const WeightSource& checkpoint, const WeightSource& dense) {
+  const WeightRow row = weight_table(checkpoint.spec()).back();
+  const std::vector<float> want = dense.load_dense(row);
+  double error = 0, energy = 0;
+  const int64_t in = row.shape[1];
+  const auto add = [&](int64_t i, double value) {
+    const double w = double{want[static_cast<size_t>(i)]};
+    error += (value - w) * (value - w);
+    energy += w * w;
+  };
+  if (checkpoint.bits(row) == 8) {
+    const Int8Weight head = checkpoint.load_int8(row);
+    for (int64_t i = 0; i < row.shape[0] * in; ++i) {
+      add(i, static_cast<int8_t>(head.values[i]) *
+                 double{head.scales[static_cast<size_t>(i / in * (in / head.group_size) +
+                                                        i % in / head.group_size)]});
+    }
+    return error / energy;
+  }
+  const Int4Weight head = checkpoint.load_int4(row);
+  for (int64_t i = 0; i < row.shape[0] * in; ++i) {
+    const int64_t n = i / in, j = i % in;
+    const int byte = static_cast<int>(head.nibbles[n / 2 * in + j]);
+    const int nibble = n % 2 == 0 ? byte & 15 : byte >> 4;
+    add(i, (nibble >= 8 ? nibble - 16 : nibble) *
+               double{head.scales[static_cast<size_t>(n * (in / head.group_size) +
+                                                      j / head.group_size)]} *
+               double{head.pre_scale[static_cast<size_t>(j)]});
+  }
+  return error / energy;
+}
+
+TEST_F(Quantize, LmHeadTooOnRequest) {
+  ModelSpec odd = tiny_spec();
+  odd.vocab_size = 321;  // no pair for the last row
+  source_ = open_synthetic(odd, 11, false);
+  for (const QuantizeMethod method :
+       {QuantizeMethod::kAwq, QuantizeMethod::kAwqLite, QuantizeMethod::kRtn}) {
+    QuantizeOptions options = {.method = method, .rounding = awq::Rounding::kNearest};
+    options.correct_drift = false;
+    const fs::path plain = fresh(), four = fresh(), eight = fresh();
+    const size_t num_linears = run(plain, options).linears.size();
+    options.lm_head = LmHeadFormat::kInt4;
+    const QuantizeReport report = run(four, options);
+    options.lm_head = LmHeadFormat::kInt8;
+    EXPECT_EQ(run(eight, options).linears.size(), num_linears) << "8 bits are not searched";
+    if (method != QuantizeMethod::kRtn) {
+      ASSERT_EQ(report.linears.size(), num_linears + 1);
+      EXPECT_EQ(report.linears.back().name, "lm_head");
+      EXPECT_GT(report.linears.back().search.error, 0);
+      EXPECT_GT(report.linears.back().input.max_abs, 0);
+    }
+    EXPECT_LT(head_error(*open_checkpoint(four), *source_), 0.03) << method_name(method);
+    EXPECT_LT(head_error(*open_checkpoint(eight), *source_), 1e-4) << method_name(method);
+    // Nothing before lm_head knows of it.
+    const auto before = open_checkpoint(plain), after = open_checkpoint(four);
+    for (const WeightRow& row : weight_table(odd)) {
+      if (quantized_bits(row) == 0) continue;
+      EXPECT_EQ(before->load_int4(row).scales, after->load_int4(row).scales) << row.name;
+    }
+  }
+}
+
+TEST_F(Quantize, ATiedLmHeadBecomesATensorOfItsOwn) {
+  ModelSpec tied = tiny_spec();
+  tied.tied_embeddings = true;
+  source_ = open_synthetic(tied, 11, false);
+  for (const LmHeadFormat format : {LmHeadFormat::kInt4, LmHeadFormat::kInt8}) {
+    const fs::path out = fresh();
+    run(out, {.method = QuantizeMethod::kRtn, .lm_head = format});
+    const auto checkpoint = open_checkpoint(out);
+    EXPECT_FALSE(checkpoint->spec().tied_embeddings);
+    const std::vector<WeightRow> table = weight_table(checkpoint->spec());
+    EXPECT_EQ(checkpoint->load_dense(table.front()), source_->load_dense(table.front()));
+    EXPECT_EQ(checkpoint->bits(table.back()), format == LmHeadFormat::kInt8 ? 8 : 4);
+    // Row 5 begins with what the embedding's row 5 holds.
+    const std::vector<float> embedding = source_->load_dense(table.front());
+    const float scale = format == LmHeadFormat::kInt8
+                            ? checkpoint->load_int8(table.back()).scales[5]
+                            : checkpoint->load_int4(table.back()).scales[5];
+    float widest = 0;
+    for (size_t j = 5 * 128; j < 6 * 128; ++j) widest = std::max(widest, std::fabs(embedding[j]));
+    EXPECT_EQ(scale, widest / (format == LmHeadFormat::kInt8 ? 119.0f : 7.0f));
   }
 }
 

@@ -1,5 +1,6 @@
 // Request bodies, answer JSON, metrics text, keys and log lines: plain values in, plain values out.
 // SPDX-License-Identifier: Apache-2.0
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -19,6 +20,8 @@
 
 namespace nibble {
 namespace {
+
+using ::testing::HasSubstr;
 
 const std::string kHi = R"("messages":[{"role":"user","content":"hi"}])";
 
@@ -152,10 +155,59 @@ TEST(ChatBody, WrongTypesNameFieldValueAndWish) {
 
 TEST(ChatBody, WhatWouldChangeTheAnswerAndIsNotSupportedIsRefused) {
   for (const char* fields :
-       {R"("response_format":{"type":"json_object"})", R"("response_format":"json")",
-        R"("guided_json":{})", R"("structured_outputs":{})", R"("functions":[])",
+       {R"("response_format":{"type":"structural_tag"})", R"("response_format":"json")",
+        R"("guided_grammar":"root ::= a")", R"("structured_outputs":{})", R"("functions":[])",
         R"("use_beam_search":true)", R"("prompt_logprobs":1)", R"("audio":{})"}) {
     EXPECT_NE(chat_error(fields), "accepted") << fields;
+  }
+}
+
+TEST(ChatBody, OutputFormats) {
+  using Kind = OutputFormat::Kind;
+  EXPECT_FALSE(chat("").format);
+  EXPECT_FALSE(chat(R"("response_format":{"type":"text"})").format);
+  EXPECT_EQ(chat(R"("response_format":{"type":"json_object"})").format.kind, Kind::kJsonObject);
+  const json::value schema = {{"type", "object"}};
+  for (
+      const char* fields :
+      {R"("response_format":{"type":"json_schema","json_schema":{"name":"n","strict":true,"schema":{"type":"object"}}})",
+       R"("response_format":{"type":"json_object","schema":{"type":"object"}})",
+       R"("guided_json":{"type":"object"})", R"("guided_json":"{\"type\":\"object\"}")",
+       R"("structured_outputs":{"json":{"type":"object"},"regex":null,"disable_fallback":true})",
+       R"("response_format":{"type":"text"},"guided_json":{"type":"object"},"guided_decoding_backend":"xgrammar")"}) {
+    const OutputFormat format = chat(fields).format;
+    EXPECT_EQ(format.kind, Kind::kJsonSchema) << fields;
+    EXPECT_EQ(format.schema, schema) << fields;
+  }
+  const std::vector<std::string> yes_no = {"yes", "no"};
+  EXPECT_EQ(chat(R"("guided_choice":["yes","no"])").format.choices, yes_no);
+  EXPECT_EQ(chat(R"("structured_outputs":{"choice":["yes","no"]})").format.choices, yes_no);
+  EXPECT_EQ(chat(R"("guided_regex":"a+")").format.regex, "a+");
+  EXPECT_EQ(chat(R"("structured_outputs":{"regex":"a+"})").format.regex, "a+");
+  EXPECT_EQ(chat(R"("structured_outputs":{"json_object":true})").format.kind, Kind::kJsonObject);
+  EXPECT_EQ(completion(R"("prompt":"x","guided_regex":"a+")").format.field, "guided_regex");
+
+  const std::string tools = R"("tools":[{"type":"function","function":{"name":"f"}}],)";
+  const std::string object = R"("response_format":{"type":"json_object"})";
+  EXPECT_TRUE(chat(tools + object).format);
+  EXPECT_TRUE(chat(tools + object + R"(,"tool_choice":"none")").format);
+  EXPECT_THAT(chat_error(tools + object + R"(,"tool_choice":"required")"),
+              HasSubstr("tool_choice"));
+
+  for (const auto& [fields, word] : std::vector<std::pair<std::string, std::string>>{
+           {R"("response_format":{"type":"json_schema"})", "json_schema"},
+           {R"("response_format":{"type":"json_schema","json_schema":{"name":"n"}})", "schema"},
+           {R"("response_format":{})", "response_format"},
+           {R"("guided_json":5)", "guided_json is 5"},
+           {R"("guided_json":"{")", "guided_json"},
+           {R"("guided_choice":[])", "non-empty"},
+           {R"("guided_choice":["a",1])", "strings"},
+           {R"("guided_regex":{})", "guided_regex"},
+           {R"("structured_outputs":{"grammar":"x"})", "grammar"},
+           {R"("structured_outputs":{"json":{},"regex":"a"})", "one of"},
+           {R"("guided_regex":"a","guided_choice":["b"])", "both given"},
+           {object + R"(,"guided_regex":"a")", "both given"}}) {
+    EXPECT_THAT(chat_error(fields), HasSubstr(word)) << fields;
   }
 }
 

@@ -372,7 +372,11 @@ TEST(WeightTable, ShapesNamesAndOrder) {
     num_hf += row.hf_names.size();
     hf_names.insert(row.hf_names.begin(), row.hf_names.end());
     trtllm_names.insert(row.trtllm_name);
-    EXPECT_EQ(row.quantizable, row.is_linear() && row.role != WeightRole::kLmHead) << row.name;
+    EXPECT_EQ(row.quantizable, row.is_linear()) << row.name;
+    const bool head = row.role == WeightRole::kLmHead;
+    EXPECT_EQ(quantized_bits(row), row.is_linear() && !head ? 4 : 0) << row.name;
+    EXPECT_EQ(quantized_bits(row, LmHeadFormat::kInt4), row.is_linear() ? 4 : 0) << row.name;
+    EXPECT_EQ(quantized_bits(row, LmHeadFormat::kInt8), !row.is_linear() ? 0 : head ? 8 : 4);
   }
   EXPECT_EQ(num_hf, 363u);  // mistral.md 1.1
   EXPECT_EQ(hf_names.size(), 363u);
@@ -424,6 +428,7 @@ EnginePlan some_plan() {
       .max_batch_size = 3, .max_input_len = 100, .max_output_len = 20, .max_num_tokens = 64};
   plan.linear_layout = WeightLayout::kCudaInt4;
   plan.dense_layout = WeightLayout::kF16Rows;
+  plan.lm_head_layout = WeightLayout::kCpuInt8;
   plan.activation_precision = ActivationPrecision::kInt8Group;
   plan.group_size = 64;
   plan.kv_format = KvFormat::kInt8Static;
@@ -436,7 +441,8 @@ TEST(EnginePlan, JsonIsTheIdentity) {
   EXPECT_TRUE(EnginePlan::from_json(parse(dump_json(plan.to_json())), "rank0.engine") == plan);
   for (const WeightLayout layout :
        {WeightLayout::kF32Rows, WeightLayout::kBf16Rows, WeightLayout::kF16Rows,
-        WeightLayout::kInt4Portable, WeightLayout::kCpuInt4, WeightLayout::kCudaInt4}) {
+        WeightLayout::kInt4Portable, WeightLayout::kCpuInt4, WeightLayout::kCudaInt4,
+        WeightLayout::kInt8Portable, WeightLayout::kCpuInt8}) {
     EXPECT_EQ(weight_layout_from_name(weight_layout_name(layout)), layout);
   }
   for (const KvFormat format :
@@ -465,7 +471,7 @@ TEST(EnginePlan, RefusalsNameTheNearest) {
   EXPECT_THAT(read([](json::object& o) { o["tp_rank"] = 2; }).message, HasSubstr("tp_rank is 2"));
   const Caught version = read([](json::object& o) { o["format_version"] = 1; });
   EXPECT_EQ(version.kind, ErrorKind::kUnsupported);
-  EXPECT_THAT(version.message, HasSubstr("format_version is 1; this nibble reads 2"));
+  EXPECT_THAT(version.message, HasSubstr("format_version is 1; this nibble reads 3"));
 }
 
 TEST(Nearest, EditDistance) {

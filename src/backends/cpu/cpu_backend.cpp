@@ -330,6 +330,7 @@ class CpuBackend final : public Backend {
     }
   }
 
+  bool masks_rows() const override { return true; }
   void sample(const SampleBatch& batch, float* logits, const SampleResult& result) override {
     for_rows(batch.num_rows, kInlineWork, [&](int64_t r, int thread) {
       sample_row(kernels_, batch, static_cast<int>(r), logits + r * batch.vocab_size, result,
@@ -390,11 +391,14 @@ class CpuBackend final : public Backend {
     }
   }
 
+  static bool lies_in_tiles(const LinearOperand& w) {
+    return w.layout == WeightLayout::kCpuInt4 || w.layout == WeightLayout::kCpuInt8;
+  }
   static int act_group(const LinearOperand& w) {
     return w.group_size % kActGroup == 0 ? kActGroup : 32;
   }
   int outputs_per_item(const LinearOperand& w, int rows) const {
-    if (w.layout == WeightLayout::kCpuInt4) {
+    if (lies_in_tiles(w)) {
       int tiles = kTilesPerItem;
       while (rows <= 16 && tiles < kStreamTiles &&
              cpu_int4_num_tiles(w.out_features) >= 16 * tiles * pool_.num_threads()) {
@@ -423,13 +427,13 @@ class CpuBackend final : public Backend {
   /// Pre-scales or rounds the rows, once per op.
   LinearInput prepare(const float* x, const LinearOperand& w, int rows) {
     const int k = w.in_features;
-    const bool int4 = w.layout == WeightLayout::kCpuInt4;
-    if (int4) {
+    const bool tiles = lies_in_tiles(w);
+    if (tiles) {
       NIBBLE_CHECK(w.group_size > 0 && w.group_size % 32 == 0 && w.group_size <= 256 &&
                        k % w.group_size == 0,
                    "group {} in {}", w.group_size, k);
     }
-    if (int4 && precision_ == ActivationPrecision::kInt8Group) {
+    if (tiles && precision_ == ActivationPrecision::kInt8Group) {
       size_rows(rows, k);
       const int group = act_group(w);
       for_rows(rows, k, [&](int64_t r, int) {
@@ -451,7 +455,7 @@ class CpuBackend final : public Backend {
   void gemm(const LinearOperand& w, const LinearInput& input, int row, int rows, int n_begin,
             int n_end, bool add, float* y, int64_t ldy, int thread) {
     const int64_t k = w.in_features;
-    if (w.layout == WeightLayout::kCpuInt4) {
+    if (lies_in_tiles(w)) {
       Int4Gemm g{.weight = static_cast<const uint8_t*>(w.weight),
                  .n = w.out_features,
                  .k = w.in_features,
@@ -467,10 +471,16 @@ class CpuBackend final : public Backend {
         g.xq = xq_.data() + row * k;
         g.xscale = xscale_.data() + row * (k / g.act_group);
         g.xoffset = xoffset_.data() + row * (k / g.act_group);
-        kernels_.int4_int8(g);
       } else {
         g.x = input.x + row * k;
-        kernels_.int4_f32(g);
+      }
+      const auto kernel = input.int8 ? kernels_.int4_int8 : kernels_.int4_f32;
+      kernel(g);
+      if (w.layout == WeightLayout::kCpuInt8) {  // the low nibbles behind the high ones
+        g.weight += static_cast<size_t>(cpu_int4_num_tiles(w.out_features)) *
+                    cpu_int4_tile_bytes(w.in_features, w.group_size);
+        g.add = true;
+        kernel(g);
       }
       return;
     }

@@ -23,6 +23,21 @@ bool better(const Candidate& a, const Candidate& b) {
   return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
 }
 
+/// Ids whose bit is not set become impossible.
+void apply_mask(const uint64_t* mask, int vocab_size, float* logits) {
+  for (int word = 0; word * 64 < vocab_size; ++word) {
+    if (mask[word] == ~uint64_t{0}) continue;
+    const int end = std::min(vocab_size, word * 64 + 64);
+    if (mask[word] == 0) {
+      std::fill(logits + word * 64, logits + end, kMinusInfinity);
+      continue;
+    }
+    for (int v = word * 64; v < end; ++v) {
+      if ((mask[word] >> (v % 64) & 1) == 0) logits[v] = kMinusInfinity;
+    }
+  }
+}
+
 void apply_bias_and_penalties(const SampleBatch& batch, const SampleRow& row, float* logits) {
   for (int i = row.history_begin; i < row.history_end; ++i) {
     const TokenCount& seen = batch.history[i];
@@ -34,12 +49,9 @@ void apply_bias_and_penalties(const SampleBatch& batch, const SampleRow& row, fl
   }
   for (int i = row.bias_begin; i < row.bias_end; ++i)
     logits[batch.bias[i].token] += batch.bias[i].bias;
-  if (batch.allowed == nullptr) return;
-  for (int word = 0; word * 64 < batch.vocab_size; ++word) {
-    if (batch.allowed[word] == ~uint64_t{0}) continue;
-    for (int v = word * 64; v < std::min(batch.vocab_size, word * 64 + 64); ++v) {
-      if ((batch.allowed[word] >> (v % 64) & 1) == 0) logits[v] = kMinusInfinity;
-    }
+  if (batch.allowed != nullptr) apply_mask(batch.allowed, batch.vocab_size, logits);
+  if (row.mask >= 0) {
+    apply_mask(batch.masks + int64_t{row.mask} * batch.mask_words, batch.vocab_size, logits);
   }
 }
 

@@ -42,7 +42,15 @@ void load_weight_row(const LinearOperand& w, int64_t n, float* row) {
       }
       return;
     }
+    case WeightLayout::kInt8Portable: {
+      const auto* q = static_cast<const int8_t*>(w.weight) + n * k_count;
+      const float* scales = w.scales + n * (k_count / w.group_size);
+      for (int64_t k = 0; k < k_count; ++k)
+        row[k] = static_cast<float>(q[k]) * scales[k / w.group_size];
+      return;
+    }
     case WeightLayout::kCpuInt4:
+    case WeightLayout::kCpuInt8:
     case WeightLayout::kCudaInt4: break;
   }
   fail(ErrorKind::kUnsupported,
@@ -190,6 +198,7 @@ class ReferenceBackend final : public Backend {
     linear(normed.data(), head, batch.num_logit_rows, false, logits);
   }
 
+  bool masks_rows() const override { return true; }
   void sample(const SampleBatch& batch, float* logits, const SampleResult& result) override {
     for (int r = 0; r < batch.num_rows; ++r) {
       reference::sample_row(batch, r, logits + int64_t{r} * batch.vocab_size, result);

@@ -55,6 +55,12 @@ void apply_bias_and_penalties(const SampleBatch& batch, const SampleRow& row, fl
       if ((batch.allowed[v / 64] >> (v % 64) & 1) == 0) logits[v] = -INFINITY;
     }
   }
+  if (row.mask >= 0) {
+    const uint64_t* mask = batch.masks + int64_t{row.mask} * batch.mask_words;
+    for (int v = 0; v < batch.vocab_size; ++v) {
+      if ((mask[v / 64] >> (v % 64) & 1) == 0) logits[v] = -INFINITY;
+    }
+  }
 }
 
 int32_t draw(const SampleRow& row, int vocab_size, const float* logits) {
