@@ -1,7 +1,8 @@
-# The CUDA part: libnibble_cuda.so, the backend as a plugin, and nibble_cuda_bench. Built when an nvcc of
-# 12.8 or newer is found; -DNIBBLE_CUDA=OFF leaves it out, ON makes a missing nvcc an error.
-# One architecture: sm_90a code only (no PTX: sm_90a has no forward compatibility). A ptxas message
-# C75xx ("wgmma serialised", "setmaxnreg ignored") fails the build.
+# The CUDA part: the backend as plugins, and nibble_cuda_bench. Built when an nvcc of 12.8 or newer is found;
+# -DNIBBLE_CUDA=OFF leaves it out, ON makes a missing nvcc an error.
+#   libnibble_cuda.so           target cuda:sm_90: sm_90a code only (it has no forward compatibility)
+#   libnibble_cuda_portable.so  target cuda:portable: one sm_80 front end, so that every GPU runs the same PTX
+# A ptxas message C75xx ("wgmma serialised", "setmaxnreg ignored") fails the build.
 
 # What program and plugin must agree on to the byte: the seam's headers. The program needs the hash
 # also where no plugin is built.
@@ -40,19 +41,27 @@ if(NOT NIBBLE_CUDA STREQUAL "OFF")
     message(STATUS "CUDA: no nvcc >= 12.8, CPU only")
     return()
   endif()
-  message(STATUS "CUDA: ${NIBBLE_NVCC} ${nvcc_version}, sm_90a")
+  message(STATUS "CUDA: ${NIBBLE_NVCC} ${nvcc_version}, sm_90a and portable")
 
   # NOTE: custom commands, not enable_language(CUDA): CMake 3.25.1 drops CUDA_STANDARD 20, its
   # compiler check fails on the wheel toolkit's lib/lib64, and this way ptxas' words can fail a build.
-  set(cuda_flags -std=c++20 -O3 -lineinfo -gencode arch=compute_90a,code=sm_90a -Xptxas -v
-      -Xcompiler=-fPIC,-fvisibility=hidden -I${PROJECT_SOURCE_DIR}/src -I${PROJECT_SOURCE_DIR}/bench/cuda)
-  function(nibble_cuda_object out source)
+  set(cuda_flags -std=c++20 -O3 -lineinfo -Xptxas -v -Xcompiler=-fPIC,-fvisibility=hidden
+      -I${PROJECT_SOURCE_DIR}/src -I${PROJECT_SOURCE_DIR}/bench/cuda)
+  set(hopper_arch -gencode arch=compute_90a,code=sm_90a)
+  # sm_80's code runs on 8.6 and 8.9 too; what is not listed compiles the PTX when it is first loaded.
+  set(portable_arch -gencode "arch=compute_80,code=[sm_80,sm_90,sm_100,sm_120,compute_80]")
+  function(nibble_cuda_object out source variant)  # variant: hopper or portable
     file(RELATIVE_PATH name ${PROJECT_SOURCE_DIR} ${source})
     string(REPLACE "/" "_" name ${name})
+    set(flags ${cuda_flags} ${${variant}_arch})
+    if(variant STREQUAL "portable")
+      string(PREPEND name portable.)
+      list(APPEND flags -DNIBBLE_CUDA_PORTABLE)
+    endif()
     set(object ${PROJECT_BINARY_DIR}/cuda/${name}.o)
     add_custom_command(
       OUTPUT ${object}
-      COMMAND ${CMAKE_COMMAND} -DNVCC=${NIBBLE_NVCC} "-DFLAGS=${cuda_flags}" -DSOURCE=${source}
+      COMMAND ${CMAKE_COMMAND} -DNVCC=${NIBBLE_NVCC} "-DFLAGS=${flags}" -DSOURCE=${source}
               -DOBJECT=${object} -P ${PROJECT_SOURCE_DIR}/cmake/nvcc.cmake
       DEPENDS ${source} ${PROJECT_SOURCE_DIR}/cmake/nvcc.cmake
       DEPFILE ${object}.d
@@ -61,40 +70,61 @@ if(NOT NIBBLE_CUDA STREQUAL "OFF")
   endfunction()
 
   file(GLOB kernel_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/backends/cuda/*.cu)
+  file(GLOB only_portable CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/backends/cuda/portable/*.cu)
   file(GLOB bench_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/bench/cuda/*.cu)
   set(kernel_objects)
   foreach(source ${kernel_sources})
-    nibble_cuda_object(object ${source})
+    nibble_cuda_object(object ${source} hopper)
     list(APPEND kernel_objects ${object})
   endforeach()
+  # The portable plugin has these beside portable/; the other files are made of Hopper's instructions.
+  set(portable_objects)
+  foreach(name elementwise generic_linear generic_rope generic_small runtime sample)
+    nibble_cuda_object(object ${PROJECT_SOURCE_DIR}/src/backends/cuda/${name}.cu portable)
+    list(APPEND portable_objects ${object})
+  endforeach()
+  # The bench has both kinds in one program: portable/ exports names of its own.
   set(bench_objects ${kernel_objects})
+  foreach(source ${only_portable})
+    nibble_cuda_object(object ${source} portable)
+    list(APPEND portable_objects ${object})
+    list(APPEND bench_objects ${object})
+  endforeach()
   foreach(source ${bench_sources})
-    nibble_cuda_object(object ${source})
+    nibble_cuda_object(object ${source} hopper)
     list(APPEND bench_objects ${object})
   endforeach()
   add_custom_command(
     OUTPUT ${PROJECT_BINARY_DIR}/nibble_cuda_bench
-    COMMAND ${NIBBLE_NVCC} -cudart static -gencode arch=compute_90a,code=sm_90a ${bench_objects}
+    COMMAND ${NIBBLE_NVCC} -cudart static ${hopper_arch} ${bench_objects}
             -o ${PROJECT_BINARY_DIR}/nibble_cuda_bench
     DEPENDS ${bench_objects} COMMENT "link nibble_cuda_bench" VERBATIM)
   add_custom_target(cuda_bench ALL DEPENDS ${PROJECT_BINARY_DIR}/nibble_cuda_bench)
 
-  # The plugin: the kernels and the host code that calls them. It brings its own copy of what it
+  # A plugin: the kernels and the host code that calls them. It brings its own copy of what it
   # needs of base/, exports one function, and links neither libcuda nor anything of the program.
-  add_library(nibble_cuda_host OBJECT ${PROJECT_SOURCE_DIR}/src/backends/cuda/cuda_backend.cpp
-              ${PROJECT_SOURCE_DIR}/src/backends/cuda/plugin.cpp ${PROJECT_SOURCE_DIR}/src/base/error.cpp
-              ${PROJECT_SOURCE_DIR}/src/base/thread_pool.cpp)
-  target_include_directories(nibble_cuda_host PRIVATE ${PROJECT_SOURCE_DIR}/src)
-  target_link_libraries(nibble_cuda_host PRIVATE fmt::fmt Boost::json)
-  set_target_properties(nibble_cuda_host PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden
-                        VISIBILITY_INLINES_HIDDEN ON)
-  set(plugin ${PROJECT_BINARY_DIR}/libnibble_cuda.so)
-  add_custom_command(
-    OUTPUT ${plugin}
-    COMMAND ${NIBBLE_NVCC} -shared -cudart static -gencode arch=compute_90a,code=sm_90a ${kernel_objects}
-            $<TARGET_OBJECTS:nibble_cuda_host> -Xlinker $<TARGET_FILE:fmt::fmt> -o ${plugin}
-            -Xlinker --version-script=${PROJECT_SOURCE_DIR}/cmake/plugin.map,--no-undefined,--as-needed,-soname=libnibble_cuda.so
-    DEPENDS ${kernel_objects} nibble_cuda_host $<TARGET_OBJECTS:nibble_cuda_host> ${PROJECT_SOURCE_DIR}/cmake/plugin.map
-    COMMAND_EXPAND_LISTS COMMENT "link libnibble_cuda.so" VERBATIM)
-  add_custom_target(cuda_plugin ALL DEPENDS ${plugin})
+  function(nibble_cuda_plugin name variant objects)
+    set(host nibble_${name}_host)
+    add_library(${host} OBJECT ${PROJECT_SOURCE_DIR}/src/backends/cuda/cuda_backend.cpp
+                ${PROJECT_SOURCE_DIR}/src/backends/cuda/plugin.cpp ${PROJECT_SOURCE_DIR}/src/base/error.cpp
+                ${PROJECT_SOURCE_DIR}/src/base/thread_pool.cpp)
+    target_include_directories(${host} PRIVATE ${PROJECT_SOURCE_DIR}/src)
+    target_link_libraries(${host} PRIVATE fmt::fmt Boost::json)
+    set_target_properties(${host} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden
+                          VISIBILITY_INLINES_HIDDEN ON)
+    if(variant STREQUAL "portable")
+      target_compile_definitions(${host} PRIVATE NIBBLE_CUDA_PORTABLE)
+    endif()
+    set(plugin ${PROJECT_BINARY_DIR}/libnibble_${name}.so)
+    add_custom_command(
+      OUTPUT ${plugin}
+      COMMAND ${NIBBLE_NVCC} -shared -cudart static ${${variant}_arch} ${objects}
+              $<TARGET_OBJECTS:${host}> -Xlinker $<TARGET_FILE:fmt::fmt> -o ${plugin}
+              -Xlinker --version-script=${PROJECT_SOURCE_DIR}/cmake/plugin.map,--no-undefined,--as-needed,-soname=libnibble_${name}.so
+      DEPENDS ${objects} ${host} $<TARGET_OBJECTS:${host}> ${PROJECT_SOURCE_DIR}/cmake/plugin.map
+      COMMAND_EXPAND_LISTS COMMENT "link libnibble_${name}.so" VERBATIM)
+    add_custom_target(${name}_plugin ALL DEPENDS ${plugin})
+  endfunction()
+  nibble_cuda_plugin(cuda hopper "${kernel_objects}")
+  nibble_cuda_plugin(cuda_portable portable "${portable_objects}")
 endif()

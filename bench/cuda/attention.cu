@@ -10,6 +10,7 @@
 #include <random>
 #include <string>
 
+#include "backends/cuda/generic.h"
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/kv_layout.h"
 #include "common.cuh"
@@ -329,6 +330,54 @@ void bench_step(const Case& c, int batch, int length, const std::vector<uint8_t*
   BENCH_CHECK(cudaFree(angles));
 }
 
+// The same sizes through portable/attention.cu: the last `count` tokens of every sequence, q and
+// out [sequences * count, heads, 128]. What cuda_op_tests checks.
+Timing time_portable(const Case& c, int count, const void* q, void* out,
+                     const std::vector<uint8_t*>& pages, int sms, cudaStream_t stream) {
+  const int sequences = static_cast<int>(c.lengths.size());
+  std::vector<int> positions, starts{0};
+  for (const int length : c.lengths) {
+    for (int i = length - count; i < length; ++i) positions.push_back(i);
+    starts.push_back(static_cast<int>(positions.size()));
+  }
+  auto* device_positions = device_alloc<int>(positions.size());
+  auto* device_starts = device_alloc<int>(starts.size());
+  BENCH_CHECK(
+      cudaMemcpy(device_positions, positions.data(), positions.size() * 4, cudaMemcpyHostToDevice));
+  BENCH_CHECK(cudaMemcpy(device_starts, starts.data(), starts.size() * 4, cudaMemcpyHostToDevice));
+  const size_t workspace_bytes = cuda::portable_attention_workspace_bytes(sms);
+  auto* workspace = device_alloc<uint8_t>(workspace_bytes);
+  BENCH_CHECK(cudaMemset(workspace, 0xff, workspace_bytes));
+  const bool split =
+      count == 1 && cuda::portable_attention_splits(kHeads, kKvHeads, sequences, c.max_pages, sms);
+  const int queries = cuda::portable_attention_queries(kHeads, kKvHeads);
+  const Timing t = time_graph(stream, 8, [&] {
+    for (int i = 0; i < 8; ++i) {
+      BENCH_CHECK(cuda::portable_attention({.q = q,
+                                            .q_stride = kHeads * kHeadDim,
+                                            .pages = pages[static_cast<size_t>(i) % pages.size()],
+                                            .positions = device_positions,
+                                            .seq_starts = device_starts,
+                                            .kv_lens = c.device_lengths,
+                                            .page_table = c.table,
+                                            .out_scale = nullptr,
+                                            .out = out,
+                                            .format = cuda::PageFormat::kInt8,
+                                            .tokens = static_cast<int>(positions.size()),
+                                            .sequences = sequences,
+                                            .page_table_stride = c.max_pages,
+                                            .heads = kHeads,
+                                            .kv_heads = kKvHeads,
+                                            .tiles = sequences * ((count + queries - 1) / queries)},
+                                           split ? workspace : nullptr, sms, stream));
+    }
+  });
+  BENCH_CHECK(cudaFree(device_positions));
+  BENCH_CHECK(cudaFree(device_starts));
+  BENCH_CHECK(cudaFree(workspace));
+  return t;
+}
+
 int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** argv) {
   int tactic = 0, sequences = 0, tokens = 5600;
   bool checks = true, small_only = false;
@@ -394,6 +443,11 @@ int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** 
         batch, length, tactic, t.median_us, bytes / t.median_us * 1e-3,
         bytes / t.median_us * 0.1 / limits.read_gbps);
     bench_step(c, batch, length, pages, sms, stream, limits);
+    const Timing portable = time_portable(c, 1, c.q, c.out, pages, sms, stream);
+    std::printf(
+        "decode portable  %2d x %4d tokens:           %8.2f us  %6.0f GB/s (%4.1f %% of read)\n",
+        batch, length, portable.median_us, bytes / portable.median_us * 1e-3,
+        bytes / portable.median_us * 0.1 / limits.read_gbps);
     for (auto* p : pages) BENCH_CHECK(cudaFree(p));
     free_case(c);
   }
@@ -403,7 +457,8 @@ int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** 
 
 // prefill [--odd-only]: checks, then whole prompts and a chunk behind a cached prefix.
 int bench_prefill(cudaStream_t stream, int argc, char** argv) {
-  int failures = 0;
+  int failures = 0, sms;
+  BENCH_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
   for (const auto& [count, length] : std::vector<std::pair<int, int>>{
            {1, 1}, {5, 5}, {64, 64}, {128, 128}, {200, 200}, {100, 333}, {130, 700}, {257, 1000}}) {
     failures += check_prefill(count, length, count % 2 == 0, stream);
@@ -447,6 +502,10 @@ int bench_prefill(cudaStream_t stream, int argc, char** argv) {
     std::printf(
         "prefill attention %4d of %4d tokens (pages expanded too): %8.2f us  %6.1f TFLOPS\n", count,
         length, t.median_us, 4.0 * kHeadDim * kHeads * pairs / t.median_us * 1e-6);
+    const Timing portable = time_portable(c, count, q, out, {pages, pages + kLayers}, sms, stream);
+    std::printf(
+        "prefill portable  %4d of %4d tokens:                      %8.2f us  %6.1f TFLOPS\n", count,
+        length, portable.median_us, 4.0 * kHeadDim * kHeads * pairs / portable.median_us * 1e-6);
     for (auto* p : pages) BENCH_CHECK(cudaFree(p));
     BENCH_CHECK(cudaFree(q));
     BENCH_CHECK(cudaFree(out));

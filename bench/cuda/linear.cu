@@ -1,5 +1,5 @@
 // The int4 linears: correctness against a float64 reference, then time per shape and per layer.
-//   linear [--m 1,8,16] [--kernel auto|small|wgmma] [--tactic N,N] [--early N]
+//   linear [--m 1,8,16] [--kernel auto|small|wgmma|portable] [--tactic N,N] [--early N]
 //          [--no-check] [--no-shapes] [--no-layer] [--odd-only] [--trace]
 // Time: CUDA graph of calls that walk through separate copies of the weights (more than L2 holds),
 // each call depending on the one before (programmatic dependent launch, as in a real step), median
@@ -137,9 +137,16 @@ struct Options {
 };
 
 int run(const Options& o, const cuda::LinearArgs& args, cudaStream_t stream) {
-  return o.kernel == "small"   ? cuda::linear_small(args, stream)
-         : o.kernel == "wgmma" ? cuda::linear_wgmma(args, stream)
-                               : cuda::linear(args, stream);
+  return o.kernel == "small"      ? cuda::linear_small(args, stream)
+         : o.kernel == "wgmma"    ? cuda::linear_wgmma(args, stream)
+         : o.kernel == "portable" ? cuda::portable_linear(args, stream)
+                                  : cuda::linear(args, stream);
+}
+
+// The number to print: what the kernel chose, where it can say so.
+int tactic_of(const Options& o, const cuda::LinearArgs& args) {
+  return o.kernel == "portable" && args.tactic < 0 ? cuda::portable_tactic(args).encode()
+                                                   : args.tactic;
 }
 
 std::vector<int> parse_list(char* text) {
@@ -278,8 +285,9 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
   std::printf(
       "check %-8s %6lld x %5lld M=%-4d tactic %2d: error %.2e, wild %.0f, repeatable %s, "
       "canaries %s  %s\n",
-      m.name, static_cast<long long>(s.rows), static_cast<long long>(s.k), tokens, tactic, relative,
-      host[2], same ? "yes" : "NO", canaries ? "yes" : "NO", ok ? "ok" : "FAILED");
+      m.name, static_cast<long long>(s.rows), static_cast<long long>(s.k), tokens,
+      tactic_of(o, args), relative, host[2], same ? "yes" : "NO", canaries ? "yes" : "NO",
+      ok ? "ok" : "FAILED");
   for (void* p :
        {static_cast<void*>(x), static_cast<void*>(residual), static_cast<void*>(out_scale),
         static_cast<void*>(out), static_cast<void*>(y), static_cast<void*>(acc)}) {
@@ -380,7 +388,9 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
   }
   Sizes sizes{};
   BENCH_CHECK(cudaDeviceGetAttribute(&sizes.sms, cudaDevAttrMultiProcessorCount, 0));
-  const size_t workspace_bytes = cuda::linear_workspace_bytes(sizes.sms);
+  const size_t workspace_bytes = o.kernel == "portable"
+                                     ? cuda::portable_linear_workspace_bytes(sizes.sms)
+                                     : cuda::linear_workspace_bytes(sizes.sms);
   sizes.workspace = device_alloc<uint8_t>(workspace_bytes);
   BENCH_CHECK(cudaMemset(sizes.workspace, 0xff, workspace_bytes));
   int failures = 0;
@@ -451,7 +461,7 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
           const double f = 2.0 * tokens * static_cast<double>(s.rows) * static_cast<double>(s.k);
           std::printf(
               "M=%-4d tactic %3d %-8s %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS\n",
-              tokens, tactic, matrices[i].name, t.median_us, b / t.median_us * 1e-3,
+              tokens, tactic_of(o, args), matrices[i].name, t.median_us, b / t.median_us * 1e-3,
               b / t.median_us * 0.1 / limits.read_gbps, f / t.median_us * 1e-6);
           sum_us += t.median_us, bytes += b, flops += f;
           if (o.trace) trace(o, args, weights[i], sizes, stream);

@@ -12,14 +12,20 @@
 namespace nibble {
 namespace {
 
+// Which plugin has a target's code; null: none.
+const char* plugin_file(const std::string& target) {
+  if (target == "cuda:sm_90") return kCudaPluginFile;
+  if (target == "cuda:portable") return kCudaPortablePluginFile;
+  return nullptr;
+}
+
 // Never closed: the backend's code lives in it, and so do the exceptions it throws.
-void* open_library() {
+void* open_library(const char* file) {
   std::error_code ignored;
   const fs::path program = fs::read_symlink("/proc/self/exe", ignored).parent_path();
   std::string tried;
   for (const fs::path& candidate :
-       {program / kCudaPluginFile, program / ".." / "lib" / kCudaPluginFile,
-        fs::path(kCudaPluginFile)}) {
+       {program / file, program / ".." / "lib" / file, fs::path(file)}) {
     const bool by_path = candidate.has_parent_path();
     if (by_path && !fs::exists(candidate, ignored)) {
       tried += fmt::format("\n  {}: no such file", candidate.string());
@@ -34,26 +40,29 @@ void* open_library() {
   fail(ErrorKind::kDevice,
        "the CUDA backend is not here: {} could not be opened. It is built where nvcc >= 12.8 is "
        "found (cmake -DNIBBLE_CUDA=ON); put it beside the nibble binary. Tried:{}",
-       kCudaPluginFile, tried);
+       file, tried);
 }
 
 }  // namespace
 
 std::string resolve_cuda_target(const std::string& target) {
-  if (target == "cuda:sm_90") return target;
-  fail(ErrorKind::kUnsupported,
-       "target {}: this build of nibble has CUDA code for cuda:sm_90 (H100, H200) only; use "
-       "--target cuda:sm_90 or --target cpu:native",
-       target);
+  if (plugin_file(target) != nullptr) return target;
+  fail(
+      ErrorKind::kUnsupported,
+      "target {}: this build of nibble has CUDA code for cuda:sm_90 (H100, H200) and cuda:portable "
+      "(any GPU from compute capability 8.0); use --target cuda:sm_90, --target cuda:portable or "
+      "--target cpu:native",
+      target);
 }
 
 std::unique_ptr<Backend> open_cuda_backend(const std::string& target) {
   const std::string resolved = resolve_cuda_target(target);
-  void* library = open_library();
+  const char* file = plugin_file(resolved);
+  void* library = open_library(file);
   auto* open = reinterpret_cast<PluginOpenFn*>(dlsym(library, kPluginOpenSymbol));
   if (open == nullptr) {
-    fail(ErrorKind::kDevice, "{} has no function {}: it is not nibble's plugin; rebuild it",
-         kCudaPluginFile, kPluginOpenSymbol);
+    fail(ErrorKind::kDevice, "{} has no function {}: it is not nibble's plugin; rebuild it", file,
+         kPluginOpenSymbol);
   }
   std::array<char, 2048> message{};
   std::unique_ptr<Backend> backend(

@@ -9,8 +9,8 @@
 
 namespace nibble {
 
-/// "cuda:sm_90" itself. Throws Error{kUnsupported} naming any other cuda target. Asks for no GPU:
-/// engines can be built elsewhere.
+/// "cuda:sm_90" or "cuda:portable" itself. Throws Error{kUnsupported} naming any other cuda target.
+/// Asks for no GPU: engines can be built elsewhere.
 std::string resolve_cuda_target(const std::string& target);
 
 /// Looks for the plugin beside the running program, then in ../lib, then on the library path.

@@ -12,7 +12,8 @@
 namespace nibble {
 
 struct BuildOptions {
-  std::string target = "cpu:native";  // cpu:native|cpu:avx512|cpu:avx2|cpu:generic|cuda:sm_90|ref
+  std::string target =
+      "cpu:native";  // cpu:native|cpu:avx512|cpu:avx2|cpu:generic|cuda:sm_90|cuda:portable|ref
   EngineLimits limits;
   KvFormat kv_format = KvFormat::kInt8Dynamic;
   int kv_block_tokens = 32;                                 // cuda: 64 always

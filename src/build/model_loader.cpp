@@ -17,8 +17,8 @@ std::string resolve_target(const std::string& target) {
   if (target == "ref") return target;
   if (target.starts_with("cuda")) return resolve_cuda_target(target);
   if (target.starts_with("cpu:")) return "cpu:" + resolve_cpu_isa(target.substr(4));
-  const std::vector<std::string> known = {"cpu:native",  "cpu:avx512", "cpu:avx2",
-                                          "cpu:generic", "cuda:sm_90", "ref"};
+  const std::vector<std::string> known = {"cpu:native", "cpu:avx512",    "cpu:avx2", "cpu:generic",
+                                          "cuda:sm_90", "cuda:portable", "ref"};
   fail(ErrorKind::kUsage, "unknown target {}; did you mean {}? Known: {}", target,
        nearest_name(target, known), fmt::join(known, ", "));
 }

@@ -21,7 +21,8 @@
 namespace nibble::cli {
 namespace {
 
-constexpr const char* kTargets = "cpu:native, cpu:avx512, cpu:avx2, cpu:generic, cuda:sm_90 or ref";
+constexpr const char* kTargets =
+    "cpu:native, cpu:avx512, cpu:avx2, cpu:generic, cuda:sm_90, cuda:portable or ref";
 
 /// One short word for what a flag takes: N, the choices, or TEXT; CLI11's own has the C++ type and
 /// every range in it.

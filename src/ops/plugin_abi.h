@@ -13,11 +13,13 @@ namespace nibble {
 // NIBBLE_SEAM_HASH: of the headers whose layout both sides share (cmake/cuda.cmake).
 inline constexpr const char* kPluginAbi = "nibble " NIBBLE_VERSION " seam " NIBBLE_SEAM_HASH;
 
-inline constexpr const char* kCudaPluginFile = "libnibble_cuda.so";
+inline constexpr const char* kCudaPluginFile = "libnibble_cuda.so";  // cuda:sm_90
+inline constexpr const char* kCudaPortablePluginFile =
+    "libnibble_cuda_portable.so";  // cuda:portable
 inline constexpr const char* kPluginOpenSymbol = "nibble_plugin_open";
 
 /// Returns a backend, to be deleted by the caller, or null with a sentence in `message`. Does not
-/// throw. `target` is "cuda:sm_90".
+/// throw. `target` is "cuda:sm_90" or "cuda:portable".
 using PluginOpenFn = Backend*(const char* abi, const char* target, char* message,
                               size_t message_bytes);
 

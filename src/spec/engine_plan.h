@@ -57,7 +57,8 @@ struct EngineLimits {
 struct EnginePlan {
   static constexpr int kFormatVersion = 3;
   std::string nibble_version;
-  std::string target = "ref";  // "ref", "cpu:avx512", "cpu:avx2", "cpu:generic", "cuda:sm_90"
+  std::string target =
+      "ref";  // "ref", "cpu:avx512", "cpu:avx2", "cpu:generic", "cuda:sm_90", "cuda:portable"
   ModelSpec spec;
   int tp_rank = 0, tp_size = 1;
   EngineLimits limits;

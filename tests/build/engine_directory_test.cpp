@@ -444,14 +444,27 @@ TEST_F(EngineDirectory, AQuantizedLmHeadShrinksTheEngineAndCudaRefusesIt) {
 
 // Without a GPU: what build writes for one is what the loader wants to the byte.
 TEST_F(EngineDirectory, ACudaEngineHoldsTheBytesItsLoaderWants) {
-  BuildOptions options = small_options("cuda:sm_90");
-  const auto source = open_synthetic(synthetic_shape("nano-like").spec, /*seed=*/1);
-  const EnginePlan plan = plan_engine(*source, options);
-  const EngineTensors tensors = pack_in_memory(*source, plan);
-  const auto backend = make_backend("ref", ActivationPrecision::kF32, 1);
-  const ModelWeights weights = ModelWeights::load(*backend, plan, tensors);
-  EXPECT_EQ(weights.layers[0].qkv.layout, WeightLayout::kCudaInt4);
-  EXPECT_EQ(weights.layers[0].up.weight, weights.layers[0].gate.weight);
+  for (const char* target : {"cuda:sm_90", "cuda:portable"}) {
+    BuildOptions options = small_options(target);
+    const auto source = open_synthetic(synthetic_shape("nano-like").spec, /*seed=*/1);
+    const EnginePlan plan = plan_engine(*source, options);
+    EXPECT_EQ(plan.target, target);
+    const EngineTensors tensors = pack_in_memory(*source, plan);
+    const auto backend = make_backend("ref", ActivationPrecision::kF32, 1);
+    const ModelWeights weights = ModelWeights::load(*backend, plan, tensors);
+    EXPECT_EQ(weights.layers[0].qkv.layout, WeightLayout::kCudaInt4);
+    EXPECT_EQ(weights.layers[0].up.weight, weights.layers[0].gate.weight);
+  }
+}
+
+TEST_F(EngineDirectory, OtherCudaTargetsAreRefusedNamingBoth) {
+  try {
+    resolve_target("cuda:sm_80");
+    FAIL() << "cuda:sm_80 is no target";
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), AllOf(HasSubstr("--target cuda:sm_90"),
+                                    HasSubstr("--target cuda:portable"), HasSubstr("8.0")));
+  }
 }
 
 }  // namespace

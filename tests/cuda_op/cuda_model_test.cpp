@@ -24,10 +24,10 @@ struct Shape {
 };
 void PrintTo(const Shape& shape, std::ostream* out) { *out << shape.name; }
 
-class CudaModel : public testing::TestWithParam<Shape> {
+class CudaModel : public testing::TestWithParam<std::tuple<const char*, Shape>> {
  protected:
   static LoadedModel load(const char* target) {
-    const Shape& shape = GetParam();
+    const Shape& shape = std::get<1>(GetParam());
     ModelSpec spec = synthetic_shape("nano-like").spec;
     spec.num_heads = shape.heads;
     spec.num_kv_heads = shape.kv_heads;
@@ -41,7 +41,7 @@ class CudaModel : public testing::TestWithParam<Shape> {
   }
   void SetUp() override {
     try {
-      cuda_ = load("cuda:sm_90");
+      cuda_ = load(std::get<0>(GetParam()));
     } catch (const Error& error) {
       if (error.kind() != ErrorKind::kDevice) throw;
       GTEST_SKIP() << error.what();
@@ -51,13 +51,17 @@ class CudaModel : public testing::TestWithParam<Shape> {
 };
 INSTANTIATE_TEST_SUITE_P(
     Shapes, CudaModel,
-    testing::Values(Shape{"int4_4to1_int8", 8, 2, true, KvFormat::kInt8Dynamic},
-                    Shape{"int4_4to1_static", 4, 1, true, KvFormat::kInt8Static},
-                    Shape{"int4_2to1_int8", 4, 2, true, KvFormat::kInt8Dynamic},
-                    Shape{"int4_2to1_f16", 4, 2, true, KvFormat::kF16},
-                    Shape{"bf16_4to1_int8", 8, 2, false, KvFormat::kInt8Dynamic},
-                    Shape{"bf16_2to1_f16", 2, 1, false, KvFormat::kF16}),
-    [](const auto& info) { return std::string(info.param.name); });
+    testing::Combine(testing::Values("cuda:sm_90", "cuda:portable"),
+                     testing::Values(Shape{"int4_4to1_int8", 8, 2, true, KvFormat::kInt8Dynamic},
+                                     Shape{"int4_4to1_static", 4, 1, true, KvFormat::kInt8Static},
+                                     Shape{"int4_2to1_int8", 4, 2, true, KvFormat::kInt8Dynamic},
+                                     Shape{"int4_2to1_f16", 4, 2, true, KvFormat::kF16},
+                                     Shape{"bf16_4to1_int8", 8, 2, false, KvFormat::kInt8Dynamic},
+                                     Shape{"bf16_2to1_f16", 2, 1, false, KvFormat::kF16})),
+    [](const auto& info) {
+      return std::string(std::get<0>(info.param)).substr(std::string("cuda:").size()) + "_" +
+             std::get<1>(info.param).name;
+    });
 
 std::vector<int32_t> random_ids(int count, int vocab) {
   std::vector<int32_t> ids;
@@ -123,13 +127,20 @@ TEST_P(CudaModel, ChunksAndDecodeGiveThePrefillsLogits) {
   }
   ASSERT_EQ(done, ids.size());
   EXPECT_LT(ops::rms_error(got, want), 0.03);
-  if (!GetParam().int4 && GetParam().kv == KvFormat::kF16) {  // kernels that promise the same bits
+  const auto& [target, shape] = GetParam();
+  // Kernels that promise the same bits.
+  if (std::string(target) == "cuda:portable" || (!shape.int4 && shape.kv == KvFormat::kF16)) {
     EXPECT_TRUE(ops::same_bits(got.data(), want.data(), want.size()));
   }
 }
 
 // The real model of the repository, unquantized, against the cpu backend.
-TEST(CudaNano, LogitsAreTheCpus) {
+class CudaNano : public testing::TestWithParam<const char*> {};
+INSTANTIATE_TEST_SUITE_P(Targets, CudaNano, testing::Values("cuda:sm_90", "cuda:portable"),
+                         [](const auto& info) {
+                           return std::string(info.param).substr(std::string("cuda:").size());
+                         });
+TEST_P(CudaNano, LogitsAreTheCpus) {
   fs::path root = NIBBLE_SOURCE_DIR;
   if (!fs::exists(root / "models/nano")) root = ".";  // a binary carried to another machine
   ASSERT_TRUE(fs::exists(root / "models/nano")) << "run this from the repository's root";
@@ -137,7 +148,7 @@ TEST(CudaNano, LogitsAreTheCpus) {
   options.build.limits.max_input_len = 600;
   options.build.limits.max_output_len = 1;
   options.build.limits.max_num_tokens = 512;
-  options.build.target = "cuda:sm_90";
+  options.build.target = GetParam();
   LoadedModel cuda;
   try {
     cuda = load_model(root / "models/nano", options);

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <map>
 
 #include "backends/reference/reference_backend.h"
 #include "base/error.h"
@@ -17,30 +18,42 @@ namespace {
 
 using Chunk = AttentionRun::Chunk;
 
-class CudaOps : public testing::Test {
+/// Both targets, each opened once; where neither runs every test skips.
+class CudaOps : public testing::TestWithParam<const char*> {
  protected:
-  static void SetUpTestSuite() {
-    try {
-      cuda_ = open_cuda_backend("cuda:sm_90").release();
-    } catch (const Error& error) {
-      why_not_ = new std::string(error.what());
+  struct Opened {
+    std::unique_ptr<Backend> backend;
+    std::string why_not;
+  };
+  static Opened& opened(const std::string& target) {
+    const auto [it, is_new] = opened_.try_emplace(target);
+    if (is_new) {
+      try {
+        it->second.backend = open_cuda_backend(target);
+      } catch (const Error& error) {
+        it->second.why_not = error.what();
+      }
     }
+    return it->second;
   }
-  static void TearDownTestSuite() {
-    delete cuda_;
-    cuda_ = nullptr;
-    delete why_not_;
-    why_not_ = nullptr;
-  }
+  static void TearDownTestSuite() { opened_.clear(); }
   void SetUp() override {
-    if (cuda_ == nullptr) GTEST_SKIP() << *why_not_;
+    const Opened& found = opened(GetParam());
+    cuda_ = found.backend.get();
+    if (cuda_ == nullptr) GTEST_SKIP() << found.why_not;
   }
-  static Backend* cuda_;
-  static std::string* why_not_;
+  bool portable() const { return std::string(GetParam()) == "cuda:portable"; }
+  Backend* cuda_ = nullptr;
   const std::unique_ptr<Backend> reference_ = make_reference_backend();
+
+ private:
+  static std::map<std::string, Opened> opened_;
 };
-Backend* CudaOps::cuda_ = nullptr;
-std::string* CudaOps::why_not_ = nullptr;
+std::map<std::string, CudaOps::Opened> CudaOps::opened_;
+INSTANTIATE_TEST_SUITE_P(Targets, CudaOps, testing::Values("cuda:sm_90", "cuda:portable"),
+                         [](const auto& info) {
+                           return std::string(info.param).substr(std::string("cuda:").size());
+                         });
 
 /// Largest |a - b| over |b| plus the root mean square of b's row: bf16 rounds relative to the
 /// element, and sums carry an error relative to what was added.
@@ -146,7 +159,7 @@ std::vector<LinearCase> cuda_linear_cases() {
   return cases;
 }
 
-TEST_F(CudaOps, LinearsMatchReference) {
+TEST_P(CudaOps, LinearsMatchReference) {
   int fused_cases = 0;
   for (const LinearCase& c : cuda_linear_cases()) {
     const bool int4 = c.layout == WeightLayout::kCpuInt4;
@@ -169,7 +182,7 @@ TEST_F(CudaOps, LinearsMatchReference) {
   EXPECT_GT(fused_cases, 10);
 }
 
-TEST_F(CudaOps, DenseRowsDoNotDependOnTheBatch) {
+TEST_P(CudaOps, DenseRowsDoNotDependOnTheBatch) {
   const LinearCase c{.layout = WeightLayout::kBf16Rows,
                      .out_features = 300,
                      .in_features = 520,
@@ -187,7 +200,34 @@ TEST_F(CudaOps, DenseRowsDoNotDependOnTheBatch) {
   }
 }
 
-TEST_F(CudaOps, EmbedNormAndHeadMatchReference) {
+// The portable int4 linear sums in one order whatever the number of rows: tiles of 8, 16, 32 and 64
+// tokens, parts with CTAs of their own and all parts in one CTA.
+TEST_P(CudaOps, PortableInt4RowsDoNotDependOnTheBatch) {
+  if (!portable()) return;  // docs/cuda-backend.md, exceptions
+  const int rows = 2300;
+  for (const bool gate_up : {false, true}) {
+    const LinearCase c{.layout = WeightLayout::kCpuInt4,
+                       .out_features = 256,
+                       .in_features = 4096,
+                       .group_size = 128,
+                       .rows = rows,
+                       .gate_up = gate_up,
+                       .seed = 6};
+    const Weights weights(*cuda_, c, WeightLayout::kCudaInt4, gate_up);
+    const std::vector<float> x = normal(size_t{rows} * 4096, 8);
+    const std::vector<float> all = run(*cuda_, c, weights, x, rows);
+    for (const auto& [first, count] : std::vector<std::pair<int, int>>{
+             {0, 1}, {2299, 1}, {3, 2}, {11, 8}, {20, 9}, {7, 33}, {50, 64}, {1000, 130}}) {
+      const std::vector<float> some =
+          run(*cuda_, c, weights,
+              {x.begin() + first * 4096, x.begin() + int64_t{first + count} * 4096}, count);
+      EXPECT_TRUE(same_bits(some.data(), all.data() + first * 256, some.size()))
+          << "rows " << first << '+' << count;
+    }
+  }
+}
+
+TEST_P(CudaOps, EmbedNormAndHeadMatchReference) {
   for (const int hidden : {8, 264, 5120}) {
     for (const int num_logits : {1, 5, 20, 64, 90}) {
       const int vocab = 77, tokens = 100;
@@ -239,7 +279,7 @@ std::vector<AttentionShape> cuda_attention_shapes() {
   return shapes;
 }
 
-TEST_F(CudaOps, AttentionMatchesReference) {
+TEST_P(CudaOps, AttentionMatchesReference) {
   for (const AttentionShape& shape : cuda_attention_shapes()) {
     AttentionRun want(*reference_, shape, 4, 620, 3, true), got(*cuda_, shape, 4, 620, 5, true);
     // Prompts, decode in front of a chunk and behind one, decode alone, a long prompt.
@@ -257,7 +297,7 @@ TEST_F(CudaOps, AttentionMatchesReference) {
   }
 }
 
-TEST_F(CudaOps, DecodeStepsOfOneToEightSequencesMatchReference) {
+TEST_P(CudaOps, DecodeStepsOfOneToEightSequencesMatchReference) {
   for (const KvFormat format : {KvFormat::kInt8Dynamic, KvFormat::kInt8Static}) {
     const AttentionShape shape{32, 8, 128, 64, format};
     AttentionRun want(*reference_, shape, 9, 1500, 3, true), got(*cuda_, shape, 9, 1500, 5, true);
@@ -291,9 +331,12 @@ TEST_F(CudaOps, DecodeStepsOfOneToEightSequencesMatchReference) {
   }
 }
 
-TEST_F(CudaOps, GenericAttentionDoesNotDependOnChunksOrBatch) {
-  for (const AttentionShape& shape : {AttentionShape{2, 1, 128, 64, KvFormat::kInt8Dynamic},
-                                      AttentionShape{4, 1, 128, 64, KvFormat::kF16}}) {
+TEST_P(CudaOps, GenericAttentionDoesNotDependOnChunksOrBatch) {
+  std::vector<AttentionShape> shapes = {{2, 1, 128, 64, KvFormat::kInt8Dynamic},
+                                        {4, 1, 128, 64, KvFormat::kF16}};
+  // There also with four heads per KV head: one kernel has all shapes.
+  if (portable()) shapes.push_back({8, 2, 128, 64, KvFormat::kInt8Dynamic});
+  for (const AttentionShape& shape : shapes) {
     const int length = 400;
     const auto row = static_cast<size_t>(shape.num_heads * shape.head_dim);
     AttentionRun whole(*cuda_, shape, 1, length, 0);
@@ -322,7 +365,32 @@ TEST_F(CudaOps, GenericAttentionDoesNotDependOnChunksOrBatch) {
   }
 }
 
-TEST_F(CudaOps, RefusesWhatItsKernelsCannotDo) {
+// Contexts of several parts (512 tokens each), alone and among others, as one-token rows whose
+// parts have CTAs of their own and as rows of a chunk, which walks them.
+TEST_P(CudaOps, PortableAttentionDoesNotDependOnHowItIsSplit) {
+  if (!portable()) return;
+  for (const AttentionShape& shape : {AttentionShape{4, 1, 128, 64, KvFormat::kInt8Dynamic},
+                                      AttentionShape{2, 2, 128, 64, KvFormat::kF16}}) {
+    const int length = 1100;
+    const auto row = static_cast<size_t>(shape.num_heads * shape.head_dim);
+    AttentionRun whole(*cuda_, shape, 3, length, 0), steps(*cuda_, shape, 3, length, 0);
+    for (AttentionRun* run : {&whole, &steps}) run->step({{0, 509}, {1, 700}, {2, 30}});
+    const std::vector<float> all = whole.step({{0, 520}});
+    for (int i = 0; i < 5; ++i) {  // across a part's border
+      const std::vector<float> y = steps.step({{0, 1}, {1, 1}, {2, 1}});
+      ASSERT_TRUE(same_bits(y.data(), all.data() + static_cast<size_t>(i) * row, row))
+          << shape.name() << " position " << 509 + i;
+    }
+    steps.step({{0, 510}});
+    for (int i = 515; i < 520; ++i) {
+      const std::vector<float> y = steps.step({{0, 1}});
+      ASSERT_TRUE(same_bits(y.data(), all.data() + static_cast<size_t>(i) * row, row))
+          << shape.name() << " position " << 509 + i;
+    }
+  }
+}
+
+TEST_P(CudaOps, RefusesWhatItsKernelsCannotDo) {
   EXPECT_THROW(cuda_->kv_block_bytes(KvFormat::kF32, 64, 1, 128), Error);
   EXPECT_THROW(cuda_->kv_block_bytes(KvFormat::kInt8Dynamic, 32, 1, 128), Error);
   EXPECT_THROW(cuda_->kv_block_bytes(KvFormat::kInt8Dynamic, 64, 1, 64), Error);
@@ -391,7 +459,7 @@ Drawn draw(Backend& backend, const SampleInput& in) {
       from_device<float>(backend, logprobs, rows), from_device<float>(backend, top_logprobs, top)};
 }
 
-TEST_F(CudaOps, SampleMatchesReference) {
+TEST_P(CudaOps, SampleMatchesReference) {
   for (const int vocab : {1, 5, 64, 1000, 5003, 131072}) {
     SampleInput in;
     in.vocab = vocab;

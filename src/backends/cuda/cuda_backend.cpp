@@ -5,16 +5,16 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <cstring>
 #include <optional>
 #include <unordered_map>
 #include <vector>
 
+#include "backends/cuda/device_memory.h"
 #include "backends/cuda/generic.h"
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/runtime.h"
+#include "backends/cuda/variant.h"
 #include "base/error.h"
-#include "base/thread_pool.h"
 
 namespace nibble::cuda {
 namespace {
@@ -23,18 +23,12 @@ constexpr int kHeadDim = 128, kPageTokens = 64, kFastGroup = 4;
 constexpr size_t kActBytes = 2;
 
 // Programmatic dependent launch of the kernels that know it. The other generic ones are launched
-// plainly and wait for all before them.
+// plainly and wait for all before them. Portable code has no griddepcontrol and must not use it.
 #ifdef NIBBLE_CUDA_NO_PDL
 constexpr bool kDependent = false;
 #else
-constexpr bool kDependent = true;
+constexpr bool kDependent = !kPortable;
 #endif
-
-void check(int status, const char* what) {
-  if (status == 0) return;
-  fail(status == kErrorMemory ? ErrorKind::kMemory : ErrorKind::kDevice,
-       "cuda: {} failed: {} (error {})", what, error_text(status), status);
-}
 
 std::string version_text(int version) {
   return fmt::format("{}.{}", version / 1000, version % 1000 / 10);
@@ -57,99 +51,17 @@ Device open_checked_device() {
          version_text(driver), version_text(runtime), error_text(status));
   }
   if (count == 0) fail(ErrorKind::kDevice, "there is an NVIDIA driver but no GPU it can use");
-  if (device.major != 9 || device.minor != 0) {
-    fail(ErrorKind::kDevice, "GPU 0 is a {} (sm_{}{}), wanted sm_90 (H100, H200)", device.name,
-         device.major, device.minor);
+  if (kPortable && device.major < 8) {
+    fail(ErrorKind::kDevice, "GPU 0 is a {}: compute capability >= 8.0 needed, found {}.{}",
+         device.name, device.major, device.minor);
+  }
+  if (!kPortable && (device.major != 9 || device.minor != 0)) {
+    fail(ErrorKind::kDevice, "GPU 0 is a {} (sm_{}{}), wanted sm_90 (H100, H200){}", device.name,
+         device.major, device.minor,
+         device.major >= 8 ? "; build the engine with --target cuda:portable for it" : "");
   }
   return device;
 }
-
-/// Device memory that grows when an op asks for more; reserve() makes it large enough for a
-/// steady state without growth. Counts its moves: a recorded graph holds the old address.
-class Scratch {
- public:
-  explicit Scratch(uint64_t* moves) : moves_(moves) {}
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { memory_free(data_); }
-  void* get(size_t bytes, void* stream) {
-    if (bytes > bytes_) {
-      ++*moves_;
-      check(stream_sync(stream), "waiting for the stream");
-      memory_free(data_);
-      data_ = nullptr;
-      bytes_ = 0;
-      const int status = memory_alloc(&data_, bytes);
-      if (status != 0) {
-        fail(ErrorKind::kMemory, "cuda: cannot allocate {} bytes of scratch: {}", bytes,
-             error_text(status));
-      }
-      bytes_ = bytes;
-    }
-    return data_;
-  }
-
- private:
-  uint64_t* moves_;
-  void* data_ = nullptr;
-  size_t bytes_ = 0;
-};
-
-/// Host memory to the device at the speed of the link: threads copy pieces of a mapped file into
-/// one pinned buffer while the device reads the other.
-class WeightLoader {
- public:
-  static constexpr size_t kMinBytes = size_t{4} << 20;
-
-  explicit WeightLoader(void* stream) : stream_(stream), pool_(std::min(usable_cpu_count(), 16)) {
-    for (Stage& stage : stages_) {
-      stage.pinned = static_cast<std::byte*>(pinned_alloc(kStageBytes));
-      if (stage.pinned == nullptr) {
-        fail(ErrorKind::kMemory, "cuda: cannot pin {} bytes of host memory", kStageBytes);
-      }
-      check(event_create(&stage.copied), "making an event");
-    }
-  }
-  WeightLoader(const WeightLoader&) = delete;
-  WeightLoader& operator=(const WeightLoader&) = delete;
-  ~WeightLoader() {
-    stream_sync(stream_);
-    for (const Stage& stage : stages_) {
-      pinned_free(stage.pinned);
-      event_destroy(stage.copied);
-    }
-  }
-
-  void copy(void* to, const std::byte* from, size_t bytes) {
-    for (size_t done = 0; done < bytes; done += kStageBytes) {
-      const size_t count = std::min(kStageBytes, bytes - done);
-      Stage& stage = stages_[next_];
-      next_ = (next_ + 1) % kNumStages;
-      check(event_sync(stage.copied), "copying weights to the device");
-      const std::byte* source = from + done;
-      const auto pieces = static_cast<int64_t>((count + kPieceBytes - 1) / kPieceBytes);
-      pool_.parallel_for(pieces, [&](int64_t piece, int) {
-        const size_t begin = static_cast<size_t>(piece) * kPieceBytes;
-        std::memcpy(stage.pinned + begin, source + begin, std::min(kPieceBytes, count - begin));
-      });
-      check(copy_to_device(static_cast<std::byte*>(to) + done, stage.pinned, count, stream_),
-            "copying weights to the device");
-      check(event_record(stage.copied, stream_), "recording an event");
-    }
-  }
-
- private:
-  static constexpr size_t kStageBytes = size_t{32} << 20, kPieceBytes = size_t{1} << 20;
-  static constexpr int kNumStages = 2;
-  struct Stage {
-    std::byte* pinned = nullptr;
-    void* copied = nullptr;  // event: the device has read it
-  };
-  void* stream_;
-  ThreadPool pool_;
-  Stage stages_[kNumStages];
-  int next_ = 0;
-};
 
 /// The parts of a norm that a linear does: for the norm after it, and for the one before it.
 struct NormParts {
@@ -164,12 +76,12 @@ class CudaBackend final : public Backend {
   CudaBackend() : device_(open_checked_device()) {
     check(stream_create(&stream_), "making a stream");
     for (void*& mark : marks_) check(event_create(&mark), "making an event");
-    const size_t linear = linear_workspace_bytes(device_.num_sms);
-    const size_t decode = decode_attention_workspace_bytes(device_.num_sms);
+    const size_t linear = int4_workspace_bytes(device_.num_sms);
     linear_workspace_ = own(linear);
     squares_ = static_cast<float*>(own(size_t{8} * 512 * sizeof(float)));
-    decode_workspace_ = own(decode);
     check(memory_fill(linear_workspace_, 0xff, linear, stream_), "clearing a workspace");
+    const size_t decode = attention_workspace_bytes(device_.num_sms);
+    decode_workspace_ = own(decode);
     check(memory_fill(decode_workspace_, 0xff, decode, stream_), "clearing a workspace");
   }
 
@@ -181,7 +93,7 @@ class CudaBackend final : public Backend {
     stream_destroy(stream_);
   }
 
-  std::string name() const override { return fmt::format("cuda:sm_90 ({})", device_.name); }
+  std::string name() const override { return fmt::format("{} ({})", kTarget, device_.name); }
   size_t act_bytes() const override { return kActBytes; }
 
   void reserve(const ModelSpec& spec, const EngineLimits& limits, int max_logit_rows) override {
@@ -191,9 +103,11 @@ class CudaBackend final : public Backend {
     const auto widest = static_cast<size_t>(std::max({spec.hidden_size, spec.q_size()}));
     scratch_.get(rows * widest * kActBytes, stream_);
     page_starts_.get((static_cast<size_t>(limits.max_batch_size) + 1) * sizeof(int), stream_);
-    if (spec.num_heads == kFastGroup * spec.num_kv_heads) {
-      prefill_.get(prefill_attention_workspace_bytes(limits.max_seq_len(), spec.num_kv_heads),
-                   stream_);
+    if constexpr (!kPortable) {
+      if (spec.num_heads == kFastGroup * spec.num_kv_heads) {
+        prefill_.get(prefill_attention_workspace_bytes(limits.max_seq_len(), spec.num_kv_heads),
+                     stream_);
+      }
     }
   }
 
@@ -368,7 +282,7 @@ class CudaBackend final : public Backend {
     if (rows == 0) return;
     if (w.layout == WeightLayout::kCudaInt4) {
       const NormParts norm = take_normed(x, w, rows);  // flushes
-      if (add && w.pre_scale == nullptr && linear_fuses_norm(rows, w.out_features)) {
+      if (!kPortable && add && w.pre_scale == nullptr && linear_fuses_norm(rows, w.out_features)) {
         put_off_linear_ = {x, w, rows, y};
         return;
       }
@@ -415,15 +329,19 @@ class CudaBackend final : public Backend {
     void* normed = scratch_.get(
         static_cast<size_t>(rows) * static_cast<size_t>(head.in_features) * kActBytes, stream_);
     norm(x, norm_weight, eps, batch.logit_rows, rows, head.in_features, normed);
-    const DenseArgs args{.x = normed,
-                         .weight = head.weight,
-                         .out = logits,
-                         .rows = rows,
-                         .n = head.out_features,
-                         .k = head.in_features,
-                         .num_sms = device_.num_sms,
-                         .dependent = kDependent};
-    check(dense_linear(args, stream_), "lm_head");
+    if constexpr (kPortable) {
+      dense(normed, head, rows, nullptr, true, logits);
+    } else {
+      const DenseArgs args{.x = normed,
+                           .weight = head.weight,
+                           .out = logits,
+                           .rows = rows,
+                           .n = head.out_features,
+                           .k = head.in_features,
+                           .num_sms = device_.num_sms,
+                           .dependent = kDependent};
+      check(dense_linear(args, stream_), "lm_head");
+    }
   }
 
   // Attention
@@ -446,9 +364,11 @@ class CudaBackend final : public Backend {
                  const float* out_scale, void* y) override {
     if (put_off_ && put_off_->qkv == qkv && put_off_->kv.data == kv.data &&
         put_off_->batch.num_seqs == batch.num_seqs) {
-      const RopeTable rope = put_off_->rope;
-      put_off_.reset();
-      step(batch, qkv, rope, kv, out_scale, y);
+      if constexpr (!kPortable) {  // there nothing is put off
+        const RopeTable rope = put_off_->rope;
+        put_off_.reset();
+        step(batch, qkv, rope, kv, out_scale, y);
+      }
       return;
     }
     flush();
@@ -480,7 +400,7 @@ class CudaBackend final : public Backend {
 
   // A step of one token a sequence: attention_step.cu. Decided by what graph_key() covers.
   static bool is_step(const StepBatch& batch, int num_heads, const KvLayer& kv) {
-    return batch.num_tokens == batch.num_seqs &&
+    return !kPortable && batch.num_tokens == batch.num_seqs &&
            batch.host_seq_starts[batch.num_seqs] == batch.num_seqs && every_one(batch) &&
            num_heads == kFastGroup * kv.num_kv_heads &&
            page_format(kv.format, kv.block_tokens, kv.head_dim) == PageFormat::kInt8;
@@ -591,11 +511,18 @@ class CudaBackend final : public Backend {
               const float* out_scale, void* y) {
     if (batch.num_tokens == 0) return;
     const PageFormat format = page_format(kv.format, kv.block_tokens, kv.head_dim);
-    const int64_t stride = int64_t{num_heads + 2 * kv.num_kv_heads} * kHeadDim;
-    if (format != PageFormat::kInt8 || num_heads != kFastGroup * kv.num_kv_heads) {
-      generic(batch, qkv, stride, num_heads, kv, format, out_scale, y);
-      return;
+    if constexpr (kPortable) {
+      attend_portable(batch, qkv, num_heads, kv, out_scale, y);
+    } else if (format != PageFormat::kInt8 || num_heads != kFastGroup * kv.num_kv_heads) {
+      generic(batch, qkv, num_heads, kv, out_scale, y);
+    } else {
+      attend_hopper(batch, qkv, num_heads, kv, out_scale, y);
     }
+  }
+
+  void attend_hopper(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
+                     const float* out_scale, void* y) {
+    const int64_t stride = int64_t{num_heads + 2 * kv.num_kv_heads} * kHeadDim;
     const int32_t* starts = batch.host_seq_starts;
     int decode = 0;  // one-token sequences at the front: the scheduler puts them there
     while (decode < batch.num_seqs && starts[decode + 1] - starts[decode] == 1) ++decode;
@@ -654,8 +581,8 @@ class CudaBackend final : public Backend {
     if (block_tokens != kPageTokens || head_dim != kHeadDim) {
       fail(ErrorKind::kUnsupported,
            "the cuda backend's KV pages have 64 tokens and head_dim 128, asked for {} and {}; "
-           "rebuild the engine with --target cuda:sm_90",
-           block_tokens, head_dim);
+           "rebuild the engine with --target {}",
+           block_tokens, head_dim, kTarget);
     }
     if (format == KvFormat::kF32) {
       fail(ErrorKind::kUnsupported,
@@ -664,12 +591,27 @@ class CudaBackend final : public Backend {
     return format == KvFormat::kF16 ? PageFormat::kF16 : PageFormat::kInt8;
   }
 
+  static size_t int4_workspace_bytes(int num_sms) {
+    if constexpr (kPortable) {
+      return portable_linear_workspace_bytes(num_sms);
+    } else {
+      return linear_workspace_bytes(num_sms);
+    }
+  }
+  static size_t attention_workspace_bytes(int num_sms) {
+    if constexpr (kPortable) {
+      return portable_attention_workspace_bytes(num_sms);
+    } else {
+      return decode_attention_workspace_bytes(num_sms);
+    }
+  }
+
   static void dense_weight(const LinearOperand& w, const char* what) {
     if (w.layout == WeightLayout::kBf16Rows) return;
     fail(ErrorKind::kUnsupported,
          "the cuda backend cannot read {} in this layout ({}), it wants bf16 rows or cuda-int4; "
-         "rebuild with --target cuda:sm_90",
-         what, static_cast<int>(w.layout));
+         "rebuild with --target {}",
+         what, static_cast<int>(w.layout), kTarget);
   }
 
   void* own(size_t bytes) {
@@ -735,9 +677,11 @@ class CudaBackend final : public Backend {
            out_rows, w.in_features, w.group_size);
     }
     TensorMap map;
-    check(make_tensor_map(&map, x, tokens, w.in_features, int64_t{w.in_features} * 2,
-                          linear_wgmma_box_rows(tokens)),
-          "making a tensor map");
+    if constexpr (!kPortable) {
+      check(make_tensor_map(&map, x, tokens, w.in_features, int64_t{w.in_features} * 2,
+                            linear_wgmma_box_rows(tokens)),
+            "making a tensor map");
+    }
     const LinearArgs args{.weights = w.weight,
                           .rows = out_rows,
                           .k = w.in_features,
@@ -760,33 +704,71 @@ class CudaBackend final : public Backend {
                           .tactic = -1,
                           .early = 0,
                           .trace = nullptr};
-    check(cuda::linear(args, stream_), "int4 linear");
+    if constexpr (kPortable) {
+      check(portable_linear(args, stream_), "int4 linear");
+    } else {
+      check(cuda::linear(args, stream_), "int4 linear");
+    }
   }
 
-  void generic(const StepBatch& batch, const void* qkv, int64_t stride, int num_heads,
-               const KvLayer& kv, PageFormat format, const float* out_scale, void* y) {
-    const int queries = generic_attention_queries(num_heads, kv.num_kv_heads);
+  /// `count` sequences from `first` on, each in tiles of `queries` tokens.
+  static GenericAttentionArgs attention_args(const StepBatch& batch, int first, int count,
+                                             int queries, const void* qkv, int num_heads,
+                                             const KvLayer& kv, const float* out_scale, void* y) {
     int tiles = 0;
-    for (int s = 0; s < batch.num_seqs; ++s) {
+    for (int s = first; s < first + count; ++s) {
       tiles += (batch.host_seq_starts[s + 1] - batch.host_seq_starts[s] + queries - 1) / queries;
     }
-    const GenericAttentionArgs args{.q = qkv,
-                                    .q_stride = stride,
-                                    .pages = kv.data,
-                                    .positions = batch.positions,
-                                    .seq_starts = batch.seq_starts,
-                                    .kv_lens = batch.kv_lens,
-                                    .page_table = batch.block_tables,
-                                    .out_scale = out_scale,
-                                    .out = y,
-                                    .format = format,
-                                    .tokens = batch.num_tokens,
-                                    .sequences = batch.num_seqs,
-                                    .page_table_stride = batch.max_blocks_per_seq,
-                                    .heads = num_heads,
-                                    .kv_heads = kv.num_kv_heads,
-                                    .tiles = tiles};
-    check(generic_attention(args, stream_), "attention");
+    return {.q = qkv,
+            .q_stride = int64_t{num_heads + 2 * kv.num_kv_heads} * kHeadDim,
+            .pages = kv.data,
+            .positions = batch.positions,
+            .seq_starts = batch.seq_starts + first,
+            .kv_lens = batch.kv_lens + first,
+            .page_table = batch.block_tables + int64_t{first} * batch.max_blocks_per_seq,
+            .out_scale = out_scale,
+            .out = y,
+            .format = page_format(kv.format, kv.block_tokens, kv.head_dim),
+            .tokens = batch.num_tokens,
+            .sequences = count,
+            .page_table_stride = batch.max_blocks_per_seq,
+            .heads = num_heads,
+            .kv_heads = kv.num_kv_heads,
+            .tiles = tiles};
+  }
+
+  void generic(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
+               const float* out_scale, void* y) {
+    check(generic_attention(attention_args(batch, 0, batch.num_seqs,
+                                           generic_attention_queries(num_heads, kv.num_kv_heads),
+                                           qkv, num_heads, kv, out_scale, y),
+                            stream_),
+          "attention");
+  }
+
+  /// One-token sequences at the front (the scheduler puts them there) are spread over the device;
+  /// whether they are is decided by what graph_key() covers, and does not change their bits.
+  void attend_portable(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
+                       const float* out_scale, void* y) {
+    const int32_t* starts = batch.host_seq_starts;
+    int split = 0;
+    while (split < batch.num_seqs && starts[split + 1] - starts[split] == 1) ++split;
+    if (!portable_attention_splits(num_heads, kv.num_kv_heads, split, batch.max_blocks_per_seq,
+                                   device_.num_sms)) {
+      split = 0;
+    }
+    const int queries = portable_attention_queries(num_heads, kv.num_kv_heads);
+    const auto args = [&](int first, int count) {
+      return attention_args(batch, first, count, queries, qkv, num_heads, kv, out_scale, y);
+    };
+    if (split > 0) {
+      check(portable_attention(args(0, split), decode_workspace_, device_.num_sms, stream_),
+            "attention");
+    }
+    const GenericAttentionArgs rest = args(split, batch.num_seqs - split);
+    if (rest.tiles > 0) {
+      check(portable_attention(rest, nullptr, device_.num_sms, stream_), "attention");
+    }
   }
 
   const Device device_;

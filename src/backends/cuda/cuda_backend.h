@@ -1,4 +1,5 @@
-// The cuda backend: the ops of the seam as kernels for sm_90a on one stream of device 0.
+// The cuda backend: the ops of the seam as kernels on one stream of device 0; for sm_90a, or the
+// portable ones (variant.h).
 // Activations bf16, sums f32, weights kCudaInt4 or kBf16Rows, pages of 64 tokens, head_dim 128.
 //
 // Where it keeps the seam's invariant (a row depends on its own sequence only, bit for bit), and
@@ -20,7 +21,7 @@
 
 namespace nibble::cuda {
 
-/// Throws Error{kDevice} that names what is missing: driver, GPU, or sm_90.
+/// Throws Error{kDevice} that names what is missing: driver, GPU, or the right GPU.
 std::unique_ptr<Backend> make_cuda_backend();
 
 }  // namespace nibble::cuda

@@ -61,6 +61,19 @@ struct GenericAttentionArgs {
 int generic_attention_queries(int heads, int kv_heads);  // query tokens of one tile
 int generic_attention(const GenericAttentionArgs& args, void* stream);
 
+// portable/attention.cu: the same for the portable target, where it is all there is. A context is
+// summed in parts of kPortableAttentionPartPages pages. With a workspace (every byte 0xff once),
+// for sequences of one token each as long as portable_attention_splits(), every part has its own
+// CTA.
+inline constexpr int kPortableAttentionPartPages = 8;
+inline constexpr int kPortableAttentionMaxPieces = 8;     // parts in flight, an SM
+int portable_attention_queries(int heads, int kv_heads);  // query tokens of one tile, not split
+bool portable_attention_splits(int heads, int kv_heads, int sequences, int page_table_stride,
+                               int num_sms);
+size_t portable_attention_workspace_bytes(int num_sms);
+int portable_attention(const GenericAttentionArgs& args, void* split_workspace, int num_sms,
+                       void* stream);
+
 // generic_small.cu. bf16 activations, f32 vectors.
 int scale_columns(const void* x, const float* scale, void* y, int64_t rows, int columns,
                   void* stream);  // y = x * scale, y may be x

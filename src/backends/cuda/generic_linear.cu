@@ -18,11 +18,13 @@
 #include "backends/cuda/ptx/barrier.cuh"
 #include "backends/cuda/ptx/copy.cuh"
 #include "backends/cuda/ptx/mma.cuh"
+#include "backends/cuda/variant.h"
 
 namespace nibble::cuda {
 namespace {
 
-constexpr int kThreads = 256, kRows = 128, kSlab = 64, kStages = 4;
+constexpr int kThreads = 256, kRows = 128, kSlab = 64;
+constexpr int kStages = kPortable ? 3 : 4;  // three of the largest are 96 KB, sm_86 has 99
 constexpr int kWBytes = kRows * kSlab * 2;
 
 struct Params {

@@ -76,6 +76,20 @@ int linear_wgmma(const LinearArgs& args, void* stream);
 // The kernel measured best for the shape (docs/kernels.md); x_map has linear_wgmma_box_rows.
 int linear(const LinearArgs& args, void* stream);
 
+// portable/linear.cu: any M, sm_80 and newer. A tactic as one printable number: tokens of a tile
+// (8, 16, 32, 64), then two digits of parts of k, then 1 where every part has its own CTA.
+struct PortableTactic {
+  int tokens, parts;
+  bool split;
+  int encode() const { return tokens * 1000 + parts * 10 + (split ? 1 : 0); }
+  static PortableTactic decode(int tactic) {
+    return {tactic / 1000, tactic / 10 % 100, tactic % 10 == 1};
+  }
+};
+PortableTactic portable_tactic(const LinearArgs& args);
+size_t portable_linear_workspace_bytes(int num_sms);  // every byte 0xff once
+int portable_linear(const LinearArgs& args, void* stream);
+
 // attention_decode.cu: one new token per sequence over its paged int8 KV (kv_layout.h), head_dim
 // 128, 4 query heads per KV head. The new token's own K and V are in the cache already.
 struct DecodeAttentionArgs {

@@ -1,4 +1,4 @@
-// The one exported function of libnibble_cuda.so. SPDX-License-Identifier: Apache-2.0
+// The one exported function of both plugins (variant.h). SPDX-License-Identifier: Apache-2.0
 #include "ops/plugin_abi.h"
 
 #include <algorithm>
@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "backends/cuda/cuda_backend.h"
+#include "backends/cuda/variant.h"
 #include "base/error.h"
 
 namespace nibble {
@@ -25,12 +26,13 @@ extern "C" __attribute__((visibility("default"))) nibble::Backend* nibble_plugin
   using namespace nibble;
   try {
     if (std::string_view(abi) != kPluginAbi) {
-      fail(ErrorKind::kDevice,
-           "{} is \"{}\", this program wants \"{}\"; build both from one source tree",
-           kCudaPluginFile, kPluginAbi, abi);
+      fail(
+          ErrorKind::kDevice,
+          "the plugin for {} is \"{}\", this program wants \"{}\"; build both from one source tree",
+          cuda::kTarget, kPluginAbi, abi);
     }
-    if (std::string_view(target) != "cuda:sm_90") {
-      fail(ErrorKind::kDevice, "{} has code for cuda:sm_90, not for {}", kCudaPluginFile, target);
+    if (std::string_view(target) != cuda::kTarget) {
+      fail(ErrorKind::kDevice, "this plugin has code for {}, not for {}", cuda::kTarget, target);
     }
     return cuda::make_cuda_backend().release();
   } catch (const std::exception& error) {

@@ -10,7 +10,9 @@
 // as integers, so that sums do not depend on the order of atomics: run-to-run deterministic. The
 // draw walks ids upwards, as the reference does.
 //
-// Limits: vocab <= 8 * kMaxSlice.
+// The portable variant knows no clusters: one CTA a row, its logits in the workspace (L2).
+//
+// Limits: vocab <= 8 * kMaxSlice on sm_90.
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_runtime.h>
 
@@ -18,13 +20,15 @@
 
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/ptx/barrier.cuh"
+#include "backends/cuda/variant.h"
 #include "ops/sample_operands.h"
 
 namespace nibble::cuda {
 namespace {
 
-constexpr int kCluster = 8, kThreads = 512, kWarps = kThreads / 32;
-constexpr int kMaxSlice = 48 << 10;  // ids of one CTA
+constexpr int kCluster = kPortable ? 1 : 8, kThreads = kPortable ? 1024 : 512,
+              kWarps = kThreads / 32;
+constexpr int kMaxSlice = kPortable ? 1 << 22 : 48 << 10;  // ids of one CTA
 // Digits of a descent: wide for counts, narrow for weights, which need three counters a bin.
 constexpr int kCountBits = 8, kWeightBits = 6;
 constexpr int kBins = 1 << kCountBits, kCopyWords = kBins * 32;
@@ -37,6 +41,7 @@ struct Params {
   const float* logits;
   uint64_t* weights;  // [R, vocab]
   int slice;          // ids of one CTA
+  float* adjusted;    // [R, vocab], portable only: what sm_90 keeps in shared memory
 };
 
 struct Shared {
@@ -89,6 +94,15 @@ struct Max {
   __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
 };
 
+// All threads of the row's CTAs.
+__device__ __forceinline__ void row_sync() {
+  if constexpr (kPortable) {
+    __syncthreads();
+  } else {
+    ptx::cluster_sync();
+  }
+}
+
 // A prefix of (logit descending, id ascending): all keys above `key`, and the first `ties` equal.
 struct Prefix {
   uint32_t key;
@@ -98,15 +112,19 @@ struct Prefix {
 // One CTA's part of a row.
 struct Slice {
   Shared& s;
-  float* x;           // shared memory: logits of ids first ...
+  float* x;           // logits of ids first ..., in shared memory on sm_90
   uint64_t* weights;  // device memory, of the same ids
   int rank, first, count;
   int exchanges = 0;
 
   __device__ const uint64_t* of_rank(const uint64_t* place, int other) const {
-    uint64_t generic;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(generic) : "l"(place), "r"(other));
-    return reinterpret_cast<const uint64_t*>(generic);
+    if constexpr (kPortable) {
+      return place;
+    } else {
+      uint64_t generic;
+      asm("mapa.u64 %0, %1, %2;" : "=l"(generic) : "l"(place), "r"(other));
+      return reinterpret_cast<const uint64_t*>(generic);
+    }
   }
 
   // Over all threads of the cluster, in an order that does not change.
@@ -122,7 +140,7 @@ struct Slice {
       for (int w = 1; w < kWarps; ++w) total = op(total, s.warp_values[w]);
       *sent = total;
     }
-    ptx::cluster_sync();
+    row_sync();
     if (tid < 32) {
       v = *of_rank(sent, tid % kCluster);
       for (int offset = kCluster / 2; offset; offset /= 2) {
@@ -146,7 +164,7 @@ struct Slice {
       all += s.warp_values[w];
     }
     if (tid == 0) *sent = all;
-    ptx::cluster_sync();
+    row_sync();
     if (tid < 32) {
       v = tid < rank ? *of_rank(sent, tid) : 0;
       for (int offset = 16; offset; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
@@ -214,7 +232,7 @@ struct Slice {
         }
         if (tid % kPer == 0) sent[bin] = sum;
       }
-      ptx::cluster_sync();
+      row_sync();
       if (tid < kDigits) {
         uint64_t sum = 0;
 #pragma unroll
@@ -366,7 +384,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const Params p) {
   ptx::grid_launch_dependents();
   const int r = blockIdx.x / kCluster, vocab = p.batch.vocab_size, rank = blockIdx.x % kCluster;
   const int first = min(vocab, rank * p.slice), count = min(vocab, first + p.slice) - first;
-  float* x = reinterpret_cast<float*>(smem + sizeof(Shared));
+  float* x = kPortable ? p.adjusted + static_cast<int64_t>(r) * vocab
+                       : reinterpret_cast<float*>(smem + sizeof(Shared));
   const float* raw = p.logits + static_cast<int64_t>(r) * vocab + first;
   Slice slice{*reinterpret_cast<Shared*>(smem),
               x,
@@ -441,13 +460,14 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const Params p) {
       }
     }
   }
-  ptx::cluster_sync();  // nobody leaves while a neighbour may read its shared memory
+  row_sync();  // nobody leaves while a neighbour may read its shared memory
 }
 
 }  // namespace
 
 size_t sample_workspace_bytes(int rows, int vocab) {
-  return static_cast<size_t>(rows) * static_cast<size_t>(vocab) * sizeof(uint64_t);
+  return static_cast<size_t>(rows) * static_cast<size_t>(vocab) *
+         (sizeof(uint64_t) + (kPortable ? sizeof(float) : 0));
 }
 
 int sample(const SampleBatch& batch, const float* logits, const SampleResult& result,
@@ -460,11 +480,15 @@ int sample(const SampleBatch& batch, const float* logits, const SampleResult& re
                       .result = result,
                       .logits = logits,
                       .weights = static_cast<uint64_t*>(workspace),
-                      .slice = slice};
+                      .slice = slice,
+                      .adjusted = reinterpret_cast<float*>(static_cast<uint64_t*>(workspace) +
+                                                           static_cast<int64_t>(batch.num_rows) *
+                                                               batch.vocab_size)};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(batch.num_rows * kCluster));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = sizeof(Shared) + static_cast<size_t>(slice) * sizeof(float);
+  config.dynamicSmemBytes =
+      sizeof(Shared) + (kPortable ? 0 : static_cast<size_t>(slice) * sizeof(float));
   const cudaError_t status =
       cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(config.dynamicSmemBytes));
@@ -476,7 +500,7 @@ int sample(const SampleBatch& batch, const float* logits, const SampleResult& re
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   config.attrs = attributes;
-  config.numAttrs = dependent ? 2 : 1;
+  config.numAttrs = kPortable ? 0 : dependent ? 2 : 1;
   return cudaLaunchKernelEx(&config, sample_kernel, params);
 }
 

@@ -79,12 +79,17 @@ __device__ __forceinline__ void store_cluster_f32x2(uint32_t address, float a, f
 }
 
 // Programmatic dependent launch. Every kernel of a chain must execute wait, also one that needs
-// nothing: its successor's wait otherwise says nothing about the grandparent.
+// nothing: its successor's wait otherwise says nothing about the grandparent. Below sm_90 there is
+// none: such code must not be launched as a dependent.
 __device__ __forceinline__ void grid_dependency_wait() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 __device__ __forceinline__ void grid_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 template <int kRegisters>
