@@ -51,14 +51,14 @@ void DeviceStatistics::add(const void* x, int64_t rows) {
   tokens_ += rows;
 }
 
-// X^T X_dense is summed here; finish() takes the Gram matrix off.
+// X_dense^T X is summed here; finish() takes the Gram matrix off.
 void DeviceStatistics::add_drift(const void* x, const void* dense, const void* residual,
                                  int64_t rows) {
   const size_t act = backend_.act_bytes();
   for (int64_t first = 0; first < features_; first += block_) {
     const size_t offset = static_cast<size_t>(first) * act;
-    ops_.add_product(static_cast<const std::byte*>(x) + offset, features_,
-                     static_cast<const std::byte*>(dense) + offset, features_, rows, block_, block_,
+    ops_.add_product(static_cast<const std::byte*>(dense) + offset, features_,
+                     static_cast<const std::byte*>(x) + offset, features_, rows, block_, block_,
                      drift_.as<float>() + first * block_, block_);
   }
   if (residual_features_ == 0) return;
@@ -70,8 +70,7 @@ void DeviceStatistics::finish() {
   NIBBLE_CHECK(tokens_ > 0, "no calibration tokens");
   const float inverse = 1.0f / static_cast<float>(tokens_);
   ops_.combine(inverse, gram_.as<float>(), 0, nullptr, gram_size());
-  if (has_drift())
-    ops_.combine(inverse, drift_.as<float>(), -1, gram_.as<float>(), gram_size());
+  if (has_drift()) ops_.combine(inverse, drift_.as<float>(), -1, gram_.as<float>(), gram_size());
   if (residual_features_ > 0)
     ops_.combine(inverse, residual_.as<float>(), 0, nullptr, residual_features_ * features_);
   mean_abs_.clear();

@@ -16,8 +16,8 @@ namespace nibble::awq {
 class DeviceStatistics {
  public:
   /// `residual_features`: of the residuals that add_drift() gets; 0: it gets none.
-  DeviceStatistics(Backend& backend, int64_t features, int64_t granularity,
-                   uint64_t max_gram_bytes, bool drift, int64_t residual_features);
+  DeviceStatistics(Backend& backend, int64_t features, int64_t granularity, uint64_t max_gram_bytes,
+                   bool drift, int64_t residual_features);
   /// x, dense: act [rows, features]; residual: act [rows, residual_features] or null.
   void add(const void* x, int64_t rows);
   void add_drift(const void* x, const void* dense, const void* residual, int64_t rows);
@@ -25,6 +25,7 @@ class DeviceStatistics {
 
   BlockMatrix gram() const { return {gram_.as<float>(), features_, block_}; }
   bool has_drift() const { return drift_.data() != nullptr; }
+  /// (X_dense - X)^T X / tokens: InputStatistics::drift() transposed, as correct_drift() needs it.
   BlockMatrix drift() const { return {drift_.as<float>(), features_, block_}; }
   /// residual^T X / tokens [residual_features, features]; null without residuals.
   const float* residual() const { return residual_.as<float>(); }
@@ -45,7 +46,8 @@ class DeviceStatistics {
 
 class DeviceGroup final : public GroupSearch {
  public:
-  /// `linears` are dense and read one input. `drift_strength` 0: weights are taken as they are, else correct_drift() is done first.
+  /// `linears` are dense and read one input. `drift_strength` 0: weights are taken as they are,
+  /// else correct_drift() is done first.
   DeviceGroup(Backend& backend, std::span<const LinearOperand> linears,
               const DeviceStatistics& input, const RoundingOptions& options, float drift_strength);
 
@@ -58,7 +60,9 @@ class DeviceGroup final : public GroupSearch {
   double candidate_loss(const std::vector<float>& pre, std::span<const float> ratios) override;
   Rounded round(const std::vector<float>& pre, std::span<const float> ratios) override;
 
-  Buffer floats(int64_t count) { return backend_.alloc(static_cast<size_t>(count) * sizeof(float)); }
+  Buffer floats(int64_t count) {
+    return backend_.alloc(static_cast<size_t>(count) * sizeof(float));
+  }
   Buffer factor(double damping, Buffer* diagonal);
   void correct_drift(float strength);
   void set_pre(const std::vector<float>& pre);

@@ -51,7 +51,8 @@ DeviceLayers::DeviceLayers(Backend& backend, const WeightSource& source,
          "--method awq-lite on the {} backend: not there yet; use --device cpu", backend.name());
   }
   for (WeightRow& row : weight_table(source.spec())) {
-    if (row.quantizable) rows_[{row.layer, row.role}] = std::move(row);
+    const int layer = row.role == WeightRole::kLmHead ? source.spec().num_layers : row.layer;
+    if (quantized_bits(row, options.lm_head) != 0) rows_[{layer, row.role}] = std::move(row);
   }
   if (searches() && options.sequential && options.correct_drift) {
     dense_stream_ = std::make_unique<LayerStream>(backend, source, calibration.sequences,
@@ -73,7 +74,10 @@ LayerResult DeviceLayers::next(const Tick& tick) {
   start = Clock::now();
   int64_t searched = 0;
   for (const InputGroup& group : input_groups()) {
-    search(group, statistics.at(group.tap), layer, result);
+    std::vector<LinearOperand> linears;
+    for (const WeightRole role : group.roles) linears.push_back(layer.linear(role));
+    search(group, statistics.at(group.tap), linears, options_.sequential ? &layer : nullptr,
+           result);
     statistics.erase(group.tap);
     tick(1, ++searched, static_cast<int64_t>(input_groups().size()));
   }
@@ -85,6 +89,51 @@ LayerResult DeviceLayers::next(const Tick& tick) {
     result.forward_seconds += seconds_since(start);
   }
   return result;
+}
+
+LayerResult DeviceLayers::lm_head(const Tick& tick) {
+  ++layer_;
+  LayerResult result;
+  Clock::time_point start = Clock::now();
+  awq::DeviceStatistics input(backend_, source_.spec().hidden_size, options_.group_size,
+                              options_.max_gram_bytes, dense_stream_ != nullptr, 0);
+  listen_after_layers(input, tick);
+  result.forward_seconds = seconds_since(start);
+  start = Clock::now();
+  Buffer weight;
+  const LinearOperand head = upload_dense(backend_, source_, row(WeightRole::kLmHead), &weight);
+  search({Tap::kHeadInput, {WeightRole::kLmHead}}, input, {&head, 1}, nullptr, result);
+  tick(1, 1, 1);
+  result.search_seconds = seconds_since(start);
+  return result;
+}
+
+void DeviceLayers::listen_after_layers(awq::DeviceStatistics& input, const Tick& tick) {
+  std::vector<float> norm;
+  for (const WeightRow& row : weight_table(source_.spec())) {
+    if (row.role == WeightRole::kFinalNorm) norm = source_.load_dense(row);
+  }
+  for (size_t step = 0; step < stream_.num_steps(); ++step) {
+    const void* dense = nullptr;  // in dense_stream_'s own memory
+    if (dense_stream_) {
+      dense_stream_->final_norm_step(step, norm, [&](const void* act, int) { dense = act; });
+    }
+    stream_.final_norm_step(step, norm, [&](const void* act, int rows) {
+      input.add(act, rows);
+      if (dense != nullptr) input.add_drift(act, dense, nullptr, rows);
+    });
+    tick(0, stream_.tokens_after(step), stream_.num_tokens());
+  }
+  finish(input);
+}
+
+void DeviceLayers::finish(awq::DeviceStatistics& input) const {
+  input.finish();
+  if (!std::isfinite(input.max_abs())) {
+    fail(ErrorKind::kInput,
+         "layer {}: an activation is not finite on the calibration texts; is the model damaged?",
+         layer_);
+  }
 }
 
 void DeviceLayers::listen(const StreamedLayer& layer,
@@ -140,14 +189,7 @@ void DeviceLayers::listen(const StreamedLayer& layer,
     stream_.run_step(step, layer_, layer.weights(), hear, keep);
     tick(0, stream_.tokens_after(step), stream_.num_tokens());
   }
-  for (auto& [tap, input] : statistics) {
-    input.finish();
-    if (!std::isfinite(input.max_abs())) {
-      fail(ErrorKind::kInput,
-           "layer {}: an activation is not finite on the calibration texts; is the model damaged?",
-           layer_);
-    }
-  }
+  for (auto& [tap, input] : statistics) finish(input);
   float range[2];
   backend_.download(range, ranges.data(), sizeof range);
   backend_.sync();
@@ -157,9 +199,8 @@ void DeviceLayers::listen(const StreamedLayer& layer,
 }
 
 void DeviceLayers::search(const InputGroup& group, const awq::DeviceStatistics& input,
-                          StreamedLayer& layer, LayerResult& result) {
-  std::vector<LinearOperand> linears;
-  for (const WeightRole role : group.roles) linears.push_back(layer.linear(role));
+                          std::span<const LinearOperand> linears, StreamedLayer* layer,
+                          LayerResult& result) {
   const awq::RoundingOptions rounding = {.group_size = options_.group_size,
                                          .dtype = options_.dtype,
                                          .rounding = options_.rounding,
@@ -180,7 +221,7 @@ void DeviceLayers::search(const InputGroup& group, const awq::DeviceStatistics& 
     result.reports.push_back({row(role).name, quantized.report,
                               describe_input(input.mean_abs(), input.max_abs()), *least, *most});
     result.linears[role] = std::move(linear);
-    if (options_.sequential) layer.replace(role, ops_.dense_layout(), work.take_dequantized(i));
+    if (layer != nullptr) layer->replace(role, ops_.dense_layout(), work.take_dequantized(i));
   }
 }
 

@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "quantize/device_group.h"
@@ -27,14 +28,19 @@ class DeviceLayers {
   using Tick = std::function<void(int pass, int64_t done, int64_t total)>;
   /// The next layer, 0 first. For kRtn only the ranges of K and V; the linears are not made.
   LayerResult next(const Tick& tick);
+  /// lm_head in four bits, after the last layer; of the passes there is 0 and 1.
+  LayerResult lm_head(const Tick& tick);
 
  private:
   bool searches() const { return options_.method != QuantizeMethod::kRtn; }
   const WeightRow& row(WeightRole role) const { return rows_.at({layer_, role}); }
   void listen(const StreamedLayer& layer, std::map<Tap, awq::DeviceStatistics>& statistics,
               LayerResult& result, const Tick& tick);
-  void search(const InputGroup& group, const awq::DeviceStatistics& input, StreamedLayer& layer,
-              LayerResult& result);
+  void listen_after_layers(awq::DeviceStatistics& input, const Tick& tick);
+  void finish(awq::DeviceStatistics& input) const;
+  /// `layer` gets the dequantized rows where it goes on with them; null: none does.
+  void search(const InputGroup& group, const awq::DeviceStatistics& input,
+              std::span<const LinearOperand> linears, StreamedLayer* layer, LayerResult& result);
 
   Backend& backend_;
   CalibrationOps& ops_;
@@ -43,7 +49,7 @@ class DeviceLayers {
   std::map<std::pair<int, WeightRole>, WeightRow> rows_;
   LayerStream stream_;
   std::unique_ptr<LayerStream> dense_stream_;  // the unquantized model, to correct drift
-  int layer_ = -1;
+  int layer_ = -1;                             // lm_head is taken for a layer behind the last
 };
 
 }  // namespace nibble

@@ -74,10 +74,8 @@ QuantizedGroup GroupSearch::run() {
   GroupReport& report = result.report;
   const Energy weights = energy();
   const std::vector<float> pre = search(report);
-  if (weights.voters > 0)
-    report.error_rtn /= weights.voters, report.error_scaled /= weights.voters;
-  Rounded rounded =
-      round(pre, options_.clip ? clip_ratios() : std::vector<float>{1.0f});
+  if (weights.voters > 0) report.error_rtn /= weights.voters, report.error_scaled /= weights.voters;
+  Rounded rounded = round(pre, options_.clip ? clip_ratios() : std::vector<float>{1.0f});
   for (CheckpointLinear& linear : rounded.linears) linear.pre_scale = pre;
   result.linears = std::move(rounded.linears);
   report.error = weights.all > 0 ? rounded.loss / weights.all : 0.0;

@@ -11,7 +11,7 @@
 
 namespace nibble::awq {
 
-inline constexpr int64_t kPanelRows = 128;  // rows are looked at in panels of this many
+inline constexpr int64_t kPanelRows = 128;       // rows are looked at in panels of this many
 inline constexpr int64_t kMaxSearchRows = 8192;  // rows that vote on the scale candidates
 
 /// Rows of a group's linears, cut into panels that never straddle two linears.

@@ -44,6 +44,21 @@ int blocks_of(size_t tokens, int block_tokens) {
 
 }  // namespace
 
+LinearOperand upload_dense(Backend& backend, const WeightSource& source, const WeightRow& row,
+                           Buffer* buffer) {
+  std::vector<std::byte> storage, converted;
+  TensorView view = source.view_dense(row, storage);
+  if (backend.act_bytes() == 2 && view.dtype != DType::kBF16) {
+    converted = as_bf16(view);
+    view = {DType::kBF16, view.shape, converted};
+  }
+  *buffer = backend.alloc(view.bytes.size());
+  backend.upload(buffer->data(), view.bytes.data(), view.bytes.size());
+  backend.sync();
+  source.release(row);
+  return dense_operand(row, layout_of(view.dtype, row.name), buffer->data());
+}
+
 StreamedLayer::StreamedLayer(Backend& backend, const WeightSource& source, int layer)
     : backend_(backend) {
   for (const WeightRow& row : weight_table(source.spec())) {
@@ -56,16 +71,8 @@ StreamedLayer::StreamedLayer(Backend& backend, const WeightSource& source, int l
           buffer.as<float>();
       buffers_.emplace_back(row.role, std::move(buffer));
     } else {
-      std::vector<std::byte> storage;
-      TensorView view = source.view_dense(row, storage);
-      std::vector<std::byte> converted;
-      if (backend.act_bytes() == 2 && view.dtype != DType::kBF16) {
-        converted = as_bf16(view);
-        view = {DType::kBF16, view.shape, converted};
-      }
-      Buffer buffer = backend.alloc(view.bytes.size());
-      backend.upload(buffer.data(), view.bytes.data(), view.bytes.size());
-      operand(row.role) = dense_operand(row, layout_of(view.dtype, row.name), buffer.data());
+      Buffer buffer;
+      operand(row.role) = upload_dense(backend, source, row, &buffer);
       buffers_.emplace_back(row.role, std::move(buffer));
     }
   }
@@ -112,8 +119,8 @@ LayerStream::LayerStream(Backend& backend, const WeightSource& source,
                          int max_step_tokens)
     : backend_(backend), block_tokens_(backend.calibration_ops() == nullptr ? 32 : 64) {
   const ModelSpec& spec = source.spec();
-  const bool on_host = backend.calibration_ops() == nullptr;
-  NIBBLE_CHECK(!on_host || backend.act_bytes() == sizeof(float), "{} activations of {} bytes",
+  const bool wide = backend.act_bytes() == sizeof(float);
+  NIBBLE_CHECK(wide || backend.calibration_ops() != nullptr, "{} activations of {} bytes",
                backend.name(), backend.act_bytes());
   int longest = 0;
   for (size_t first = 0; first < sequences.size();) {
@@ -150,9 +157,9 @@ LayerStream::LayerStream(Backend& backend, const WeightSource& source,
                   .max_input_len = longest,
                   .max_output_len = 0,
                   .max_num_tokens = max_step_tokens};
-  // On a device the cache is the one that serves: int8 costs next to nothing (docs/quantization.md)
-  // and has the fast kernels.
-  plan_.kv_format = on_host ? KvFormat::kF32 : KvFormat::kInt8Dynamic;
+  // Where activations are not f32 the cache is the one that serves: int8 costs next to nothing
+  // (docs/quantization.md) and has the fast kernels.
+  plan_.kv_format = wide ? KvFormat::kF32 : KvFormat::kInt8Dynamic;
   plan_.kv_block_tokens = block_tokens_;
   std::vector<std::byte> storage;
   for (const WeightRow& row : weight_table(spec)) {
@@ -201,7 +208,8 @@ void LayerStream::add_step(std::span<const std::vector<int32_t>> sequences, size
   step.first_token = num_tokens_;
   std::vector<int32_t> positions, starts = {0}, kv_lens, table;
   for (size_t s = first; s < first + count; ++s) {
-    step.blocks_per_seq = std::max(step.blocks_per_seq, blocks_of(sequences[s].size(), block_tokens_));
+    step.blocks_per_seq =
+        std::max(step.blocks_per_seq, blocks_of(sequences[s].size(), block_tokens_));
   }
   for (size_t s = first; s < first + count; ++s) {
     const int to = end > 0 ? end : static_cast<int>(sequences[s].size());

@@ -15,12 +15,16 @@
 
 namespace nibble {
 
+/// Copies the rows of a dense linear to the backend, in the type the source stores or, where
+/// activations have 16 bits, in bf16. The source's pages may be dropped afterwards.
+LinearOperand upload_dense(Backend& backend, const WeightSource& source, const WeightRow& row,
+                           Buffer* buffer);
+
 /// One layer's weights on a backend, in the type the source stores; replaceable by dequantized
 /// ones.
 class StreamedLayer {
  public:
-  /// Copies the rows of `layer`; the source's pages may be dropped afterwards. A backend with
-  /// activations of 16 bits gets bf16.
+  /// Copies the rows of `layer` as upload_dense() does.
   StreamedLayer(Backend& backend, const WeightSource& source, int layer);
   const LayerWeights& weights() const { return weights_; }
   /// Puts floats [out, in] in the place of a quantizable row.

@@ -131,6 +131,10 @@ class Quantizer {
     progress_.advance(percent / 100);
   }
 
+  DeviceLayers::Tick ticker() {
+    return [this](int pass, int64_t done, int64_t total) { tick(pass, done, total); };
+  }
+
   // The layer's integers come to done_, from an earlier run or made now.
   void next_layer(int layer) {
     NIBBLE_CHECK(layer == layer_ + 1 && done_.linears.empty(), "layer {} after {}", layer, layer_);
@@ -157,6 +161,12 @@ class Quantizer {
     NIBBLE_CHECK(layer_ == source_.spec().num_layers - 1 && done_.linears.empty());
     ++layer_;
     done_ = LayerResult();
+    if (device_ && searches(options_) && options_.lm_head == LmHeadFormat::kInt4) {
+      done_ = device_->lm_head(ticker());
+      searched_here_ += done_.forward_seconds + done_.search_seconds;
+      add_to_report();
+      return;
+    }
     const InputGroup head = {Tap::kHeadInput, {WeightRole::kLmHead}};
     std::optional<awq::InputStatistics> input;
     if (searches(options_) && options_.lm_head == LmHeadFormat::kInt4) {
@@ -188,11 +198,10 @@ class Quantizer {
     std::vector<float> dense;  // of one step
     for (size_t step = 0; step < stream_->num_steps(); ++step) {
       if (dense_stream_) {
-        dense_stream_->final_norm_step(
-            step, norm, [&](const void* act, int rows) {
-              const auto* x = static_cast<const float*>(act);
-              dense.assign(x, x + rows * hidden);
-            });
+        dense_stream_->final_norm_step(step, norm, [&](const void* act, int rows) {
+          const auto* x = static_cast<const float*>(act);
+          dense.assign(x, x + rows * hidden);
+        });
       }
       stream_->final_norm_step(step, norm, [&](const void* act, int rows) {
         const auto* x = static_cast<const float*>(act);
@@ -222,7 +231,7 @@ class Quantizer {
 
   void process_layer() {
     if (device_) {
-      done_ = device_->next([&](int pass, int64_t done, int64_t total) { tick(pass, done, total); });
+      done_ = device_->next(ticker());
       if (searches(options_)) return;
     }
     std::map<Tap, awq::InputStatistics> statistics;
@@ -308,7 +317,8 @@ class Quantizer {
             const awq::InputStatistics& input) {
     const auto [least, most] =
         std::minmax_element(linear.pre_scale.begin(), linear.pre_scale.end());
-    done_.reports.push_back({row(role).name, search, describe_input(input.mean_abs(), input.max_abs()), *least, *most});
+    done_.reports.push_back(
+        {row(role).name, search, describe_input(input.mean_abs(), input.max_abs()), *least, *most});
     done_.linears[role] = std::move(linear);
   }
 
@@ -489,7 +499,8 @@ QuantizeReport quantize(const fs::path& directory, const WeightSource& source, B
     for (const std::string& sentence : calibration->notices()) progress.note(sentence);
   }
   std::optional<ResumeFolder> resume;
-  // What flows through the layers stays in a device's memory, and the whole run takes minutes there.
+  // What flows through the layers stays in a device's memory, and the whole run takes minutes
+  // there.
   const bool on_host = backend == nullptr || backend->calibration_ops() == nullptr;
   if (!options.resume_directory.empty() && on_host) {
     resume = ResumeFolder::open(options.resume_directory,

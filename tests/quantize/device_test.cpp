@@ -55,6 +55,7 @@ TEST_P(Device, QuantizesAsTheHostDoes) {
     case 0: break;
     case 1: options.correct_drift = false; break;
     case 2: options.sequential = false, options.rounding = awq::Rounding::kNearest; break;
+    case 4: options.lm_head = LmHeadFormat::kInt4; break;
     case 3: options.group_size = 64, options.max_gram_bytes = 256 * 64 * 4; break;
     default: options.method = QuantizeMethod::kRtn;
   }
@@ -67,7 +68,7 @@ TEST_P(Device, QuantizesAsTheHostDoes) {
     const LinearReport &a = host.report.linears[i], &b = device.report.linears[i];
     EXPECT_EQ(a.name, b.name);
     EXPECT_NEAR(a.search.error, b.search.error, 0.02 * a.search.error) << a.name;
-    EXPECT_NEAR(a.search.error_rtn, b.search.error_rtn, 0.01 * a.search.error_rtn) << a.name;
+    EXPECT_NEAR(a.search.error_rtn, b.search.error_rtn, 0.02 * a.search.error_rtn) << a.name;
     EXPECT_NEAR(a.search.mean_clip, b.search.mean_clip, 0.01) << a.name;
     EXPECT_NEAR(a.input.max_abs, b.input.max_abs, 0.01 * a.input.max_abs) << a.name;
   }
@@ -77,20 +78,19 @@ TEST_P(Device, QuantizesAsTheHostDoes) {
     EXPECT_NEAR(host.report.kv_scales.v[layer], device.report.kv_scales.v[layer],
                 0.01 * host.report.kv_scales.v[layer]);
   }
-  // Sums in another order and a cache of int8 instead of f32: most integers are the same all the
-  // same.
+  // Sums in another order: most integers are the same all the same.
   int64_t same = 0, all = 0;
   for (const WeightRow& row : weight_table(source_->spec())) {
-    if (!row.quantizable) continue;
+    if (quantized_bits(row, options.lm_head) == 0) continue;
     const Int4Weight a = host.checkpoint->load_int4(row), b = device.checkpoint->load_int4(row);
     const int64_t bytes = row.shape[0] * row.shape[1] / 2;
     for (int64_t i = 0; i < bytes; ++i) same += a.nibbles[i] == b.nibbles[i];
     all += bytes;
   }
-  const double wanted = GetParam() == 4 ? 1.0 : GetParam() == 2 ? 0.97 : 0.9;
+  const double wanted = GetParam() == 5 ? 1.0 : GetParam() == 2 ? 0.97 : 0.9;
   EXPECT_GE(static_cast<double>(same), wanted * static_cast<double>(all));
 }
-INSTANTIATE_TEST_SUITE_P(Options, Device, testing::Range(0, 5));
+INSTANTIATE_TEST_SUITE_P(Options, Device, testing::Range(0, 6));
 
 TEST_F(Device, RefusesWhatItCannotDo) {
   testing_::HostDevice device;

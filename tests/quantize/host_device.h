@@ -23,11 +23,9 @@ class HostCalibrationOps final : public CalibrationOps {
   void clear(void* data, uint64_t bytes) override { std::memset(data, 0, bytes); }
   void add_product(const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows, int64_t m,
                    int64_t n, float* c, int64_t ldc) override {
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j < n; ++j) {
-        float sum = 0;
-        for (int64_t r = 0; r < rows; ++r) sum += at(a, r * lda + i) * at(b, r * ldb + j);
-        c[i * ldc + j] += sum;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) c[i * ldc + j] += at(a, r * lda + i) * at(b, r * ldb + j);
       }
     }
   }
@@ -82,15 +80,17 @@ class HostCalibrationOps final : public CalibrationOps {
     return used == damping;
   }
   void multiply(const float* w, const BlockMatrix& m, int64_t rows, float* out) override {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = 0; j < m.features; ++j) {
-        const int64_t first = j / m.block * m.block;
-        double sum = 0;
-        for (int64_t i = 0; i < m.block; ++i)
-          sum += double{w[r * m.features + first + i]} *
-                 double{m.values[(first + i) * m.block + j % m.block]};
-        out[r * m.features + j] = static_cast<float>(sum);
+    std::vector<double> sums(static_cast<size_t>(m.block));
+    for (int64_t at = 0; at < rows * m.features; at += m.block) {
+      const int64_t first = at % m.features;  // row of the block matrix
+      std::fill(sums.begin(), sums.end(), 0.0);
+      for (int64_t i = 0; i < m.block; ++i) {
+        const float* row = m.values + (first + i) * m.block;
+        for (int64_t j = 0; j < m.block; ++j)
+          sums[static_cast<size_t>(j)] += double{w[at + i]} * double{row[j]};
       }
+      std::transform(sums.begin(), sums.end(), out + at,
+                     [](double sum) { return static_cast<float>(sum); });
     }
   }
   void solve(const BlockMatrix& f, const float* diagonal, int64_t rows, float* b) override {
@@ -214,7 +214,9 @@ class HostDevice final : public Backend {
   size_t kv_block_bytes(KvFormat format, int tokens, int heads, int head_dim) const override {
     return host_->kv_block_bytes(format, tokens, heads, head_dim);
   }
-  void embed(const StepBatch& b, const LinearOperand& t, void* x) override { host_->embed(b, t, x); }
+  void embed(const StepBatch& b, const LinearOperand& t, void* x) override {
+    host_->embed(b, t, x);
+  }
   void rms_norm(const void* x, const float* w, float eps, int rows, int hidden, void* y) override {
     host_->rms_norm(x, w, eps, rows, hidden, y);
   }
