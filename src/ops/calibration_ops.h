@@ -30,7 +30,6 @@ struct DevicePanel {
   float* q = nullptr;                         // [rows, features] integers -8..7
   float* error = nullptr;                     // [rows, features] weight - q * scale * pre
   float* product = nullptr;                   // [rows, features] error times Gram
-  float* scratch = nullptr;                   // [rows, group]
 };
 
 class CalibrationOps {

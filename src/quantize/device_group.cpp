@@ -107,7 +107,6 @@ DeviceGroup::DeviceGroup(Backend& backend, std::span<const LinearOperand> linear
   q_ = floats(size);
   error_ = floats(size);
   product_ = floats(size);
-  scratch_ = floats(rows_ * options.group_size);
   pre_ = floats(features);
   if (drift_strength > 0 && input.has_drift()) correct_drift(drift_strength);
 
@@ -148,8 +147,7 @@ DevicePanel DeviceGroup::all_rows() const {
           .scales = scales_.as<float>(),
           .q = q_.as<float>(),
           .error = error_.as<float>(),
-          .product = product_.as<float>(),
-          .scratch = scratch_.as<float>()};
+          .product = product_.as<float>()};
 }
 
 DevicePanel DeviceGroup::voters() const {

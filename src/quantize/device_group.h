@@ -77,7 +77,7 @@ class DeviceGroup final : public GroupSearch {
   int64_t rows_ = 0, num_voters_ = 0;
   bool finite_ = true;
   Buffer weight_, voting_;  // f32 [rows, features]; of the voters when not all rows vote
-  Buffer scales_, q_, error_, product_, scratch_, pre_;
+  Buffer scales_, q_, error_, product_, pre_;
   std::vector<Buffer> dequantized_;
 };
 
