@@ -51,7 +51,7 @@ int unit_diagonal(float* r, int64_t features, int64_t block, float* diagonal, vo
 /// ops/calibration_ops.h's DevicePanel, and the blocks that the Gram matrix is cut to.
 struct RoundingArgs {
   int64_t rows, features, block;
-  int group;         // 64 or 128
+  int group;            // 64 or 128
   const float* weight;  // [rows, features]
   const float* pre;     // [features]
   float* scales;        // [rows, features / group]

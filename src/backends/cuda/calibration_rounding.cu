@@ -87,9 +87,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t offset = first % a.block;
   for (int i = thread; i < kGroup * kGroup; i += kThreads) {
     const int n = i / kGroup, k = i % kGroup;
-    s.gram[n * s.kStride + k] =
-        ptx::to_tf32(a.pre[first + n] * gram[(first + n) * a.block + offset + k] *
-                     a.pre[first + k]);
+    s.gram[n * s.kStride + k] = ptx::to_tf32(
+        a.pre[first + n] * gram[(first + n) * a.block + offset + k] * a.pre[first + k]);
   }
   if (thread < kMaxRatios) s.counts[thread] = 0;
   __syncthreads();
@@ -104,9 +103,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const int64_t column = first + 8 * i + 2 * t;
-      const float2 w = row[h] < a.rows ? *reinterpret_cast<const float2*>(
-                                             a.weight + row[h] * a.features + column)
-                                       : make_float2(0.0f, 0.0f);
+      const float2 w =
+          row[h] < a.rows
+              ? *reinterpret_cast<const float2*>(a.weight + row[h] * a.features + column)
+              : make_float2(0.0f, 0.0f);
       u[h][2 * i] = w.x / a.pre[column];
       u[h][2 * i + 1] = w.y / a.pre[column + 1];
       widest[h] = fmaxf(widest[h], fmaxf(fabsf(u[h][2 * i]), fabsf(u[h][2 * i + 1])));
@@ -136,17 +136,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int k = 0; k < kTiles; ++k) {
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          const uint2 b = *reinterpret_cast<const uint2*>(
-              s.gram + (8 * (n + i) + g) * s.kStride + 8 * k + 2 * t);
+          const uint2 b = *reinterpret_cast<const uint2*>(s.gram + (8 * (n + i) + g) * s.kStride +
+                                                          8 * k + 2 * t);
           ptx::mma_tf32(sum[i], d[k], b.x, b.y);
         }
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        loss[0] += sum[i][0] * __uint_as_float(d[n + i][0]) +
-                   sum[i][1] * __uint_as_float(d[n + i][2]);
-        loss[1] += sum[i][2] * __uint_as_float(d[n + i][1]) +
-                   sum[i][3] * __uint_as_float(d[n + i][3]);
+        loss[0] +=
+            sum[i][0] * __uint_as_float(d[n + i][0]) + sum[i][1] * __uint_as_float(d[n + i][2]);
+        loss[1] +=
+            sum[i][2] * __uint_as_float(d[n + i][1]) + sum[i][3] * __uint_as_float(d[n + i][3]);
       }
     }
 #pragma unroll
@@ -403,7 +403,7 @@ int compensate(const RoundingArgs& args, const float* factor, const float* feedb
   if (status != cudaSuccess) return status;
   const dim3 grid = row_blocks(args);
   kernel<<<grid, kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(args, factor, feedback,
-                                                                       group_idx);
+                                                                        group_idx);
   return cudaGetLastError();
 }
 
@@ -417,7 +417,7 @@ int descend(const RoundingArgs& args, const float* gram, const float* product, f
   if (status != cudaSuccess) return status;
   const dim3 grid = row_blocks(args);
   kernel<<<grid, kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(args, gram, product, change,
-                                                                       group_idx);
+                                                                        group_idx);
   return cudaGetLastError();
 }
 
@@ -427,8 +427,8 @@ int choose_scales(const RoundingArgs& args, const float* gram, const float* rati
                   unsigned long long* counts, void* stream) {
   if (!usable(args) || num_ratios < 1 || num_ratios > kMaxRatios) return cudaErrorInvalidValue;
   if (num_ratios == 1) {
-    const auto grid = static_cast<unsigned>(std::min<int64_t>(
-        (args.rows * args.features / args.group + kWarps - 1) / kWarps, 16384));
+    const auto grid = static_cast<unsigned>(
+        std::min<int64_t>((args.rows * args.features / args.group + kWarps - 1) / kWarps, 16384));
     const auto kernel = args.group == 64 ? &widest_kernel<64> : &widest_kernel<128>;
     kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args, ratios[0]);
     return cudaGetLastError();

@@ -1,7 +1,6 @@
-// Statistics of activations and weights, and the small pieces of the Cholesky factorisation. All but
-// factor_diagonal are bound by bandwidth. Every sum is added in one order, so the same inputs give
-// the same bits.
-// SPDX-License-Identifier: Apache-2.0
+// Statistics of activations and weights, and the small pieces of the Cholesky factorisation. All
+// but factor_diagonal are bound by bandwidth. Every sum is added in one order, so the same inputs
+// give the same bits. SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -208,7 +207,7 @@ int add_column_abs(const void* x, bool is_bf16, int64_t rows, int64_t columns, d
   const auto grid = static_cast<unsigned>((columns + kColumns - 1) / kColumns);
   const auto kernel = is_bf16 ? &column_abs_kernel<true> : &column_abs_kernel<false>;
   kernel<<<grid, kColumnWarps * 32, 0, static_cast<cudaStream_t>(stream)>>>(x, rows, columns, sums,
-                                                                           maximum);
+                                                                            maximum);
   return cudaGetLastError();
 }
 
@@ -255,7 +254,7 @@ int dot(const float* a, const float* b, int64_t count, double* partial, void* st
 int diagonal_sum(const float* values, int64_t features, int64_t block, double* partial,
                  void* stream) {
   diagonal_kernel<<<kDotParts, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(values, features,
-                                                                                block, partial);
+                                                                                 block, partial);
   return cudaGetLastError();
 }
 
@@ -281,7 +280,7 @@ int factor_diagonal(float* h, int64_t num_blocks, int64_t block, int64_t first, 
 int unit_diagonal(float* r, int64_t features, int64_t block, float* diagonal, void* stream) {
   const auto grid = static_cast<unsigned>(features);
   unit_diagonal_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(r, block,
-                                                                                diagonal);
+                                                                                 diagonal);
   return cudaGetLastError();
 }
 

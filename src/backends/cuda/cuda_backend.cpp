@@ -770,10 +770,10 @@ class CudaBackend final : public Backend {
   std::optional<RopeStore> put_off_;
   std::optional<ResidualLinear> put_off_linear_;
   std::optional<HalfNormed> half_normed_;
-  float* squares_ = nullptr;              // [8, tiles of the widest row that fuses]
-  std::unique_ptr<WeightLoader> loader_;  // while weights are loaded
+  float* squares_ = nullptr;                         // [8, tiles of the widest row that fuses]
+  std::unique_ptr<WeightLoader> loader_;             // while weights are loaded
   std::unique_ptr<CudaCalibrationOps> calibration_;  // when quantizing
-  std::vector<void*> owned_;              // weights and workspaces, freed with the backend
+  std::vector<void*> owned_;  // weights and workspaces, freed with the backend
   void *linear_workspace_ = nullptr, *decode_workspace_ = nullptr;
   uint64_t scratch_moves_ = 0, graphs_moves_ = 0;  // now; when the graphs were recorded
   // scratch_: pre-scaled or normed rows; halves_: up's output of an unfused gate_up.

@@ -101,8 +101,7 @@ void CudaCalibrationOps::subtract(const void* a, const void* b, int64_t count, v
   check(subtract_bf16(a, b, count, out, stream_), "subtract");
 }
 
-void CudaCalibrationOps::combine(float alpha, float* y, float beta, const float* x,
-                                 int64_t count) {
+void CudaCalibrationOps::combine(float alpha, float* y, float beta, const float* x, int64_t count) {
   flush_();
   check(cuda::combine(alpha, y, beta, x, count, stream_), "combine");
 }
@@ -207,8 +206,11 @@ void CudaCalibrationOps::multiply(const float* w, const BlockMatrix& m, int64_t 
 void CudaCalibrationOps::solve(const BlockMatrix& factor, const float* diagonal, int64_t rows,
                                float* b) {
   flush_();
-  SolveRightArgs args{
-      .rows = rows, .size = factor.block, .ldr = factor.block, .unit = true, .ldb = factor.features};
+  SolveRightArgs args{.rows = rows,
+                      .size = factor.block,
+                      .ldr = factor.block,
+                      .unit = true,
+                      .ldb = factor.features};
   for (const bool transposed : {false, true}) {
     args.transposed = transposed;
     for (int64_t first = 0; first < factor.features; first += factor.block) {
@@ -250,8 +252,7 @@ void CudaCalibrationOps::round_nearest(const DevicePanel& panel) {
 
 float* CudaCalibrationOps::group_rows(const DevicePanel& panel, int64_t block) {
   const int64_t count = panel.features / block * panel.rows * panel.group;
-  return static_cast<float*>(
-      group_rows_.get(static_cast<size_t>(count) * sizeof(float), stream_));
+  return static_cast<float*>(group_rows_.get(static_cast<size_t>(count) * sizeof(float), stream_));
 }
 
 void CudaCalibrationOps::round_compensated(const DevicePanel& panel, const BlockMatrix& factor) {
@@ -335,8 +336,8 @@ void CudaCalibrationOps::descend(const DevicePanel& panel, const BlockMatrix& gr
 double CudaCalibrationOps::loss(const DevicePanel& panel, const BlockMatrix& gram) {
   flush_();
   error_product(panel, gram);
-  check(dot(panel.error, panel.product, panel.rows * panel.features,
-            static_cast<double*>(parts_), stream_),
+  check(dot(panel.error, panel.product, panel.rows * panel.features, static_cast<double*>(parts_),
+            stream_),
         "dot");
   return sum_of_parts();
 }

@@ -47,8 +47,7 @@ class CudaCalibrationOps final : public CalibrationOps {
                      std::span<uint64_t> counts) override;
   void round_nearest(const DevicePanel& panel) override;
   void round_compensated(const DevicePanel& panel, const BlockMatrix& factor) override;
-  void descend(const DevicePanel& panel, const BlockMatrix& gram, int sweeps,
-               DType dtype) override;
+  void descend(const DevicePanel& panel, const BlockMatrix& gram, int sweeps, DType dtype) override;
   double loss(const DevicePanel& panel, const BlockMatrix& gram) override;
   void results(const DevicePanel& panel, int8_t* ints, void* dense) override;
   WeightLayout dense_layout() const override { return WeightLayout::kBf16Rows; }

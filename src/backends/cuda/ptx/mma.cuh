@@ -64,8 +64,8 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
   return r;
 }
-// d += a * b: a 16x8 tf32 (row), b 8x8 tf32 (column), d 16x8 f32. With g = lane / 4, t = lane % 4: a
-// holds (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4), b holds (t, g), (t + 4, g), d as above.
+// d += a * b: a 16x8 tf32 (row), b 8x8 tf32 (column), d 16x8 f32. With g = lane / 4, t = lane % 4:
+// a holds (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4), b holds (t, g), (t + 4, g), d as above.
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
