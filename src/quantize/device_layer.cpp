@@ -34,8 +34,6 @@ class Copy {
   Buffer buffer_;
 };
 
-bool adds_to_stream(Tap tap) { return tap == Tap::kOInput || tap == Tap::kDownInput; }
-
 }  // namespace
 
 DeviceLayers::DeviceLayers(Backend& backend, const WeightSource& source,

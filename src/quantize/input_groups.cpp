@@ -14,6 +14,8 @@ const std::vector<InputGroup>& input_groups() {
   return groups;
 }
 
+bool adds_to_stream(Tap tap) { return tap == Tap::kOInput || tap == Tap::kDownInput; }
+
 InputReport describe_input(const std::vector<float>& mean_abs, float max_abs) {
   std::vector<float> sorted = mean_abs;
   const auto middle = sorted.begin() + static_cast<int64_t>(sorted.size() / 2);

@@ -16,6 +16,9 @@ struct InputGroup {
 };
 const std::vector<InputGroup>& input_groups();
 
+/// Whether the linears that read it add to the residual stream.
+bool adds_to_stream(Tap tap);
+
 /// mean_abs: [features] mean |x| of each channel.
 InputReport describe_input(const std::vector<float>& mean_abs, float max_abs);
 

@@ -162,13 +162,14 @@ LayerStream::LayerStream(Backend& backend, const WeightSource& source,
   plan_.kv_format = wide ? KvFormat::kF32 : KvFormat::kInt8Dynamic;
   plan_.kv_block_tokens = block_tokens_;
   std::vector<std::byte> storage;
+  Buffer embedding;  // a device's copy; both go when the tokens are embedded
   for (const WeightRow& row : weight_table(spec)) {
     if (row.role != WeightRole::kEmbedding) continue;
-    TensorView view = source.view_dense(row, storage);
-    if (backend.act_bytes() == 2 && view.dtype != DType::kBF16) {
-      storage = as_bf16(view);
-      view = {DType::kBF16, view.shape, storage};
+    if (backend.calibration_ops() != nullptr) {
+      weights_.embedding = upload_dense(backend, source, row, &embedding);
+      continue;
     }
+    const TensorView view = source.view_dense(row, storage);
     weights_.embedding =
         dense_operand(row, layout_of(view.dtype, row.name),
                       backend.import_weights(view.bytes.data(), view.bytes.size()));
@@ -198,7 +199,7 @@ LayerStream::LayerStream(Backend& backend, const WeightSource& source,
     decoder_->embed(upload(step), state(step));
     backend.sync();
   }
-  weights_.embedding = {};  // `storage` and the source's pages go
+  weights_.embedding = {};
 }
 
 void LayerStream::add_step(std::span<const std::vector<int32_t>> sequences, size_t first,

@@ -14,6 +14,7 @@
 #include "base/interrupt.h"
 #include "formats/checkpoint_writer.h"
 #include "quantize/device_layer.h"
+#include "quantize/device_plan.h"
 #include "quantize/drift.h"
 #include "quantize/input_groups.h"
 #include "quantize/layer_stream.h"
@@ -73,6 +74,15 @@ class Quantizer {
     if (!needs_calibration(options)) return;
     NIBBLE_CHECK(backend != nullptr && calibration != nullptr);
     if (backend->calibration_ops() != nullptr) {
+      const DevicePlan plan =
+          plan_device(source.spec(), options, calibration->tokens, backend->act_bytes());
+      const uint64_t available = backend->free_memory_bytes();
+      if (available > 0 && plan.total() > available) {
+        fail(ErrorKind::kMemory,
+             "{}, but {:.1f} GB are free there; lower --calib-size or --calib-seq-len",
+             plan.sentence(), static_cast<double>(available) * 1e-9);
+      }
+      progress.note(plan.sentence());
       device_ = std::make_unique<DeviceLayers>(*backend, source, *calibration, options);
       report_.num_calibration_tokens = device_->num_tokens();
       stream_passes_ = searches(options) && options.sequential ? 2 : 1;
@@ -359,9 +369,8 @@ class Quantizer {
       awq::InputStatistics& input = statistics->at(tap);
       input.add(pool_, x, rows);
       if (!dense_stream_) return;
-      const bool adds_to_stream = tap == Tap::kOInput || tap == Tap::kDownInput;
-      input.add_drift(pool_, x, dense.at(tap).data(), adds_to_stream ? residual.data() : nullptr,
-                      hidden, rows);
+      input.add_drift(pool_, x, dense.at(tap).data(),
+                      adds_to_stream(tap) ? residual.data() : nullptr, hidden, rows);
     };
     for (size_t step = 0; step < stream_->num_steps(); ++step) {
       if (dense_stream_) {
