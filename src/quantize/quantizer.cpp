@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <future>
 #include <map>
 #include <memory>
 #include <optional>
@@ -133,16 +134,30 @@ class Quantizer {
  private:
   const WeightRow& row(WeightRole role) const { return rows_.at({layer_, role}); }
 
-  // Within a layer `done` of `total` units of pass `pass` are finished.
-  void tick(int pass, int64_t done, int64_t total) {
+  // Within the layer in hand `done` of `total` units of pass `pass` are finished.
+  void tick(int pass, int64_t done, int64_t total) { tick(layer_, pass, done, total); }
+  void tick(int layer, int pass, int64_t done, int64_t total) {
     throw_if_interrupted();
-    const int64_t percent = int64_t{layer_} * units_per_layer_ + int64_t{pass} * 100 +
+    const int64_t percent = int64_t{layer} * units_per_layer_ + int64_t{pass} * 100 +
                             done * 100 / std::max<int64_t>(total, 1);
     progress_.advance(percent / 100);
   }
 
-  DeviceLayers::Tick ticker() {
-    return [this](int pass, int64_t done, int64_t total) { tick(pass, done, total); };
+  DeviceLayers::Tick ticker(int layer) {
+    return [this, layer](int pass, int64_t done, int64_t total) { tick(layer, pass, done, total); };
+  }
+
+  // The device goes on with the next layer while this one is packed and written: without that it
+  // would wait a tenth of the time. One thread at a time uses it.
+  LayerResult take_device_layer() {
+    const auto begin = [this](int layer) {
+      ahead_ =
+          std::async(std::launch::async, [this, layer] { return device_->next(ticker(layer)); });
+    };
+    if (!ahead_.valid()) begin(layer_);
+    LayerResult result = ahead_.get();
+    if (layer_ + 1 < source_.spec().num_layers) begin(layer_ + 1);
+    return result;
   }
 
   // The layer's integers come to done_, from an earlier run or made now.
@@ -172,7 +187,7 @@ class Quantizer {
     ++layer_;
     done_ = LayerResult();
     if (device_ && searches(options_) && options_.lm_head == LmHeadFormat::kInt4) {
-      done_ = device_->lm_head(ticker());
+      done_ = device_->lm_head(ticker(layer_));
       searched_here_ += done_.forward_seconds + done_.search_seconds;
       add_to_report();
       return;
@@ -241,8 +256,11 @@ class Quantizer {
 
   void process_layer() {
     if (device_) {
-      done_ = device_->next(ticker());
-      if (searches(options_)) return;
+      if (searches(options_)) {
+        done_ = take_device_layer();
+        return;
+      }
+      done_ = device_->next(ticker(layer_));
     }
     std::map<Tap, awq::InputStatistics> statistics;
     std::unique_ptr<StreamedLayer> streamed;
@@ -423,6 +441,7 @@ class Quantizer {
   LayerResult done_;
   double searched_here_ = 0;  // seconds of this run in passes and search
   QuantizeReport report_;
+  std::future<LayerResult> ahead_;  // last: what it runs uses the others
 };
 
 // Everything the integers and scales depend on. Of the weights the sizes and a sample: reading all
