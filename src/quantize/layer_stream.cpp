@@ -83,9 +83,10 @@ void StreamedLayer::replace(WeightRole role, WeightLayout layout, Buffer weight)
   LinearOperand& target = operand(role);
   target.layout = layout;
   target.weight = weight.data();
-  for (auto& [have, buffer] : buffers_) {
-    if (have == role) buffer = std::move(weight);
-  }
+  const auto found = std::find_if(buffers_.begin(), buffers_.end(),
+                                  [&](const auto& buffer) { return buffer.first == role; });
+  NIBBLE_CHECK(found != buffers_.end());
+  found->second = std::move(weight);
 }
 
 LinearOperand& StreamedLayer::operand(WeightRole role) {
