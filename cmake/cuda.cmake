@@ -6,8 +6,8 @@
 
 # What program and plugin must agree on to the byte: the seam's headers. The program needs the hash
 # also where no plugin is built.
-set(seam_headers src/ops/backend.h src/ops/operands.h src/ops/sample_operands.h src/ops/plugin_abi.h
-    src/spec/engine_plan.h src/spec/model_spec.h src/base/error.h)
+set(seam_headers src/ops/backend.h src/ops/calibration_ops.h src/ops/operands.h src/ops/sample_operands.h src/ops/plugin_abi.h
+    src/spec/dtype.h src/spec/engine_plan.h src/spec/model_spec.h src/base/error.h)
 set(seam_text "")
 foreach(header ${seam_headers})
   file(SHA256 ${PROJECT_SOURCE_DIR}/${header} hash)
@@ -79,7 +79,7 @@ if(NOT NIBBLE_CUDA STREQUAL "OFF")
   endforeach()
   # The portable plugin has these beside portable/; the other files are made of Hopper's instructions.
   set(portable_objects)
-  foreach(name elementwise generic_linear generic_rope generic_small runtime sample)
+  foreach(name calibration_rounding calibration_statistics elementwise generic_linear generic_rope generic_small runtime sample)
     nibble_cuda_object(object ${PROJECT_SOURCE_DIR}/src/backends/cuda/${name}.cu portable)
     list(APPEND portable_objects ${object})
   endforeach()
@@ -105,9 +105,10 @@ if(NOT NIBBLE_CUDA STREQUAL "OFF")
   # needs of base/, exports one function, and links neither libcuda nor anything of the program.
   function(nibble_cuda_plugin name variant objects)
     set(host nibble_${name}_host)
-    add_library(${host} OBJECT ${PROJECT_SOURCE_DIR}/src/backends/cuda/cuda_backend.cpp
-                ${PROJECT_SOURCE_DIR}/src/backends/cuda/plugin.cpp ${PROJECT_SOURCE_DIR}/src/base/error.cpp
-                ${PROJECT_SOURCE_DIR}/src/base/thread_pool.cpp)
+    set(host_sources src/backends/cuda/blas.cpp src/backends/cuda/cuda_backend.cpp src/backends/cuda/cuda_calibration.cpp
+        src/backends/cuda/plugin.cpp src/base/error.cpp src/base/thread_pool.cpp src/spec/dtype.cpp)
+    list(TRANSFORM host_sources PREPEND ${PROJECT_SOURCE_DIR}/)
+    add_library(${host} OBJECT ${host_sources})
     target_include_directories(${host} PRIVATE ${PROJECT_SOURCE_DIR}/src)
     target_link_libraries(${host} PRIVATE fmt::fmt Boost::json)
     set_target_properties(${host} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden

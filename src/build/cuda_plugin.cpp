@@ -71,4 +71,17 @@ std::unique_ptr<Backend> open_cuda_backend(const std::string& target) {
   return backend;
 }
 
+std::unique_ptr<Backend> open_any_cuda_backend() {
+  std::string reasons;
+  for (const char* target : {"cuda:sm_90", "cuda:portable"}) {
+    try {
+      return open_cuda_backend(target);
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::kDevice) throw;
+      reasons += fmt::format("\n  {}", error.what());
+    }
+  }
+  fail(ErrorKind::kDevice, "no GPU can be used:{}", reasons);
+}
+
 }  // namespace nibble

@@ -17,4 +17,8 @@ std::string resolve_cuda_target(const std::string& target);
 /// Throws Error{kDevice} that says what is missing: plugin, driver, GPU, or the right GPU.
 std::unique_ptr<Backend> open_cuda_backend(const std::string& target);
 
+/// The target that runs on this machine's GPU, cuda:sm_90 before cuda:portable. Throws
+/// Error{kDevice} with what each lacks.
+std::unique_ptr<Backend> open_any_cuda_backend();
+
 }  // namespace nibble

@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "base/error.h"
+#include "build/cuda_plugin.h"
 #include "build/model_card.h"
 #include "build/model_loader.h"
 #include "build/tokenizer_files.h"
@@ -63,6 +64,22 @@ void set_method(const QuantizeFlags& flags, QuantizeOptions& options) {
                                                   : "moves no weights");
   }
   if (flags.correct_drift == "off") options.correct_drift = false;
+}
+
+// What runs the model over the calibration set, and where it is a GPU the search as well.
+std::unique_ptr<Backend> calibration_backend(const QuantizeFlags& flags, const ModelSpec& spec) {
+  if (flags.device == "cuda") {
+    if (spec.head_dim != 128) {
+      fail(ErrorKind::kUnsupported,
+           "--device cuda: its attention has head_dim 128, this model has {}; use --device cpu",
+           spec.head_dim);
+    }
+    std::unique_ptr<Backend> backend = open_any_cuda_backend();
+    backend->calibration_ops();  // says what is missing before the texts are read
+    return backend;
+  }
+  return make_backend(flags.device == "ref" ? "ref" : "cpu:native", ActivationPrecision::kF32,
+                      flags.threads);
 }
 
 // Perplexity, KL divergence and top-1 agreement of the checkpoint with the model it came from: the
@@ -223,13 +240,19 @@ int run_quantize(const QuantizeFlags& flags) {
   options.calib_batch = flags.calib_batch;
   options.num_threads = flags.threads;
 
+  const bool on_gpu = flags.device == "cuda";
+  if (on_gpu && !needs_calibration(options)) {
+    fail(ErrorKind::kUsage, "--device cuda: --method rtn --kv-cache none calibrates nothing");
+  }
+  if (on_gpu && options.method == QuantizeMethod::kAwqLite) {
+    fail(ErrorKind::kUnsupported, "--method awq-lite: not with --device cuda; use --device cpu");
+  }
   std::optional<CalibrationData> calibration;
   std::unique_ptr<Backend> backend;
-  AtomicDirectory out = open_output(flags.out, needs_calibration(options));
+  AtomicDirectory out = open_output(flags.out, needs_calibration(options) && !on_gpu);
   if (needs_calibration(options)) {
+    backend = calibration_backend(flags, source->spec());
     calibration = calibrate(flags, progress);
-    backend = make_backend(flags.device == "ref" ? "ref" : "cpu:native", ActivationPrecision::kF32,
-                           flags.threads);
     options.resume_directory = out.path() / kUnfinished;
   }
   const double calibration_seconds = seconds();

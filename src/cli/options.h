@@ -24,7 +24,7 @@ struct QuantizeFlags : CommonOptions {
   int sweeps = -1;                                        // -1: the method's own
   int tp = 1;
   std::string dtype;           // bfloat16 | float16; empty: the model's own
-  std::string device = "cpu";  // cpu | ref
+  std::string device = "cpu";  // cpu | cuda | ref
   uint64_t seed = 1234;
   std::string tokenizer_regex = "shipped";
   std::string quantize_lm_head;   // int8 | int4; empty: stays in 16 bits

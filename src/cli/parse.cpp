@@ -220,7 +220,8 @@ class Parser {
         ->capture_default_str();
     add_choice(c, "--dtype", f.dtype, {"bfloat16", "float16"},
                "of what stays unquantized; default: the model's");
-    add_choice(c, "--device", f.device, {"cpu", "ref"}, "where calibration runs")
+    add_choice(c, "--device", f.device, {"cpu", "cuda", "ref"},
+               "where calibration and rounding run; cuda needs a GPU and cuBLAS")
         ->capture_default_str();
     add_choice(c, "--correct-drift", f.correct_drift, {"on", "off"},
                "move the weights, before they are rounded, to make up for errors of the layers "

@@ -22,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#include "ops/calibration_ops.h"
 #include "ops/operands.h"
 
 namespace nibble {
@@ -111,6 +112,10 @@ class Backend {
     (void)key;
     step();
   }
+
+  /// What quantizing on this backend needs; null: its memory and activations are the host's (f32),
+  /// and the quantizer does the work itself. Throws Error{kDevice} when something is missing.
+  virtual CalibrationOps* calibration_ops() { return nullptr; }
 
   // KV cache
   // ----------------------------------------------------------------------------------------

@@ -31,6 +31,10 @@ struct Gram {
   int64_t num_blocks() const { return features / block; }
 };
 
+/// The largest multiple of `granularity` that divides `features` and whose Gram blocks take at most
+/// `max_bytes`.
+int64_t gram_block(int64_t features, int64_t granularity, uint64_t max_bytes);
+
 /// What calibration remembers of a linear's input. Tokens are added in steps; finish() divides.
 class InputStatistics {
  public:

@@ -13,7 +13,6 @@ namespace {
 
 constexpr int64_t kRows = 128;     // of one chunk of work
 constexpr int64_t kColumns = 128;  // solved one by one; the rest goes through gemm
-constexpr float kDamping = 0.01f;  // relative to the mean of the Gram matrix's diagonal
 
 // b [rows, ldb] becomes b (R^T D R)^-1 on `size` columns; R [size, size] has a unit diagonal.
 void solve(const float* r, const float* d, int64_t size, float* b, int64_t rows, int64_t ldb,
@@ -61,7 +60,7 @@ void correct_drift(ThreadPool& pool, const InputStatistics& input, float strengt
   const int64_t features = input.gram().features, block = input.gram().block;
   const int64_t out = static_cast<int64_t>(weight.size()) / features;
   std::vector<float> factor, diagonal;
-  factor_gram(pool, input.gram(), kDamping, factor, &diagonal);
+  factor_gram(pool, input.gram(), kDriftDamping, factor, &diagonal);
   const bool has_residual = !input.residual().empty();
   NIBBLE_CHECK(!has_residual || static_cast<int64_t>(input.residual().size()) == features * out,
                "residual of {} values for {} x {}", input.residual().size(), features, out);

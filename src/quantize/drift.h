@@ -13,6 +13,8 @@ namespace nibble::awq {
 /// All of the answer fits the noise of the calibration texts as well; half of it measured best.
 inline constexpr float kDriftStrength = 0.5f;
 
+inline constexpr float kDriftDamping = 0.01f;  // relative to the Gram matrix's diagonal
+
 /// w += strength (w D^T + E^T) (G + 0.01 diag G)^-1 with D = input.drift(), E = input.residual().
 /// `weight` is [out_features, features]. Does nothing when there is no drift.
 void correct_drift(ThreadPool& pool, const InputStatistics& input, float strength,

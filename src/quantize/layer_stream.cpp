@@ -5,12 +5,21 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "base/half.h"
 #include "base/interrupt.h"
+#include "formats/widen.h"
 
 namespace nibble {
 namespace {
 
-constexpr int kBlockTokens = 32;
+// bf16 rows of a dense tensor, for backends whose activations are bf16.
+std::vector<std::byte> as_bf16(const TensorView& view) {
+  const std::vector<float> values = widen(view);
+  std::vector<std::byte> out(values.size() * sizeof(uint16_t));
+  auto* to = reinterpret_cast<uint16_t*>(out.data());
+  std::transform(values.begin(), values.end(), to, float_to_bf16);
+  return out;
+}
 
 WeightLayout layout_of(DType dtype, const std::string& name) {
   switch (dtype) {
@@ -29,11 +38,26 @@ LinearOperand dense_operand(const WeightRow& row, WeightLayout layout, const voi
                        .weight = weight};
 }
 
-int blocks_of(size_t tokens) {
-  return static_cast<int>((tokens + kBlockTokens - 1) / kBlockTokens);
+int blocks_of(size_t tokens, int block_tokens) {
+  return (static_cast<int>(tokens) + block_tokens - 1) / block_tokens;
 }
 
 }  // namespace
+
+LinearOperand upload_dense(Backend& backend, const WeightSource& source, const WeightRow& row,
+                           Buffer* buffer) {
+  std::vector<std::byte> storage, converted;
+  TensorView view = source.view_dense(row, storage);
+  if (backend.act_bytes() == 2 && view.dtype != DType::kBF16) {
+    converted = as_bf16(view);
+    view = {DType::kBF16, view.shape, converted};
+  }
+  *buffer = backend.alloc(view.bytes.size());
+  backend.upload(buffer->data(), view.bytes.data(), view.bytes.size());
+  backend.sync();
+  source.release(row);
+  return dense_operand(row, layout_of(view.dtype, row.name), buffer->data());
+}
 
 StreamedLayer::StreamedLayer(Backend& backend, const WeightSource& source, int layer)
     : backend_(backend) {
@@ -47,15 +71,22 @@ StreamedLayer::StreamedLayer(Backend& backend, const WeightSource& source, int l
           buffer.as<float>();
       buffers_.emplace_back(row.role, std::move(buffer));
     } else {
-      std::vector<std::byte> storage;
-      const TensorView view = source.view_dense(row, storage);
-      Buffer buffer = backend.alloc(view.bytes.size());
-      backend.upload(buffer.data(), view.bytes.data(), view.bytes.size());
-      operand(row.role) = dense_operand(row, layout_of(view.dtype, row.name), buffer.data());
+      Buffer buffer;
+      operand(row.role) = upload_dense(backend, source, row, &buffer);
       buffers_.emplace_back(row.role, std::move(buffer));
     }
   }
   backend.sync();
+}
+
+void StreamedLayer::replace(WeightRole role, WeightLayout layout, Buffer weight) {
+  LinearOperand& target = operand(role);
+  target.layout = layout;
+  target.weight = weight.data();
+  const auto found = std::find_if(buffers_.begin(), buffers_.end(),
+                                  [&](const auto& buffer) { return buffer.first == role; });
+  NIBBLE_CHECK(found != buffers_.end());
+  found->second = std::move(weight);
 }
 
 LinearOperand& StreamedLayer::operand(WeightRole role) {
@@ -87,13 +118,11 @@ void StreamedLayer::replace(WeightRole role, std::span<const float> weight) {
 LayerStream::LayerStream(Backend& backend, const WeightSource& source,
                          std::span<const std::vector<int32_t>> sequences, int max_sequences,
                          int max_step_tokens)
-    : backend_(backend) {
+    : backend_(backend), block_tokens_(backend.calibration_ops() == nullptr ? 32 : 64) {
   const ModelSpec& spec = source.spec();
-  if (backend.act_bytes() != sizeof(float)) {
-    fail(ErrorKind::kUnsupported,
-         "calibration on the {} backend: its activations are {} bytes wide, wanted 4",
-         backend.name(), backend.act_bytes());
-  }
+  const bool wide = backend.act_bytes() == sizeof(float);
+  NIBBLE_CHECK(wide || backend.calibration_ops() != nullptr, "{} activations of {} bytes",
+               backend.name(), backend.act_bytes());
   int longest = 0;
   for (size_t first = 0; first < sequences.size();) {
     size_t count = 0, tokens = 0;
@@ -129,11 +158,18 @@ LayerStream::LayerStream(Backend& backend, const WeightSource& source,
                   .max_input_len = longest,
                   .max_output_len = 0,
                   .max_num_tokens = max_step_tokens};
-  plan_.kv_format = KvFormat::kF32;
-  plan_.kv_block_tokens = kBlockTokens;
+  // Where activations are not f32 the cache is the one that serves: int8 costs next to nothing
+  // (docs/quantization.md) and has the fast kernels.
+  plan_.kv_format = wide ? KvFormat::kF32 : KvFormat::kInt8Dynamic;
+  plan_.kv_block_tokens = block_tokens_;
   std::vector<std::byte> storage;
+  Buffer embedding;  // a device's copy; both go when the tokens are embedded
   for (const WeightRow& row : weight_table(spec)) {
     if (row.role != WeightRole::kEmbedding) continue;
+    if (backend.calibration_ops() != nullptr) {
+      weights_.embedding = upload_dense(backend, source, row, &embedding);
+      continue;
+    }
     const TensorView view = source.view_dense(row, storage);
     weights_.embedding =
         dense_operand(row, layout_of(view.dtype, row.name),
@@ -148,24 +184,23 @@ LayerStream::LayerStream(Backend& backend, const WeightSource& source,
   }
   decoder_ = std::make_unique<Decoder>(backend, plan_, weights_, step_tokens, 1);
   device_step_ = backend.alloc(step_fields * sizeof(int32_t));
-  kv_ = KvLayer{.format = KvFormat::kF32,
+  kv_ = KvLayer{.format = plan_.kv_format,
                 .num_blocks = step_blocks,
-                .block_tokens = kBlockTokens,
+                .block_tokens = block_tokens_,
                 .num_kv_heads = spec.num_kv_heads,
                 .head_dim = spec.head_dim};
   kv_data_ = backend.alloc(
       static_cast<size_t>(step_blocks) *
-      backend.kv_block_bytes(kv_.format, kBlockTokens, spec.num_kv_heads, spec.head_dim));
+      backend.kv_block_bytes(kv_.format, block_tokens_, spec.num_kv_heads, spec.head_dim));
   kv_.data = kv_data_.data();
 
   row_bytes_ = static_cast<size_t>(spec.hidden_size) * backend.act_bytes();
-  states_.resize(static_cast<size_t>(num_tokens_) * row_bytes_);
+  states_ = backend.alloc(static_cast<size_t>(num_tokens_) * row_bytes_);
   for (const Step& step : steps_) {
-    decoder_->embed(upload(step), decoder_->x());
-    backend.download(state(step), decoder_->x(), static_cast<size_t>(step.num_tokens) * row_bytes_);
+    decoder_->embed(upload(step), state(step));
     backend.sync();
   }
-  weights_.embedding = {};  // `storage` and the source's pages go
+  weights_.embedding = {};
 }
 
 void LayerStream::add_step(std::span<const std::vector<int32_t>> sequences, size_t first,
@@ -175,7 +210,8 @@ void LayerStream::add_step(std::span<const std::vector<int32_t>> sequences, size
   step.first_token = num_tokens_;
   std::vector<int32_t> positions, starts = {0}, kv_lens, table;
   for (size_t s = first; s < first + count; ++s) {
-    step.blocks_per_seq = std::max(step.blocks_per_seq, blocks_of(sequences[s].size()));
+    step.blocks_per_seq =
+        std::max(step.blocks_per_seq, blocks_of(sequences[s].size(), block_tokens_));
   }
   for (size_t s = first; s < first + count; ++s) {
     const int to = end > 0 ? end : static_cast<int>(sequences[s].size());
@@ -235,35 +271,33 @@ void LayerStream::run_step(size_t index, int layer, const LayerWeights& weights,
                            const Listener& listen, bool keep) {
   throw_if_interrupted();
   const TapFn tap = [&](int, Tap what, const void* act, int rows, int cols) {
-    tap_.resize(static_cast<size_t>(rows) * static_cast<size_t>(cols) * sizeof(float));
-    backend_.download(tap_.data(), act, tap_.size());
-    backend_.sync();
-    listen(what, reinterpret_cast<const float*>(tap_.data()), rows, cols);
+    listen(what, act, rows, cols);
   };
   const Step& step = steps_[index];
-  const size_t bytes = static_cast<size_t>(step.num_tokens) * row_bytes_;
-  backend_.upload(decoder_->x(), state(step), bytes);
-  decoder_->layer(layer, weights, upload(step), kv_, decoder_->x(), listen ? tap : TapFn());
-  if (keep) backend_.download(state(step), decoder_->x(), bytes);
+  void* x = state(step);
+  if (!keep) {
+    x = decoder_->x();
+    backend_.copy(x, state(step), static_cast<size_t>(step.num_tokens) * row_bytes_);
+  }
+  decoder_->layer(layer, weights, upload(step), kv_, x, listen ? tap : TapFn());
   backend_.sync();
 }
 
 void LayerStream::final_norm_step(size_t index, std::span<const float> norm,
-                                  const std::function<void(const float* x, int rows)>& listen) {
+                                  const std::function<void(const void* act, int rows)>& listen) {
   throw_if_interrupted();
   const Step& step = steps_[index];
   const size_t bytes = static_cast<size_t>(step.num_tokens) * row_bytes_;
-  if (normed_.bytes() < bytes + norm.size_bytes())
+  if (normed_.bytes() < bytes + norm.size_bytes()) {
+    normed_ = Buffer();
     normed_ = backend_.alloc(bytes + norm.size_bytes());  // the norm's weight, then the output
+  }
   float* weight = normed_.as<float>();
   backend_.upload(weight, norm.data(), norm.size_bytes());
-  backend_.upload(decoder_->x(), state(step), bytes);
-  backend_.rms_norm(decoder_->x(), weight, static_cast<float>(plan_.spec.norm_eps), step.num_tokens,
+  backend_.rms_norm(state(step), weight, static_cast<float>(plan_.spec.norm_eps), step.num_tokens,
                     plan_.spec.hidden_size, weight + norm.size());
-  tap_.resize(bytes);
-  backend_.download(tap_.data(), weight + norm.size(), bytes);
   backend_.sync();
-  listen(reinterpret_cast<const float*>(tap_.data()), step.num_tokens);
+  listen(weight + norm.size(), step.num_tokens);
 }
 
 }  // namespace nibble

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <future>
 #include <map>
 #include <memory>
 #include <optional>
@@ -13,7 +14,10 @@
 #include "base/hash.h"
 #include "base/interrupt.h"
 #include "formats/checkpoint_writer.h"
+#include "quantize/device_layer.h"
+#include "quantize/device_plan.h"
 #include "quantize/drift.h"
+#include "quantize/input_groups.h"
 #include "quantize/layer_stream.h"
 #include "quantize/resume.h"
 #include "quantize/untied_source.h"
@@ -24,20 +28,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-// Linears that read one input are searched together.
-struct InputGroup {
-  Tap tap;
-  std::vector<WeightRole> roles;
-};
-const std::vector<InputGroup>& input_groups() {
-  static const std::vector<InputGroup> groups = {
-      {Tap::kQkvInput, {WeightRole::kQkv}},
-      {Tap::kOInput, {WeightRole::kO}},
-      {Tap::kGateUpInput, {WeightRole::kGate, WeightRole::kUp}},
-      {Tap::kDownInput, {WeightRole::kDown}}};
-  return groups;
 }
 
 void check_options(const WeightSource& source, const QuantizeOptions& options) {
@@ -67,17 +57,6 @@ bool corrects_drift(const QuantizeOptions& options) {
   return options.method == QuantizeMethod::kAwq && options.sequential && options.correct_drift;
 }
 
-InputReport describe(const awq::InputStatistics& input) {
-  std::vector<float> sorted = input.mean_abs();
-  const auto middle = sorted.begin() + static_cast<int64_t>(sorted.size() / 2);
-  std::nth_element(sorted.begin(), middle, sorted.end());
-  const auto loudest = std::max_element(input.mean_abs().begin(), input.mean_abs().end());
-  return {.max_abs = input.max_abs(),
-          .median_channel = *middle,
-          .loudest_channel_mean = *loudest,
-          .loudest_channel = loudest - input.mean_abs().begin()};
-}
-
 class Quantizer {
  public:
   Quantizer(const WeightSource& source, Backend* backend, const CalibrationData* calibration,
@@ -95,6 +74,21 @@ class Quantizer {
     }
     if (!needs_calibration(options)) return;
     NIBBLE_CHECK(backend != nullptr && calibration != nullptr);
+    if (backend->calibration_ops() != nullptr) {
+      const DevicePlan plan =
+          plan_device(source.spec(), options, calibration->tokens, backend->act_bytes());
+      const uint64_t available = backend->free_memory_bytes();
+      if (available > 0 && plan.total() > available) {
+        fail(ErrorKind::kMemory,
+             "{}, but {:.1f} GB are free there; lower --calib-size or --calib-seq-len",
+             plan.sentence(), static_cast<double>(available) * 1e-9);
+      }
+      progress.note(plan.sentence());
+      device_ = std::make_unique<DeviceLayers>(*backend, source, *calibration, options);
+      report_.num_calibration_tokens = device_->num_tokens();
+      stream_passes_ = searches(options) && options.sequential ? 2 : 1;
+      return;
+    }
     stream_ = std::make_unique<LayerStream>(*backend, source, calibration->sequences,
                                             options.calib_batch, options.max_step_tokens);
     report_.num_calibration_tokens = stream_->num_tokens();
@@ -108,7 +102,7 @@ class Quantizer {
   QuantizeReport run(const fs::path& directory, const CheckpointOptions& checkpoint) {
     const Clock::time_point start = Clock::now();
     const int layers = source_.spec().num_layers;
-    units_per_layer_ = 100 * (stream_ ? stream_passes_ : 0) + 100;
+    units_per_layer_ = 100 * stream_passes_ + 100;
     if (resume_ && resume_->layers_done() > 0) {
       report_.layers_continued = resume_->layers_done();
       progress_.note(fmt::format("continuing after layer {} of {}: an earlier run got that far",
@@ -140,12 +134,30 @@ class Quantizer {
  private:
   const WeightRow& row(WeightRole role) const { return rows_.at({layer_, role}); }
 
-  // Within a layer `done` of `total` units of pass `pass` are finished.
-  void tick(int pass, int64_t done, int64_t total) {
+  // Within the layer in hand `done` of `total` units of pass `pass` are finished.
+  void tick(int pass, int64_t done, int64_t total) { tick(layer_, pass, done, total); }
+  void tick(int layer, int pass, int64_t done, int64_t total) {
     throw_if_interrupted();
-    const int64_t percent = int64_t{layer_} * units_per_layer_ + int64_t{pass} * 100 +
+    const int64_t percent = int64_t{layer} * units_per_layer_ + int64_t{pass} * 100 +
                             done * 100 / std::max<int64_t>(total, 1);
     progress_.advance(percent / 100);
+  }
+
+  DeviceLayers::Tick ticker(int layer) {
+    return [this, layer](int pass, int64_t done, int64_t total) { tick(layer, pass, done, total); };
+  }
+
+  // The device goes on with the next layer while this one is packed and written: without that it
+  // would wait a tenth of the time. One thread at a time uses it.
+  LayerResult take_device_layer() {
+    const auto begin = [this](int layer) {
+      ahead_ =
+          std::async(std::launch::async, [this, layer] { return device_->next(ticker(layer)); });
+    };
+    if (!ahead_.valid()) begin(layer_);
+    LayerResult result = ahead_.get();
+    if (layer_ + 1 < source_.spec().num_layers) begin(layer_ + 1);
+    return result;
   }
 
   // The layer's integers come to done_, from an earlier run or made now.
@@ -174,6 +186,12 @@ class Quantizer {
     NIBBLE_CHECK(layer_ == source_.spec().num_layers - 1 && done_.linears.empty());
     ++layer_;
     done_ = LayerResult();
+    if (device_ && searches(options_) && options_.lm_head == LmHeadFormat::kInt4) {
+      done_ = device_->lm_head(ticker(layer_));
+      searched_here_ += done_.forward_seconds + done_.search_seconds;
+      add_to_report();
+      return;
+    }
     const InputGroup head = {Tap::kHeadInput, {WeightRole::kLmHead}};
     std::optional<awq::InputStatistics> input;
     if (searches(options_) && options_.lm_head == LmHeadFormat::kInt4) {
@@ -205,10 +223,13 @@ class Quantizer {
     std::vector<float> dense;  // of one step
     for (size_t step = 0; step < stream_->num_steps(); ++step) {
       if (dense_stream_) {
-        dense_stream_->final_norm_step(
-            step, norm, [&](const float* x, int rows) { dense.assign(x, x + rows * hidden); });
+        dense_stream_->final_norm_step(step, norm, [&](const void* act, int rows) {
+          const auto* x = static_cast<const float*>(act);
+          dense.assign(x, x + rows * hidden);
+        });
       }
-      stream_->final_norm_step(step, norm, [&](const float* x, int rows) {
+      stream_->final_norm_step(step, norm, [&](const void* act, int rows) {
+        const auto* x = static_cast<const float*>(act);
         input.add(pool_, x, rows);
         if (dense_stream_) input.add_drift(pool_, x, dense.data(), nullptr, 0, rows);
       });
@@ -234,6 +255,13 @@ class Quantizer {
   }
 
   void process_layer() {
+    if (device_) {
+      if (searches(options_)) {
+        done_ = take_device_layer();
+        return;
+      }
+      done_ = device_->next(ticker(layer_));
+    }
     std::map<Tap, awq::InputStatistics> statistics;
     std::unique_ptr<StreamedLayer> streamed;
     if (stream_) {
@@ -317,7 +345,8 @@ class Quantizer {
             const awq::InputStatistics& input) {
     const auto [least, most] =
         std::minmax_element(linear.pre_scale.begin(), linear.pre_scale.end());
-    done_.reports.push_back({row(role).name, search, describe(input), *least, *most});
+    done_.reports.push_back(
+        {row(role).name, search, describe_input(input.mean_abs(), input.max_abs()), *least, *most});
     done_.linears[role] = std::move(linear);
   }
 
@@ -339,7 +368,8 @@ class Quantizer {
     const int64_t hidden = spec.hidden_size;
     std::map<Tap, std::vector<float>> dense;  // of one step: what the unquantized model has there
     std::vector<float> residual;              // [rows, hidden] that the stream lacks
-    const auto hear = [&](Tap tap, const float* x, int rows, int cols) {
+    const auto hear = [&](Tap tap, const void* act, int rows, int cols) {
+      const auto* x = static_cast<const float*>(act);
       if (tap == Tap::kRotatedQkv) {
         for (int64_t r = 0; r < rows; ++r) {
           range(x + r * cols + spec.q_size(), spec.kv_size(), k_max);
@@ -357,15 +387,15 @@ class Quantizer {
       awq::InputStatistics& input = statistics->at(tap);
       input.add(pool_, x, rows);
       if (!dense_stream_) return;
-      const bool adds_to_stream = tap == Tap::kOInput || tap == Tap::kDownInput;
-      input.add_drift(pool_, x, dense.at(tap).data(), adds_to_stream ? residual.data() : nullptr,
-                      hidden, rows);
+      input.add_drift(pool_, x, dense.at(tap).data(),
+                      adds_to_stream(tap) ? residual.data() : nullptr, hidden, rows);
     };
     for (size_t step = 0; step < stream_->num_steps(); ++step) {
       if (dense_stream_) {
         dense_stream_->run_step(
             step, layer_, layer.weights(),
-            [&](Tap tap, const float* x, int rows, int cols) {
+            [&](Tap tap, const void* act, int rows, int cols) {
+              const auto* x = static_cast<const float*>(act);
               if (tap != Tap::kRotatedQkv) dense[tap].assign(x, x + int64_t{rows} * cols);
             },
             /*keep=*/true);
@@ -402,6 +432,7 @@ class Quantizer {
   Progress& progress_;
   ThreadPool pool_;
   std::map<std::pair<int, WeightRole>, WeightRow> rows_;
+  std::unique_ptr<DeviceLayers> device_;  // where the backend has calibration ops; else:
   std::unique_ptr<LayerStream> stream_;
   std::unique_ptr<LayerStream> dense_stream_;  // the unquantized model, to correct drift
   int stream_passes_ = 0;                      // over the tokens, per layer
@@ -410,6 +441,7 @@ class Quantizer {
   LayerResult done_;
   double searched_here_ = 0;  // seconds of this run in passes and search
   QuantizeReport report_;
+  std::future<LayerResult> ahead_;  // last: what it runs uses the others
 };
 
 // Everything the integers and scales depend on. Of the weights the sizes and a sample: reading all
@@ -495,7 +527,10 @@ QuantizeReport quantize(const fs::path& directory, const WeightSource& source, B
     for (const std::string& sentence : calibration->notices()) progress.note(sentence);
   }
   std::optional<ResumeFolder> resume;
-  if (!options.resume_directory.empty()) {
+  // What flows through the layers stays in a device's memory, and the whole run takes minutes
+  // there.
+  const bool on_host = backend == nullptr || backend->calibration_ops() == nullptr;
+  if (!options.resume_directory.empty() && on_host) {
     resume = ResumeFolder::open(options.resume_directory,
                                 fingerprint(source, backend, calibration, options, facts));
   }

@@ -43,7 +43,7 @@ struct QuantizeOptions {
   uint64_t max_gram_bytes = uint64_t{1}
                             << 30;  // per linear input; beyond it the Gram matrix is cut to blocks
   /// Finished layers are kept here, and a call with the same model, data and options goes on after
-  /// them and writes the same bytes. Empty: nothing is kept.
+  /// them and writes the same bytes. Empty, and on a device: nothing is kept.
   fs::path resume_directory;
 };
 

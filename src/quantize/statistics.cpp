@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kTile = 256;  // of the Gram matrix, one chunk of work
 
-// The largest multiple of `granularity` that divides `features` and whose blocks fit the memory.
+}  // namespace
+
 int64_t gram_block(int64_t features, int64_t granularity, uint64_t max_bytes) {
   const int64_t units = features / granularity;
   for (int64_t parts = 1; parts <= units; ++parts) {
@@ -22,8 +23,6 @@ int64_t gram_block(int64_t features, int64_t granularity, uint64_t max_bytes) {
   }
   return granularity;
 }
-
-}  // namespace
 
 InputStatistics::InputStatistics(int64_t features, int64_t granularity, uint64_t max_gram_bytes) {
   NIBBLE_CHECK(features > 0 && granularity > 0 && features % granularity == 0,

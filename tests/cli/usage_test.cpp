@@ -110,6 +110,20 @@ TEST(Usage, BadPathsAreNamed) {
   EXPECT_THAT(failure({"tokenize", kNano}, "not json\n"), HasSubstr("line 1"));
 }
 
+TEST(Usage, QuantizingOnAGpuRefusesWhatItHasNot) {
+  const fs::path out = fs::temp_directory_path() / "nibble_never_written";
+  const std::vector<std::string> command = {"quantize",   kNano,      "--out",
+                                            out.string(), "--device", "cuda"};
+  const auto with = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), command.begin(), command.end());
+    return more;
+  };
+  EXPECT_THAT(nibble(with({"--method", "rtn", "--kv-cache", "none"})).err,
+              HasSubstr("calibrates nothing"));
+  EXPECT_THAT(failure(with({"--method", "awq-lite"})), HasSubstr("--method awq-lite"));
+  EXPECT_FALSE(fs::exists(out));
+}
+
 TEST(Usage, HelpNamesEveryFlagOfTheCommandAndItsDefaults) {
   const auto help = [](const std::string& command) {
     const Result result = nibble({command, "--help"});

@@ -131,7 +131,8 @@ TEST_F(Quantize, StepsOfAnySizeCarryTheSameStates) {
     auto& tap = taps.emplace_back();
     for (int layer = 0; layer < 2; ++layer) {
       const StreamedLayer weights(*backend_, *source_, layer);
-      const auto keep_last = [&](Tap what, const float* x, int rows, int cols) {
+      const auto keep_last = [&](Tap what, const void* act, int rows, int cols) {
+        const auto* x = static_cast<const float*>(act);
         if (layer == 1 && what == Tap::kDownInput)
           tap.insert(tap.end(), x, x + int64_t{rows} * cols);
       };
@@ -154,7 +155,8 @@ TEST_F(Quantize, KvScalesAreTheRangesOfRotatedKAndOfV) {
   for (int layer = 0; layer < 2; ++layer) {
     const StreamedLayer weights(*backend_, *source_, layer);
     float k = 0, v = 0;
-    const auto listen = [&](Tap what, const float* x, int rows, int cols) {
+    const auto listen = [&](Tap what, const void* act, int rows, int cols) {
+      const auto* x = static_cast<const float*>(act);
       if (what != Tap::kRotatedQkv) return;
       ASSERT_EQ(cols, (4 + 2 + 2) * 32);
       for (int r = 0; r < rows; ++r) {

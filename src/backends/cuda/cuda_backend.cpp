@@ -9,6 +9,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "backends/cuda/checked_device.h"
+#include "backends/cuda/cuda_calibration.h"
 #include "backends/cuda/device_memory.h"
 #include "backends/cuda/generic.h"
 #include "backends/cuda/kernels.h"
@@ -30,39 +32,6 @@ constexpr bool kDependent = false;
 #else
 constexpr bool kDependent = !kPortable;
 #endif
-
-std::string version_text(int version) {
-  return fmt::format("{}.{}", version / 1000, version % 1000 / 10);
-}
-
-Device open_checked_device() {
-  int driver = 0, runtime = 0, count = 0;
-  runtime_versions(&driver, &runtime);
-  if (driver == 0) {
-    fail(ErrorKind::kDevice,
-         "no NVIDIA driver (libcuda.so.1 is missing or does not load); install one that supports "
-         "CUDA {}",
-         version_text(runtime));
-  }
-  Device device{};
-  const int status = open_device(&device, &count);
-  if (status != 0) {
-    fail(ErrorKind::kDevice,
-         "the NVIDIA driver (for CUDA {}, nibble is built with {}) does not give a GPU: {}",
-         version_text(driver), version_text(runtime), error_text(status));
-  }
-  if (count == 0) fail(ErrorKind::kDevice, "there is an NVIDIA driver but no GPU it can use");
-  if (kPortable && device.major < 8) {
-    fail(ErrorKind::kDevice, "GPU 0 is a {}: compute capability >= 8.0 needed, found {}.{}",
-         device.name, device.major, device.minor);
-  }
-  if (!kPortable && (device.major != 9 || device.minor != 0)) {
-    fail(ErrorKind::kDevice, "GPU 0 is a {} (sm_{}{}), wanted sm_90 (H100, H200){}", device.name,
-         device.major, device.minor,
-         device.major >= 8 ? "; build the engine with --target cuda:portable for it" : "");
-  }
-  return device;
-}
 
 /// The parts of a norm that a linear does: for the norm after it, and for the one before it.
 struct NormParts {
@@ -146,7 +115,11 @@ class CudaBackend final : public Backend {
   }
   void upload(void* device, const void* host, size_t bytes) override {
     flush();
-    check(copy_to_device(device, host, bytes, stream_), "copying to the device");
+    if (calibration_ && bytes >= WeightLoader::kMinBytes) {  // a layer's weights
+      load_weights(device, static_cast<const std::byte*>(host), bytes);
+    } else {
+      check(copy_to_device(device, host, bytes, stream_), "copying to the device");
+    }
   }
   void download(void* host, const void* device, size_t bytes) override {
     flush();
@@ -184,10 +157,9 @@ class CudaBackend final : public Backend {
     void* data = own(bytes);
     if (bytes < WeightLoader::kMinBytes) {
       check(copy_to_device(data, host, bytes, stream_), "copying weights to the device");
-      return data;
+    } else {
+      load_weights(data, host, bytes);
     }
-    if (!loader_) loader_ = std::make_unique<WeightLoader>(stream_);
-    loader_->copy(data, host, bytes);
     return data;
   }
   /// The first step of a key runs directly, so that every scratch buffer has its size; the second
@@ -224,6 +196,13 @@ class CudaBackend final : public Backend {
       check(capture_end(stream_, &it->second), "ending a graph");
     }
     check(graph_launch(it->second, stream_), "launching a graph");
+  }
+
+  CalibrationOps* calibration_ops() override {
+    if (!calibration_) {
+      calibration_ = std::make_unique<CudaCalibrationOps>(stream_, [this] { flush(); });
+    }
+    return calibration_.get();
   }
 
   uint64_t free_memory_bytes() override {
@@ -305,7 +284,12 @@ class CudaBackend final : public Backend {
     } else {
       flush();
       x = pre_scaled(x, w, rows);
-      dense(x, w, rows, add ? y : nullptr, false, y);
+      if (calibration_) {
+        dense_weight(w, "a linear");
+        calibration_->linear(x, w, rows, add, y);
+      } else {
+        dense(x, w, rows, add ? y : nullptr, false, y);
+      }
     }
   }
 
@@ -583,6 +567,11 @@ class CudaBackend final : public Backend {
     }
   }
 
+  void load_weights(void* to, const std::byte* from, size_t bytes) {
+    if (!loader_) loader_ = std::make_unique<WeightLoader>(stream_);
+    loader_->copy(to, from, bytes);
+  }
+
   void destroy_graphs() {
     for (const auto& [key, graph] : graphs_) {
       if (graph != nullptr) graph_destroy(graph);
@@ -795,9 +784,10 @@ class CudaBackend final : public Backend {
   std::optional<RopeStore> put_off_;
   std::optional<ResidualLinear> put_off_linear_;
   std::optional<HalfNormed> half_normed_;
-  float* squares_ = nullptr;              // [8, tiles of the widest row that fuses]
-  std::unique_ptr<WeightLoader> loader_;  // while weights are loaded
-  std::vector<void*> owned_;              // weights and workspaces, freed with the backend
+  float* squares_ = nullptr;                         // [8, tiles of the widest row that fuses]
+  std::unique_ptr<WeightLoader> loader_;             // while weights are loaded
+  std::unique_ptr<CudaCalibrationOps> calibration_;  // when quantizing
+  std::vector<void*> owned_;  // weights and workspaces, freed with the backend
   void *linear_workspace_ = nullptr, *decode_workspace_ = nullptr;
   uint64_t scratch_moves_ = 0, graphs_moves_ = 0;  // now; when the graphs were recorded
   // scratch_: pre-scaled or normed rows; halves_: up's output of an unfused gate_up.
