@@ -73,6 +73,29 @@ WgmmaTactic wgmma_tactic(const LinearArgs& args);
 int linear_wgmma_box_rows(int tokens);  // of x_map
 int linear_wgmma(const LinearArgs& args, void* stream);
 
+// quantize_x.cu: x as linear_fp8 takes it (x_layout.h).
+struct QuantizeArgs {
+  const void* x;  // bf16 [tokens, k], rows x_stride elements apart, 16-byte aligned
+  int64_t x_stride;
+  const float* pre_scale;  // [k] or null: AWQ pre-scale, multiplied in before
+  void* out;               // quantized_x_bytes(), 16-byte aligned
+  int tokens, k;
+  bool dependent;
+};
+size_t quantized_x_bytes(int tokens, int64_t k);
+int quantize_x(const QuantizeArgs& args, void* stream);
+
+// linear_fp8.cu: any M, made for 33 and more. x is what quantize_x wrote; x_stride, x_map and the
+// norm fusions are not used. A tactic as one printable number: row blocks of 64 per CTA (2 or 4),
+// then CTAs that share a tile's k (1 .. 8).
+struct Fp8Tactic {
+  int row_blocks, split;
+  int encode() const { return row_blocks * 10 + split; }
+  static Fp8Tactic decode(int tactic) { return {tactic / 10, tactic % 10}; }
+};
+Fp8Tactic fp8_tactic(const LinearArgs& args);
+int linear_fp8(const LinearArgs& args, void* stream);
+
 // The kernel measured best for the shape (docs/kernels.md); x_map has linear_wgmma_box_rows.
 int linear(const LinearArgs& args, void* stream);
 

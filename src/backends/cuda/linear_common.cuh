@@ -162,6 +162,18 @@ __device__ __forceinline__ void store_rows(const LinearParams& p, int token, int
   }
 }
 
+// Tile t of a list for wgmma kernels: row tiles of a patch are the fastest index, then its token
+// tiles, so that the tiles in flight share both operands in L2.
+inline constexpr int kPatchRows = 12;  // row tiles of a patch
+struct Tile {
+  int row, token;
+};
+__device__ __forceinline__ Tile find_tile(int t, int row_tiles, int token_tiles, int patch) {
+  const int base = t / (patch * token_tiles) * patch;
+  const int in = t - base * token_tiles, width = min(patch, row_tiles - base);
+  return {base + in % width, in / width};
+}
+
 // One-way exchange of f32 sums between CTAs of one grid. An empty place holds a bit pattern that no
 // arithmetic gives (its NaN is 0x7fffffff), so whoever sees another one sees the value: no fence,
 // no flag, no bytes but the sums. The reader empties the place; the next kernel that uses it is

@@ -49,7 +49,6 @@ constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
 constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 constexpr int kSmemLimit = 232448;
 constexpr int kMaxSplit = 8;
-constexpr int kPatchRows = 12;  // row tiles of a patch
 
 template <int kTokens, int kRowBlocks>
 struct Config {
@@ -70,16 +69,6 @@ struct Config {
   static constexpr int kSmemBytes = kBarOffset + 2 * kStages * 8;
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 3);
 };
-
-// Tile t of a cluster's list: row tiles of a patch are the fastest index, then its token tiles.
-struct Tile {
-  int row, token;
-};
-__device__ __forceinline__ Tile find_tile(int t, int row_tiles, int token_tiles, int patch) {
-  const int base = t / (patch * token_tiles) * patch;
-  const int in = t - base * token_tiles, width = min(patch, row_tiles - base);
-  return {base + in % width, in / width};
-}
 
 template <int kTokens, int kRowBlocks, int kCluster, bool kSplit>
 __global__ void __launch_bounds__(kThreads, 1)

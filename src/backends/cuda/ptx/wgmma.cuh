@@ -1,7 +1,7 @@
-// Hopper warpgroup MMA: operand A (64 x 16 bf16) from registers, B [N][K] bf16 in shared memory
-// with the 128-byte swizzle, f32 accumulators. Order of use: wgmma_fence after ordinary code wrote
-// A or D, the wgmma, wgmma_commit, wgmma_wait<n> before reading D or rewriting A.
-// SPDX-License-Identifier: Apache-2.0
+// Hopper warpgroup MMA: operand A (64 x 16 bf16 or 64 x 32 e4m3) from registers, B [N][K] of the
+// same type in shared memory with the 128-byte swizzle, f32 accumulators. Order of use: wgmma_fence
+// after ordinary code wrote A or D, the wgmma, wgmma_commit, wgmma_wait<n> before reading D or
+// rewriting A. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 namespace nibble::ptx {
 
 // Descriptor of a K-major operand of 128-byte swizzled rows, 1024-byte aligned: 8-row groups are
-// 1024 bytes apart. Addresses count 16 bytes: one k16 step inside the 64-element row is +2.
+// 1024 bytes apart. Addresses count 16 bytes: one k step (32 bytes) inside the row is +2.
 __device__ __forceinline__ uint32_t descriptor_address(uint32_t smem) {
   return (smem & 0x3ffffu) >> 4;
 }
@@ -57,6 +57,19 @@ struct Wgmma<32> {
           "+f"(d[14]), "+f"(d[15])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
+  // d = (kAdd ? d : 0) + a * b, a [64 x 32] and b [32 x 32] e4m3.
+  template <int kAdd>
+  static __device__ __forceinline__ void rs_e4m3(float (&d)[16], const uint32_t (&a)[4],
+                                                 uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "{%16, %17, %18, %19}, %20, %21, 1, 1;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+          "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+          "+f"(d[14]), "+f"(d[15])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd));
+  }
 };
 
 template <>
@@ -74,6 +87,22 @@ struct Wgmma<64> {
           "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
           "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+  // d = (kAdd ? d : 0) + a * b, a [64 x 32] and b [64 x 32] e4m3.
+  template <int kAdd>
+  static __device__ __forceinline__ void rs_e4m3(float (&d)[32], const uint32_t (&a)[4],
+                                                 uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, "
+        "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, %37, 1, 1;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+          "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+          "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+          "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+          "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd));
   }
 };
 
