@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kWarpgroups * 128, 1) fp8_kernel(int rounds, f
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      ptx::Wgmma<kTokens>::rs_e4m3<1>(sum[k % 2], a, ptx::descriptor_k_major(x_at + k / 2 % 4 * 2));
+      ptx::Wgmma<kTokens>::rs_e4m3(sum[k % 2], a, ptx::descriptor_k_major(x_at + k / 2 % 4 * 2));
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();

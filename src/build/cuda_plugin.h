@@ -15,6 +15,8 @@ std::string resolve_cuda_target(const std::string& target);
 
 /// Looks for the plugin beside the running program, then in ../lib, then on the library path.
 /// Throws Error{kDevice} that says what is missing: plugin, driver, GPU, or the right GPU.
-std::unique_ptr<Backend> open_cuda_backend(const std::string& target);
+/// precision: kBf16, or for cuda:sm_90 kE4m3Group.
+std::unique_ptr<Backend> open_cuda_backend(const std::string& target,
+                                           ActivationPrecision precision);
 
 }  // namespace nibble

@@ -54,6 +54,7 @@ constexpr int kMaxSplit = 8;
 // kBlocks: row blocks of 64 of a warpgroup.
 template <int kTokens, int kBlocks>
 struct Config {
+  static_assert(kBlocks * kTokens <= 128, "registers for the sums");
   static constexpr int kRows = 128 * kBlocks;  // of a CTA
   // Tokens of a unit; one row block has two units, so that the temps can take turns.
   static constexpr int kUnit = std::min(64, kBlocks == 2 ? kTokens : kTokens / 2);
@@ -72,45 +73,56 @@ struct Config {
   static constexpr int kScratchOffset = kStages * kStageBytes;
   static constexpr int kBarOffset = kScratchOffset + 2 * kScratch;
   static constexpr int kSmemBytes = kBarOffset + 2 * kStages * 8;
-  static_assert(kUnits % 2 == 0, "the temps take turns within a stage");
+  static constexpr int kUnroll = 1;  // stages of a loop body, so that its edge is met seldom
+  static_assert(kUnits == 2, "the temps take turns within a stage");
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 3);
 };
 
-// sum += (row's scale) * (temp * factor + addend), eight tokens a step; at: this thread's factors
-// and addends of the unit's first eight.
+// A thread's factors and addends of a unit: two tokens of every eight.
+template <int kUnit>
+struct XScales {
+  float s[kUnit / 8][4];
+  __device__ __forceinline__ void load(uint32_t at) {
+#pragma unroll
+    for (int j = 0; j < kUnit / 8; ++j) ptx::load_shared_f32x4(s[j], at + j * 64);
+  }
+};
+
+// sum += (row's scale) * (temp * factor + addend).
 template <int kUnit>
 __device__ __forceinline__ void promote(float (&sum)[kUnit / 2], const float (&temp)[kUnit / 2],
-                                        uint32_t at, uint32_t row_scales) {
+                                        const XScales<kUnit>& x, uint32_t row_scales) {
   const float low = __uint_as_float(row_scales << 16);
   const float high = __uint_as_float(row_scales & 0xffff0000u);
 #pragma unroll
-  for (int j = 0; j < kUnit / 8; ++j) {
-    float s[4];
-    ptx::load_shared_f32x4(s, at + j * 64);
+  for (int j = 0; j < kUnit / 8; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float exact = fmaf(temp[j * 4 + e], s[e & 1], s[2 + (e & 1)]);
+      const float exact = fmaf(temp[j * 4 + e], x.s[j][e & 1], x.s[j][2 + (e & 1)]);
       sum[j * 4 + e] = fmaf(exact, e < 2 ? low : high, sum[j * 4 + e]);
     }
-  }
 }
 
-// What a CTA does: tiles from `first` on, and of their groups [begin, end).
+// What a CTA does: tiles from `first` on, and of their groups [begin, end). A tile of a cluster is as
+// many adjacent row tiles as it has CTAs.
 struct Work {
   int first, step, tiles, begin, end;
 };
-template <bool kSplit>
+template <int kCluster, bool kSplit>
 __device__ __forceinline__ Work my_work(const LinearParams& p) {
+  static_assert(kCluster == 1 || !kSplit);
   int cta;
   // NOTE: read where it is used; as one value for producer and consumers ptxas spilled it.
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(cta));
-  const int tiles = p.num_tiles * p.token_tiles;
-  if constexpr (!kSplit) return {cta, static_cast<int>(gridDim.x), tiles, 0, p.groups};
+  const int tiles = p.num_tiles / kCluster * p.token_tiles;
+  if constexpr (!kSplit) {
+    return {cta / kCluster, static_cast<int>(gridDim.x) / kCluster, tiles, 0, p.groups};
+  }
   const int rank = cta % p.split;
   return {cta / p.split, tiles, tiles, rank * p.groups / p.split, (rank + 1) * p.groups / p.split};
 }
 
-template <int kTokens, int kBlocks, bool kSplit>
+template <int kTokens, int kBlocks, int kCluster, bool kSplit>
 __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearParams p) {
   using C = Config<kTokens, kBlocks>;
   constexpr int kUnit = C::kUnit;
@@ -119,20 +131,25 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
   const uint32_t full = base + C::kBarOffset, empty = full + C::kStages * 8;
   const int tid = threadIdx.x, lane = tid & 31;
   const int warp = __shfl_sync(0xffffffffu, tid >> 5, 0);
+  const int peer = kCluster > 1 ? static_cast<int>(blockIdx.x) % kCluster : 0;
   ptx::grid_launch_dependents();
   if (tid == 0) {
     for (int i = 0; i < C::kStages; ++i) {
       ptx::mbarrier_init(full + i * 8, 1);
-      ptx::mbarrier_init(empty + i * 8, kConsumerWarps);
+      ptx::mbarrier_init(empty + i * 8, kConsumerWarps * kCluster);
     }
     ptx::mbarrier_init_fence();
   }
-  __syncthreads();
+  if constexpr (kCluster > 1) {
+    ptx::cluster_sync();
+  } else {
+    __syncthreads();
+  }
 
   if (warp >= kConsumerWarps) {
     ptx::registers_shrink<40>();
     if (warp == kConsumerWarps && lane == 0) {
-      const Work work = my_work<kSplit>(p);
+      const Work work = my_work<kCluster, kSplit>(p);
       const auto tile128_bytes = static_cast<uint32_t>(p.groups) * 2 * kBlockBytes;
       const int slabs = (p.tokens + cuda_x::kSlabTokens - 1) / cuda_x::kSlabTokens;
       const uint64_t once =
@@ -142,8 +159,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
       const uint8_t *w, *x;
       uint32_t next_slab = 0;
       auto begin_tile = [&](int t) {
-        const Tile tile = find_tile(t, p.num_tiles, p.token_tiles, kPatchRows);
-        w = p.weights + static_cast<int64_t>(tile.row) * kBlocks * tile128_bytes +
+        const Tile tile = find_tile(t, p.num_tiles / kCluster, p.token_tiles, kPatchRows / kCluster);
+        w = p.weights + static_cast<int64_t>(tile.row * kCluster + peer) * kBlocks * tile128_bytes +
             work.begin * (2 * kBlockBytes);
         // Tiles of 32 tokens are for M <= 32: one token tile, the front of the only slab.
         const int slab = tile.token * kTokens / cuda_x::kSlabTokens;
@@ -161,14 +178,24 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         w += 2 * kBlockBytes;
       };
       auto load_x = [&](int stage) {
-        constexpr int kPart = kTokens < cuda_x::kSlabTokens ? kTokens : cuda_x::kSlabTokens;
         const uint32_t to = base + stage * C::kStageBytes, bar = full + stage * 8;
+        if constexpr (kCluster > 1) {  // this CTA's slab, for both
+          static_assert(kTokens == kCluster * cuda_x::kSlabTokens);
+          const uint8_t* from = x + peer * next_slab;
+          ptx::bulk_load_multicast(to + peer * cuda_x::kSlabXBytes, from, cuda_x::kSlabXBytes, bar,
+                                   (1 << kCluster) - 1);
+          ptx::bulk_load_multicast(to + C::kScaleOffset + peer * cuda_x::kSlabTokens * 8,
+                                   from + cuda_x::kSlabXBytes, cuda_x::kSlabTokens * 8, bar,
+                                   (1 << kCluster) - 1);
+        } else {
+          constexpr int kPart = kTokens < cuda_x::kSlabTokens ? kTokens : cuda_x::kSlabTokens;
 #pragma unroll
-        for (int part = 0; part < kTokens / kPart; ++part) {
-          const uint8_t* from = x + (part ? next_slab : 0);
-          ptx::bulk_load(to + part * kPart * 128, from, kPart * 128, bar, again);
-          ptx::bulk_load(to + C::kScaleOffset + part * kPart * 8, from + cuda_x::kSlabXBytes,
-                         kPart * 8, bar, again);
+          for (int part = 0; part < kTokens / kPart; ++part) {
+            const uint8_t* from = x + (part ? next_slab : 0);
+            ptx::bulk_load(to + part * kPart * 128, from, kPart * 128, bar, again);
+            ptx::bulk_load(to + C::kScaleOffset + part * kPart * 8, from + cuda_x::kSlabXBytes,
+                           kPart * 8, bar, again);
+          }
         }
         x += cuda_x::kSlabBytes;
       };
@@ -193,14 +220,15 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         left = work.end - work.begin;
       }
     }
+    __syncwarp();
+    if constexpr (kCluster > 1) ptx::cluster_sync();
     return;
   }
 
   ptx::registers_grow<232>();
   const int wg = warp >> 2, m16 = warp & 3, g8 = lane >> 2, t4 = lane & 3;
-  float sums[C::kUnits][kUnit / 2], temp[2][kUnit / 2];
+  float sums[C::kUnits][kUnit / 2];
   uint32_t a[2][2][4], raw[4];  // a: of 64 k, two k32 steps each
-  uint32_t scales = 0;
   // Of the current stage: this thread's weight words and scales, its x scales, x.
   const uint32_t first_block = C::kWOffset + wg * kBlocks * kBlockBytes;
   const uint32_t words_at = first_block + m16 * 1024 + lane * 16;
@@ -214,26 +242,31 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
     ptx::dequant_e4m3(a[k64][0], raw[0], raw[1]);
     ptx::dequant_e4m3(a[k64][1], raw[2], raw[3]);
   };
-  auto multiply = [&](int unit, int k64, uint32_t stage_at) {
+  auto multiply = [&](float(&temp)[kUnit / 2], int unit, int k64, uint32_t stage_at) {
     const uint32_t x_at =
         ptx::descriptor_address(stage_at) + unit % C::kHalves * (kUnit * 128 >> 4) + k64 * 4;
     ptx::wgmma_fence();
     if (k64 == 0) {
-      ptx::Wgmma<kUnit>::template rs_e4m3<0>(temp[unit & 1], a[0][0],
-                                             ptx::descriptor_k_major(x_at));
+      ptx::Wgmma<kUnit>::rs_e4m3_first(temp, a[0][0], ptx::descriptor_k_major(x_at));
     } else {
-      ptx::Wgmma<kUnit>::template rs_e4m3<1>(temp[unit & 1], a[1][0],
-                                             ptx::descriptor_k_major(x_at));
+      ptx::Wgmma<kUnit>::rs_e4m3(temp, a[1][0], ptx::descriptor_k_major(x_at));
     }
-    ptx::Wgmma<kUnit>::template rs_e4m3<1>(temp[unit & 1], a[k64][1],
-                                           ptx::descriptor_k_major(x_at + 2));
+    ptx::Wgmma<kUnit>::rs_e4m3(temp, a[k64][1], ptx::descriptor_k_major(x_at + 2));
     ptx::wgmma_commit();
+  };
+  auto release = [&](uint32_t bar) {
+    if (lane == 0) {
+      ptx::mbarrier_arrive(bar);
+      if constexpr (kCluster == 2) {
+        ptx::mbarrier_arrive_remote(bar, static_cast<uint32_t>(peer ^ 1));
+      }
+    }
   };
   auto x_scales_of = [&](int unit, uint32_t stage_at) {
     return stage_at + C::kScaleOffset + unit % C::kHalves * kUnit * 8 + t4 * 16;
   };
 
-  const Work work = my_work<kSplit>(p);
+  const Work work = my_work<kCluster, kSplit>(p);
   ptx::grid_dependency_wait();
   for (int t = work.first; t < work.tiles; t += work.step) {
 #pragma unroll
@@ -244,43 +277,60 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
     uint32_t stage_at = base + stage * C::kStageBytes;
     ptx::mbarrier_wait(full + stage * 8, parity);
     fetch(stage_at, 0, 0);
-#pragma unroll 1
-    do {
+    // One pass over kCount stages.
+    auto pass = [&](auto count_tag) {
+      constexpr int kCount = decltype(count_tag)::value;
+      float temp[C::kUnits][kUnit / 2];
+      XScales<kUnit> x_scales;
+      uint32_t scales = 0, done = 0;  // row scales; empty barrier of the stage before
 #pragma unroll
-      for (int u = 0; u < C::kUnits; ++u) {
-        const int block = u / C::kHalves;
-        const uint32_t scales_before = scales;
-        if (u % C::kHalves == 0) {
-          scales = ptx::load_shared_4(stage_at + row_scales_at + block * kBlockBytes);
-          if (u > 0) ptx::wgmma_wait<1>();  // a[0] is free
-          unpack(0);
-          fetch(stage_at, block, 1);
-          multiply(u, 0, stage_at);
-          if (u > 0) ptx::wgmma_wait<1>();  // the unit before is complete, a[1] free
-          unpack(1);
-          multiply(u, 1, stage_at);
-          if (block + 1 < kBlocks) fetch(stage_at, block + 1, 0);
-        } else {
-          multiply(u, 0, stage_at);
-          multiply(u, 1, stage_at);
-          ptx::wgmma_wait<2>();  // the unit before is complete
+      for (int s = 0; s < kCount; ++s) {
+#pragma unroll
+        for (int u = 0; u < C::kUnits; ++u) {
+          const bool first = s == 0 && u == 0;  // nothing is in flight
+          const uint32_t scales_before = scales;
+          if (u % C::kHalves == 0) {
+            const int block = u / C::kHalves;
+            if (!first) ptx::wgmma_wait<1>();  // a[0] is free
+            unpack(0);
+            fetch(stage_at, block, 1);
+            multiply(temp[u], u, 0, stage_at);
+            if (!first) ptx::wgmma_wait<1>();  // the unit before is complete, a[1] free
+            unpack(1);
+            multiply(temp[u], u, 1, stage_at);
+            scales = ptx::load_shared_4(stage_at + row_scales_at + block * kBlockBytes);
+            if (block + 1 < kBlocks) fetch(stage_at, block + 1, 0);
+          } else {
+            multiply(temp[u], u, 0, stage_at);
+            multiply(temp[u], u, 1, stage_at);
+            ptx::wgmma_wait<2>();  // the unit before is complete
+          }
+          const int before = 1 - u;
+          if (!first) {
+            promote<kUnit>(sums[before], temp[before], x_scales, scales_before);
+            if (u == 0) release(done);
+          }
+          x_scales.load(x_scales_of(u, stage_at));  // they arrive while the unit is multiplied
         }
-        if (u > 0) {
-          promote<kUnit>(sums[u - 1], temp[(u - 1) & 1], x_scales_of(u - 1, stage_at),
-                         scales_before);
+        done = empty + stage * 8;
+        if (++stage == C::kStages) stage = 0, parity ^= 1;
+        stage_at = base + stage * C::kStageBytes;
+        if (s + 1 < kCount || left > kCount) {
+          ptx::mbarrier_wait(full + stage * 8, parity);
+          fetch(stage_at, 0, 0);
         }
-      }
-      const uint32_t done_at = stage_at, done = empty + stage * 8;
-      if (++stage == C::kStages) stage = 0, parity ^= 1;
-      stage_at = base + stage * C::kStageBytes;
-      if (--left > 0) {
-        ptx::mbarrier_wait(full + stage * 8, parity);
-        fetch(stage_at, 0, 0);
       }
       ptx::wgmma_wait<0>();
-      promote<kUnit>(sums[C::kUnits - 1], temp[1], x_scales_of(C::kUnits - 1, done_at), scales);
-      if (lane == 0) ptx::mbarrier_arrive(done);
-    } while (left > 0);
+      promote<kUnit>(sums[1], temp[1], x_scales, scales);
+      release(done);
+      left -= kCount;
+    };
+    if constexpr (C::kUnroll > 1) {
+#pragma unroll 1
+      while (left >= C::kUnroll) pass(std::integral_constant<int, C::kUnroll>{});
+    }
+#pragma unroll 1
+    while (left > 0) pass(std::integral_constant<int, 1>{});
 
     // NOTE: opaque copies, or the compiler computes the addresses of exchange and epilogue before
     // the main loop and has no registers left for it.
@@ -336,7 +386,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         (in * C::kOutStride + (silu ? (chunk >> 1) * 16 + (chunk & 1) * 4 : chunk * 8)) * 4;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      const int block_row = at.row * C::kRows + (group4 * kBlocks + b) * 64;
+      const int block_row =
+          (at.row * kCluster + cta % kCluster) * C::kRows + (group4 * kBlocks + b) * 64;
       const int column = silu ? block_row / 2 + chunk * 4 : block_row + chunk * 8;
       // Where this thread's part of a pass goes, or -1.
       auto locate = [&](int pass) -> int64_t {
@@ -374,82 +425,69 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         ptx::named_barrier(1 + group4, 128);
         const int64_t to = locate(pass);
         if (to < 0) continue;
-        float v[4], w[4];
-        ptx::load_shared_f32x4(v, from);
-        ptx::load_shared_f32x4(w, from + (silu ? 32 : 16));
-        if (silu) {
-          const float scale[4] = {out_scale.x, out_scale.y, out_scale.z, out_scale.w};
-#pragma unroll
-          for (int j = 0; j < 4; ++j)
-            v[j] = __fdividef(v[j], 1.0f + __expf(-v[j])) * w[j] * scale[j];
-          *reinterpret_cast<uint2*>(p.out + to) =
-              make_uint2(ptx::pack_bf16(v[0], v[1]), ptx::pack_bf16(v[2], v[3]));
-        } else {
-          auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
-          auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
-          *reinterpret_cast<uint4*>(p.out + to) =
-              make_uint4(ptx::pack_bf16(v[0] + low(old.x), v[1] + high(old.x)),
-                         ptx::pack_bf16(v[2] + low(old.y), v[3] + high(old.y)),
-                         ptx::pack_bf16(w[0] + low(old.z), w[1] + high(old.z)),
-                         ptx::pack_bf16(w[2] + low(old.w), w[3] + high(old.w)));
-        }
+        store_part(p, to, silu, from, old, out_scale);
       }
     }
     if constexpr (kSplit) break;  // one tile
   }
+  __syncwarp();
+  if constexpr (kCluster > 1) ptx::cluster_sync();  // nobody leaves while a peer may write here
 }
 
-template <int kTokens, int kBlocks>
+template <int kTokens, int kBlocks, int kCluster>
 int launch(const LinearArgs& args, int split, void* stream) {
   using C = Config<kTokens, kBlocks>;
   LinearParams p = make_linear_params(args, C::kRows);
   p.token_tiles = (args.tokens + kTokens - 1) / kTokens;
   p.epilogue = static_cast<int>(args.epilogue);
-  const int tiles = p.num_tiles * p.token_tiles;
-  p.split = kTokens > 64 && kBlocks == 2 ? 1 : std::max(1, std::min({split, p.groups, kMaxSplit}));
-  while (p.split > 1 && tiles * p.split > args.num_sms) --p.split;  // all resident at once
-  int ctas = tiles * p.split;
+  const int tiles = p.num_tiles / kCluster * p.token_tiles, slots = args.num_sms / kCluster;
+  p.split = kCluster > 1 ? 1 : std::max(1, std::min({split, p.groups, kMaxSplit}));
+  while (p.split > 1 && tiles * p.split > slots) --p.split;  // all resident at once
+  int clusters = tiles * p.split;
   if (p.split == 1) {
-    const int per_cta = (tiles + args.num_sms - 1) / args.num_sms;
-    ctas = (tiles + per_cta - 1) / per_cta;
+    const int per_cluster = (tiles + slots - 1) / slots;
+    clusters = (tiles + per_cluster - 1) / per_cluster;
   }
-  // NOTE: 256 rows x 128 tokens have no registers left for the exchange; linear_fp8() asks for
-  // none.
-  if constexpr (kTokens <= 64 || kBlocks == 1) {
-    if (p.split > 1) {
-      return launch_linear(linear_fp8_kernel<kTokens, kBlocks, true>, args, ctas, kThreads,
-                           C::kSmemBytes, stream, 1, p);
-    }
+  auto* kernel = linear_fp8_kernel<kTokens, kBlocks, kCluster, false>;
+  if constexpr (kCluster == 1) {
+    if (p.split > 1) kernel = linear_fp8_kernel<kTokens, kBlocks, kCluster, true>;
   }
-  return launch_linear(linear_fp8_kernel<kTokens, kBlocks, false>, args, ctas, kThreads,
-                       C::kSmemBytes, stream, 1, p);
+  return launch_linear(kernel, args, clusters * kCluster, kThreads, C::kSmemBytes, stream,
+                       kCluster, p);
 }
 
 int tile_tokens(int tokens) { return tokens <= 32 ? 32 : tokens <= 64 ? 64 : 128; }
 
 }  // namespace
 
-Fp8Tactic fp8_tactic(const LinearArgs& args) {
+WgmmaTactic fp8_tactic(const LinearArgs& args) {
   const int tokens = tile_tokens(args.tokens);
+  const int64_t tiles128 = (args.rows + 127) / 128, slots = args.num_sms;
   const int64_t token_tiles = (args.tokens + tokens - 1) / tokens;
-  const int64_t tall = (args.rows + 255) / 256 * token_tiles, slots = args.num_sms;
-  if (tall * 2 > slots) return {4, 1};
-  // Narrow: k shared by as many CTAs as there are SMs.
-  const int64_t tiles = tokens <= 64 ? tall : (args.rows + 127) / 128 * token_tiles;
-  return {tokens <= 64 ? 4 : 2, static_cast<int>(std::clamp<int64_t>(slots / tiles, 1, kMaxSplit))};
+  if (tokens > 64) {
+    // Narrow: k shared by as many CTAs as there are SMs.
+    const int64_t tiles = tiles128 * token_tiles;
+    if (tiles * 2 > slots) return {2, 2, 1};
+    return {2, 1, static_cast<int>(std::clamp<int64_t>(slots / tiles, 1, kMaxSplit))};
+  }
+  if (tiles128 > slots) return {4, 1, 1};
+  return {2, 1, static_cast<int>(std::clamp<int64_t>(slots / tiles128, 1, kMaxSplit))};
 }
 
 int linear_fp8(const LinearArgs& args, void* stream) {
   if (args.tokens < 1 || args.k % 8 || args.rows % 8) return cudaErrorInvalidValue;
-  const Fp8Tactic t = args.tactic < 0 ? fp8_tactic(args) : Fp8Tactic::decode(args.tactic);
-  const bool tall = t.row_blocks == 4 && (args.rows + 127) / 128 % 2 == 0;  // tiles of 256 rows
+  const WgmmaTactic t = args.tactic < 0 ? fp8_tactic(args) : WgmmaTactic::decode(args.tactic);
+  const bool even = (args.rows + 127) / 128 % 2 == 0;  // 256 rows: two tiles of 128, or two CTAs
   switch (tile_tokens(args.tokens)) {
     case 32:
-      return tall ? launch<32, 2>(args, t.split, stream) : launch<64, 1>(args, t.split, stream);
+      return t.row_blocks == 4 && even ? launch<32, 2, 1>(args, t.split, stream)
+                                       : launch<64, 1, 1>(args, t.split, stream);
     case 64:
-      return tall ? launch<64, 2>(args, t.split, stream) : launch<64, 1>(args, t.split, stream);
+      return t.row_blocks == 4 && even ? launch<64, 2, 1>(args, t.split, stream)
+                                       : launch<64, 1, 1>(args, t.split, stream);
     default:
-      return tall ? launch<128, 2>(args, t.split, stream) : launch<128, 1>(args, t.split, stream);
+      return t.cluster == 2 && even ? launch<128, 1, 2>(args, t.split, stream)
+                                    : launch<128, 1, 1>(args, t.split, stream);
   }
 }
 

@@ -5,11 +5,13 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "backends/reference/reference_kv.h"
 #include "backends/reference/reference_sample.h"
 #include "base/error.h"
+#include "base/half.h"
 #include "base/thread_pool.h"
 
 namespace nibble {
@@ -58,8 +60,38 @@ void load_weight_row(const LinearOperand& w, int64_t n, float* row) {
        weight_layout_name(w.layout));
 }
 
+// x [rows, k] as an e4m3 linear reads it: of each row 128 channels share the scale absmax / 448, and
+// a value is e4m3(x * (448 / absmax)) times that. Groups below 2^-100 are 0; an infinity or NaN makes
+// its group NaN.
+void round_to_e4m3(std::vector<float>& x, int64_t k) {
+  constexpr int64_t kGroup = 128;
+  constexpr float kMax = 448.0f, kLeast = 0x1p-100f;
+  const auto count = static_cast<int64_t>(x.size());
+  for (int64_t row = 0; row < count; row += k) {
+    for (int64_t first = row; first < row + k; first += kGroup) {
+      const int64_t end = std::min(first + kGroup, row + k);
+      float absmax = 0;
+      bool finite = true;
+      for (int64_t i = first; i < end; ++i) {
+        const float magnitude = std::fabs(x[static_cast<size_t>(i)]);
+        finite = finite && std::isfinite(magnitude);
+        absmax = std::max(absmax, magnitude);
+      }
+      const float inverse = kMax / absmax, scale = absmax / kMax;
+      for (int64_t i = first; i < end; ++i) {
+        float& v = x[static_cast<size_t>(i)];
+        v = !finite             ? std::numeric_limits<float>::quiet_NaN()
+            : absmax < kLeast ? 0.0f
+                              : e4m3_to_float(float_to_e4m3(v * inverse)) * scale;
+      }
+    }
+  }
+}
+
 class ReferenceBackend final : public Backend {
  public:
+  explicit ReferenceBackend(ActivationPrecision precision)
+      : e4m3_(precision == ActivationPrecision::kE4m3Group) {}
   std::string name() const override { return "reference"; }
   size_t act_bytes() const override { return sizeof(float); }
   void reserve(const ModelSpec&, const EngineLimits&, int) override {}
@@ -105,13 +137,17 @@ class ReferenceBackend final : public Backend {
 
   void linear(const void* x, const LinearOperand& w, int rows, bool add, void* y) override {
     const float* in = static_cast<const float*>(x);
-    std::vector<float> scaled;
-    if (w.pre_scale != nullptr) {
-      scaled.assign(in, in + int64_t{rows} * w.in_features);
-      for (size_t i = 0; i < scaled.size(); ++i)
-        scaled[i] *= w.pre_scale[i % static_cast<size_t>(w.in_features)];
-      in = scaled.data();
+    const bool round = e4m3_ && is_int4(w.layout);
+    std::vector<float> changed;
+    if (w.pre_scale != nullptr || round) {
+      changed.assign(in, in + int64_t{rows} * w.in_features);
+      in = changed.data();
     }
+    if (w.pre_scale != nullptr) {
+      for (size_t i = 0; i < changed.size(); ++i)
+        changed[i] *= w.pre_scale[i % static_cast<size_t>(w.in_features)];
+    }
+    if (round) round_to_e4m3(changed, w.in_features);
     // A weight row is expanded once and used for every activation row; a thread owns whole output
     // columns, so the sums do not depend on the thread count.
     constexpr int64_t kRowsPerChunk = 16;
@@ -263,11 +299,14 @@ class ReferenceBackend final : public Backend {
     }
   }
 
+  const bool e4m3_;  // rounds what int4 linears read
   ThreadPool pool_;
 };
 
 }  // namespace
 
-std::unique_ptr<Backend> make_reference_backend() { return std::make_unique<ReferenceBackend>(); }
+std::unique_ptr<Backend> make_reference_backend(ActivationPrecision precision) {
+  return std::make_unique<ReferenceBackend>(precision);
+}
 
 }  // namespace nibble
