@@ -61,15 +61,15 @@ __global__ void pack_kernel(Shape shape, bool interleave, const uint8_t* nibbles
   }
 }
 
-// What the linear multiplies by: x, or x rounded to e4m3 with a scale per token and 128 channels.
-// One thread a (token, group).
+// What the linear multiplies by: x, or x rounded to e4m3 with a scale per token. One thread a
+// (token, group).
 __global__ void expand_kernel(const __nv_bfloat16* x, int64_t k, int64_t groups, int64_t pairs,
                               bool fp8, float* out) {
   const int64_t pair = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   if (pair >= pairs) return;
   const int64_t row = pair / groups * k, first = pair % groups * 128, end = min(first + 128, k);
   float most = 0;
-  for (int64_t i = first; i < end; ++i) most = fmaxf(most, fabsf(__bfloat162float(x[row + i])));
+  for (int64_t i = 0; fp8 && i < k; ++i) most = fmaxf(most, fabsf(__bfloat162float(x[row + i])));
   for (int64_t i = first; i < end; ++i) {
     float v = __bfloat162float(x[row + i]);
     if (fp8) {

@@ -153,35 +153,26 @@ TEST(ReferenceLinear, Int4MatchesItsDefinition) {
   EXPECT_FLOAT_EQ(y[1], 2 * (1.0f * (1 * 1 - 8 * 2) + 4.0f * (0 * 6 - 2 * 4)));
 }
 
-TEST(ReferenceLinear, E4m3RoundsPerTokenAnd128Channels) {
-  // One output row that picks out channel 0 and another that sums the second group.
-  constexpr int kIn = 132;
-  std::vector<uint8_t> bytes(kIn);  // low nibble: row 0, high nibble: row 1
-  bytes[0] = 0x01;
-  for (int k = 128; k < kIn; ++k) bytes[static_cast<size_t>(k)] = 0x10;
-  const std::vector<float> scales(4, 1.0f);
+TEST(ReferenceLinear, E4m3RoundsPerToken) {
+  const uint8_t bytes[2] = {0x01, 0x10};  // row 0 is channel 0, row 1 channel 1
+  const float scales[2] = {1.0f, 1.0f};
   const LinearOperand w{.layout = WeightLayout::kInt4Portable,
                         .out_features = 2,
-                        .in_features = kIn,
-                        .group_size = 66,
-                        .weight = bytes.data(),
-                        .scales = scales.data()};
-  std::vector<float> x(3 * kIn);
-  // Token 0: 448 sets the step near 17 to 2; the second group has its own scale, 0.5 / 448.
-  x[0] = 17.1f, x[1] = 448.0f, x[128] = 0.5f, x[129] = 0.25f;
-  // Token 1: a group too small to have a scale. Token 2: an infinity spoils its group.
-  x[kIn] = 0x1p-101f;
-  x[2 * kIn] = 1.0f, x[2 * kIn + 5] = INFINITY;
-  std::vector<float> y(6, -1.0f);
-  make_reference_backend(ActivationPrecision::kE4m3Group)->linear(x.data(), w, 3, false, y.data());
+                        .in_features = 2,
+                        .group_size = 2,
+                        .weight = bytes,
+                        .scales = scales};
+  // 448 makes the step near 17 one of 2; 2^-101 is too small to have a scale; an infinity spoils
+  // its token alone.
+  const float x[8] = {17.1f, 448.0f, 0x1p-101f, 0.0f, 1.0f, INFINITY, 0.3f, -0.6f};
+  float y[8], exact[8];
+  make_reference_backend(ActivationPrecision::kE4m3Token)->linear(x, w, 4, false, y);
   EXPECT_FLOAT_EQ(y[0], 18.0f);
-  EXPECT_FLOAT_EQ(y[1], 0.75f);
+  EXPECT_FLOAT_EQ(y[1], 448.0f);
   EXPECT_EQ(y[2], 0.0f);
-  EXPECT_EQ(y[3], 0.0f);
   EXPECT_TRUE(std::isnan(y[4]));
-
-  std::vector<float> exact(6);
-  make_reference_backend()->linear(x.data(), w, 2, false, exact.data());
+  EXPECT_FLOAT_EQ(y[6], 0.3f);  // 224 of 448
+  make_reference_backend()->linear(x, w, 2, false, exact);
   EXPECT_FLOAT_EQ(exact[0], 17.1f);
 }
 

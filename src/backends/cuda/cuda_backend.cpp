@@ -74,7 +74,7 @@ struct NormParts {
 class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(ActivationPrecision precision)
-      : device_(open_checked_device()), fp8_(precision == ActivationPrecision::kE4m3Group) {
+      : device_(open_checked_device()), fp8_(precision == ActivationPrecision::kE4m3Token) {
     check(stream_create(&stream_), "making a stream");
     for (void*& mark : marks_) check(event_create(&mark), "making an event");
     const size_t linear = int4_workspace_bytes(device_.num_sms);
@@ -106,9 +106,10 @@ class CudaBackend final : public Backend {
     page_starts_.get((static_cast<size_t>(limits.max_batch_size) + 1) * sizeof(int), stream_);
     if constexpr (!kPortable) {
       if (fp8_) {
-        quantized_.get(quantized_x_bytes(limits.max_num_tokens,
-                                         std::max({spec.hidden_size, spec.q_size(), spec.ffn_size})),
-                       stream_);
+        quantized_.get(
+            quantized_x_bytes(limits.max_num_tokens,
+                              std::max({spec.hidden_size, spec.q_size(), spec.ffn_size})),
+            stream_);
       }
       if (spec.num_heads == kFastGroup * spec.num_kv_heads) {
         prefill_.get(prefill_attention_workspace_bytes(limits.max_seq_len(), spec.num_kv_heads),

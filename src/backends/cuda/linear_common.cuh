@@ -164,13 +164,15 @@ __device__ __forceinline__ void store_rows(const LinearParams& p, int token, int
 }
 
 // The end of the wgmma kernels' epilogue for a thread: eight adjacent rows of one token (SiLU: four
-// gates and their ups, 32 bytes further) from shared memory at `from`, to p.out + to.
+// gates and their ups, 32 bytes further) from shared memory at `from`, times factor, to p.out + to.
 __device__ __forceinline__ void store_part(const LinearParams& p, int64_t to, bool silu,
                                            uint32_t from, const uint4& residual,
-                                           const float4& out_scale) {
+                                           const float4& out_scale, float factor = 1.0f) {
   float v[4], w[4];
   ptx::load_shared_f32x4(v, from);
   ptx::load_shared_f32x4(w, from + (silu ? 32 : 16));
+#pragma unroll
+  for (int j = 0; j < 4; ++j) v[j] *= factor, w[j] *= factor;
   if (silu) {
     const float scale[4] = {out_scale.x, out_scale.y, out_scale.z, out_scale.w};
 #pragma unroll

@@ -1,26 +1,24 @@
-// K6: out[M, N] = x[M, K] W4[N, K]^T with x in e4m3, for M from 33 up. Weights are operand A of
-// wgmma.m64nNk32 e4m3, unpacked in registers as the integers they are (ptx/dequant.cuh); tokens are
-// its N.
+// K6: out[M, N] = x[M, K] W4[N, K]^T with x in e4m3, for M from 65 up. Weights are operand A of
+// wgmma.m64nNk32 e4m3, unpacked in registers as the offset integers they are (ptx/dequant.cuh);
+// tokens are its N.
 //
 // Layouts: W in layout.h's blocks; x in x_layout.h's slabs, which quantize_x.cu writes, by plain
 // bulk copies (the swizzle is in the slab); out bf16 row-major. Bytes: N*K*0.515625 of weights once
-// from device memory; M*K*1.0625 of x from L2 once per 256 rows. Flops: 2*M*N*K at the e4m3 rate.
+// from device memory; M*K*1.125 of x from L2 once per row tile. Flops: 2*M*N*K at the e4m3 rate,
+// and a quarter more for the k step that takes off the weights' offset (x_layout.h says how).
 //
-// Both scales are per 128 k, so each group is summed by itself (temp) and then promoted:
-// sum += weight scale * (temp * factor + addend), two FFMA a value; the addend takes off what the
-// offset of the weights added. For 64 rows x 64 tokens x 128 k a warp issues 64 FFMA, 24 to unpack,
-// 8 loads of scales and about 30 others; the tensor cores need 128 clocks for it. So promotion must
-// overlap: a unit is 64 rows x kUnit tokens x 128 k, and while one unit is multiplied into one of
-// two temps the unit before is promoted from the other. Two consumer warpgroups of 240 registers:
-// 2 row blocks x 128 tokens of sums are 128 of them, the temps 64, operand A 16.
-// Unpacked weights serve all units of their row block (two at 128 tokens).
+// The weights' scales are per 128 k, so each group is summed by itself (temp) and then added times
+// its scale: one FFMA a value. The scale of a token comes in the epilogue. For 64 rows x 128 tokens
+// x 128 k the tensor cores take 320 clocks and a warp issues 155 instructions, 64 of them FFMA.
+// Nothing per token is read from shared memory in the main loop: the data path to registers is 128
+// bytes a clock, and a first version that loaded factors per token and group was bound by it (705
+// TFLOPS).
 //
-// Work split, k split and its exchange are K2's (linear_wgmma.cu): tiles of 256 or 128 rows x
-// kTokens; narrow matrices share a tile's k among S CTAs, which reduce-scatter it by eights of
-// tokens in a fixed order. Deterministic.
+// Work split: two consumer warpgroups and a producer warp. A warpgroup has kBlocks blocks of 64
+// rows; the two take turns at the tensor cores, and one adds up while the other multiplies.
+// Splitting k and its exchange are K2's (linear_wgmma.cu): narrow matrices share a tile's k among S
+// CTAs, which reduce-scatter it by eights of tokens in a fixed order. Deterministic.
 //
-// NOTE: nothing is in flight at the edge of the loop over stages: ptxas serialises accumulators
-// that take turns across it (docs/kernels.md).
 // Limits: K a multiple of 8, rows a multiple of 8 (16 with SiLU); sm_90a. All CTAs of a split grid
 // must be resident at once.
 // SPDX-License-Identifier: Apache-2.0
@@ -56,14 +54,9 @@ template <int kTokens, int kBlocks>
 struct Config {
   static_assert(kBlocks * kTokens <= 128, "registers for the sums");
   static constexpr int kRows = 128 * kBlocks;  // of a CTA
-  // Tokens of a unit; one row block has two units, so that the temps can take turns.
-  static constexpr int kUnit = std::min(64, kBlocks == 2 ? kTokens : kTokens / 2);
-  static constexpr int kHalves = kTokens / kUnit;
-  static constexpr int kUnits = kBlocks * kHalves;  // of a stage, of a warpgroup
   static constexpr int kXBytes = kTokens * 128;
-  static constexpr int kScaleBytes = kTokens * 8;
-  static constexpr int kScaleOffset = kXBytes;  // in a stage
-  static constexpr int kWOffset = kScaleOffset + kScaleBytes;
+  static constexpr int kDigitsOffset = kXBytes;  // in a stage
+  static constexpr int kWOffset = kDigitsOffset + kTokens * 16;
   static constexpr int kCopied = kWOffset + 2 * kBlocks * kBlockBytes;
   static constexpr int kStageBytes = (kCopied + 1023) / 1024 * 1024;
   static constexpr int kOutStride = 68;  // floats: 64 rows and padding against conflicts
@@ -73,38 +66,11 @@ struct Config {
   static constexpr int kScratchOffset = kStages * kStageBytes;
   static constexpr int kBarOffset = kScratchOffset + 2 * kScratch;
   static constexpr int kSmemBytes = kBarOffset + 2 * kStages * 8;
-  static constexpr int kUnroll = 1;  // stages of a loop body, so that its edge is met seldom
-  static_assert(kUnits == 2, "the temps take turns within a stage");
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 3);
 };
 
-// A thread's factors and addends of a unit: two tokens of every eight.
-template <int kUnit>
-struct XScales {
-  float s[kUnit / 8][4];
-  __device__ __forceinline__ void load(uint32_t at) {
-#pragma unroll
-    for (int j = 0; j < kUnit / 8; ++j) ptx::load_shared_f32x4(s[j], at + j * 64);
-  }
-};
-
-// sum += (row's scale) * (temp * factor + addend).
-template <int kUnit>
-__device__ __forceinline__ void promote(float (&sum)[kUnit / 2], const float (&temp)[kUnit / 2],
-                                        const XScales<kUnit>& x, uint32_t row_scales) {
-  const float low = __uint_as_float(row_scales << 16);
-  const float high = __uint_as_float(row_scales & 0xffff0000u);
-#pragma unroll
-  for (int j = 0; j < kUnit / 8; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float exact = fmaf(temp[j * 4 + e], x.s[j][e & 1], x.s[j][2 + (e & 1)]);
-      sum[j * 4 + e] = fmaf(exact, e < 2 ? low : high, sum[j * 4 + e]);
-    }
-}
-
-// What a CTA does: tiles from `first` on, and of their groups [begin, end). A tile of a cluster is as
-// many adjacent row tiles as it has CTAs.
+// What a CTA does: tiles from `first` on, and of their groups [begin, end). A tile of a cluster is
+// as many adjacent row tiles as it has CTAs.
 struct Work {
   int first, step, tiles, begin, end;
 };
@@ -122,10 +88,17 @@ __device__ __forceinline__ Work my_work(const LinearParams& p) {
   return {cta / p.split, tiles, tiles, rank * p.groups / p.split, (rank + 1) * p.groups / p.split};
 }
 
+// Tile t of a cluster, as its CTA `peer` has it: producer and epilogue must mean the same one.
+template <int kCluster>
+__device__ __forceinline__ Tile my_tile(const LinearParams& p, int t, int peer) {
+  Tile tile = find_tile(t, p.num_tiles / kCluster, p.token_tiles, kPatchRows / kCluster);
+  tile.row = tile.row * kCluster + peer;
+  return tile;
+}
+
 template <int kTokens, int kBlocks, int kCluster, bool kSplit>
 __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearParams p) {
   using C = Config<kTokens, kBlocks>;
-  constexpr int kUnit = C::kUnit;
   extern __shared__ __align__(1024) uint8_t smem[];
   const uint32_t base = ptx::smem_address(smem);
   const uint32_t full = base + C::kBarOffset, empty = full + C::kStages * 8;
@@ -159,12 +132,13 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
       const uint8_t *w, *x;
       uint32_t next_slab = 0;
       auto begin_tile = [&](int t) {
-        const Tile tile = find_tile(t, p.num_tiles / kCluster, p.token_tiles, kPatchRows / kCluster);
-        w = p.weights + static_cast<int64_t>(tile.row * kCluster + peer) * kBlocks * tile128_bytes +
+        const Tile tile = my_tile<kCluster>(p, t, peer);
+        w = p.weights + static_cast<int64_t>(tile.row) * kBlocks * tile128_bytes +
             work.begin * (2 * kBlockBytes);
         // Tiles of 32 tokens are for M <= 32: one token tile, the front of the only slab.
         const int slab = tile.token * kTokens / cuda_x::kSlabTokens;
-        x = reinterpret_cast<const uint8_t*>(p.x) + cuda_x::slab_offset(slab, work.begin, p.groups);
+        x = reinterpret_cast<const uint8_t*>(p.x) +
+            cuda_x::Shape{p.tokens, p.k}.slab_offset(slab, work.begin);
         // A tile may reach past the last slab: then that one is loaded again, and nobody stores it.
         next_slab = slab + 1 < slabs ? p.groups * cuda_x::kSlabBytes : 0;
       };
@@ -179,22 +153,26 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
       };
       auto load_x = [&](int stage) {
         const uint32_t to = base + stage * C::kStageBytes, bar = full + stage * 8;
+        constexpr int kPart = kTokens < cuda_x::kSlabTokens ? kTokens : cuda_x::kSlabTokens;
+        auto load_part = [&](int part, const uint8_t* from) {
+          const uint32_t x_to = to + part * kPart * 128;
+          const uint32_t digits_to = to + C::kDigitsOffset + part * kPart * 16;
+          if constexpr (kCluster > 1) {
+            constexpr uint16_t kAll = (1 << kCluster) - 1;
+            ptx::bulk_load_multicast(x_to, from, kPart * 128, bar, kAll);
+            ptx::bulk_load_multicast(digits_to, from + cuda_x::kSlabXBytes, kPart * 16, bar, kAll);
+          } else {
+            ptx::bulk_load(x_to, from, kPart * 128, bar, again);
+            ptx::bulk_load(digits_to, from + cuda_x::kSlabXBytes, kPart * 16, bar, again);
+          }
+        };
         if constexpr (kCluster > 1) {  // this CTA's slab, for both
           static_assert(kTokens == kCluster * cuda_x::kSlabTokens);
-          const uint8_t* from = x + peer * next_slab;
-          ptx::bulk_load_multicast(to + peer * cuda_x::kSlabXBytes, from, cuda_x::kSlabXBytes, bar,
-                                   (1 << kCluster) - 1);
-          ptx::bulk_load_multicast(to + C::kScaleOffset + peer * cuda_x::kSlabTokens * 8,
-                                   from + cuda_x::kSlabXBytes, cuda_x::kSlabTokens * 8, bar,
-                                   (1 << kCluster) - 1);
+          load_part(peer, x + peer * next_slab);
         } else {
-          constexpr int kPart = kTokens < cuda_x::kSlabTokens ? kTokens : cuda_x::kSlabTokens;
 #pragma unroll
           for (int part = 0; part < kTokens / kPart; ++part) {
-            const uint8_t* from = x + (part ? next_slab : 0);
-            ptx::bulk_load(to + part * kPart * 128, from, kPart * 128, bar, again);
-            ptx::bulk_load(to + C::kScaleOffset + part * kPart * 8, from + cuda_x::kSlabXBytes,
-                           kPart * 8, bar, again);
+            load_part(part, x + (part ? next_slab : 0));
           }
         }
         x += cuda_x::kSlabBytes;
@@ -226,111 +204,90 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
   }
 
   ptx::registers_grow<232>();
-  const int wg = warp >> 2, m16 = warp & 3, g8 = lane >> 2, t4 = lane & 3;
-  float sums[C::kUnits][kUnit / 2];
-  uint32_t a[2][2][4], raw[4];  // a: of 64 k, two k32 steps each
-  // Of the current stage: this thread's weight words and scales, its x scales, x.
+  const int wg = warp >> 2, m16 = warp & 3, g8 = lane >> 2;
+  float sums[kBlocks][kTokens / 2];
+  uint32_t raw[kBlocks][2][4], offset[4];
+  ptx::offset_operand(offset, lane);
+  // Of a stage: this thread's weight words and row scales.
   const uint32_t first_block = C::kWOffset + wg * kBlocks * kBlockBytes;
   const uint32_t words_at = first_block + m16 * 1024 + lane * 16;
   const uint32_t row_scales_at = first_block + kNibbleBytes + g8 * 16 + m16 * 4;
   int stage = 0;
   uint32_t parity = 0;
-  auto fetch = [&](uint32_t stage_at, int block, int k64) {
-    ptx::load_shared_16(raw, stage_at + words_at + block * kBlockBytes + k64 * 512);
-  };
-  auto unpack = [&](int k64) {
-    ptx::dequant_e4m3(a[k64][0], raw[0], raw[1]);
-    ptx::dequant_e4m3(a[k64][1], raw[2], raw[3]);
-  };
-  auto multiply = [&](float(&temp)[kUnit / 2], int unit, int k64, uint32_t stage_at) {
-    const uint32_t x_at =
-        ptx::descriptor_address(stage_at) + unit % C::kHalves * (kUnit * 128 >> 4) + k64 * 4;
-    ptx::wgmma_fence();
-    if (k64 == 0) {
-      ptx::Wgmma<kUnit>::rs_e4m3_first(temp, a[0][0], ptx::descriptor_k_major(x_at));
-    } else {
-      ptx::Wgmma<kUnit>::rs_e4m3(temp, a[1][0], ptx::descriptor_k_major(x_at));
+  auto fetch = [&](uint32_t stage_at) {
+    ptx::mbarrier_wait(full + stage * 8, parity);
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) {
+      ptx::load_shared_16(raw[i / 2][i % 2],
+                          stage_at + words_at + i / 2 * kBlockBytes + i % 2 * 512);
     }
-    ptx::Wgmma<kUnit>::rs_e4m3(temp, a[k64][1], ptx::descriptor_k_major(x_at + 2));
-    ptx::wgmma_commit();
-  };
-  auto release = [&](uint32_t bar) {
-    if (lane == 0) {
-      ptx::mbarrier_arrive(bar);
-      if constexpr (kCluster == 2) {
-        ptx::mbarrier_arrive_remote(bar, static_cast<uint32_t>(peer ^ 1));
-      }
-    }
-  };
-  auto x_scales_of = [&](int unit, uint32_t stage_at) {
-    return stage_at + C::kScaleOffset + unit % C::kHalves * kUnit * 8 + t4 * 16;
   };
 
   const Work work = my_work<kCluster, kSplit>(p);
+  // The warpgroups take turns at the tensor cores: what one has queued lasts while the other adds
+  // up.
+  if (wg == 1) ptx::named_barrier_arrive(3, 256);
   ptx::grid_dependency_wait();
   for (int t = work.first; t < work.tiles; t += work.step) {
 #pragma unroll
-    for (int u = 0; u < C::kUnits; ++u)
+    for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-      for (int i = 0; i < kUnit / 2; ++i) sums[u][i] = 0.0f;
-    int left = work.end - work.begin;
+      for (int i = 0; i < kTokens / 2; ++i) sums[b][i] = 0.0f;
     uint32_t stage_at = base + stage * C::kStageBytes;
-    ptx::mbarrier_wait(full + stage * 8, parity);
-    fetch(stage_at, 0, 0);
-    // One pass over kCount stages.
-    auto pass = [&](auto count_tag) {
-      constexpr int kCount = decltype(count_tag)::value;
-      float temp[C::kUnits][kUnit / 2];
-      XScales<kUnit> x_scales;
-      uint32_t scales = 0, done = 0;  // row scales; empty barrier of the stage before
+    fetch(stage_at);
+#pragma unroll 1
+    for (int left = work.end - work.begin; left > 0; --left) {
+      float temp[kBlocks][kTokens / 2];
+      uint32_t a[kBlocks][4][4], row_scales[kBlocks];  // a: four k32 steps
 #pragma unroll
-      for (int s = 0; s < kCount; ++s) {
+      for (int b = 0; b < kBlocks; ++b) {
+        row_scales[b] = ptx::load_shared_4(stage_at + row_scales_at + b * kBlockBytes);
 #pragma unroll
-        for (int u = 0; u < C::kUnits; ++u) {
-          const bool first = s == 0 && u == 0;  // nothing is in flight
-          const uint32_t scales_before = scales;
-          if (u % C::kHalves == 0) {
-            const int block = u / C::kHalves;
-            if (!first) ptx::wgmma_wait<1>();  // a[0] is free
-            unpack(0);
-            fetch(stage_at, block, 1);
-            multiply(temp[u], u, 0, stage_at);
-            if (!first) ptx::wgmma_wait<1>();  // the unit before is complete, a[1] free
-            unpack(1);
-            multiply(temp[u], u, 1, stage_at);
-            scales = ptx::load_shared_4(stage_at + row_scales_at + block * kBlockBytes);
-            if (block + 1 < kBlocks) fetch(stage_at, block + 1, 0);
-          } else {
-            multiply(temp[u], u, 0, stage_at);
-            multiply(temp[u], u, 1, stage_at);
-            ptx::wgmma_wait<2>();  // the unit before is complete
-          }
-          const int before = 1 - u;
-          if (!first) {
-            promote<kUnit>(sums[before], temp[before], x_scales, scales_before);
-            if (u == 0) release(done);
-          }
-          x_scales.load(x_scales_of(u, stage_at));  // they arrive while the unit is multiplied
-        }
-        done = empty + stage * 8;
-        if (++stage == C::kStages) stage = 0, parity ^= 1;
-        stage_at = base + stage * C::kStageBytes;
-        if (s + 1 < kCount || left > kCount) {
-          ptx::mbarrier_wait(full + stage * 8, parity);
-          fetch(stage_at, 0, 0);
+        for (int k = 0; k < 4; ++k) {
+          ptx::dequant_e4m3(a[b][k], raw[b][k / 2][k % 2 * 2], raw[b][k / 2][k % 2 * 2 + 1]);
         }
       }
-      ptx::wgmma_wait<0>();
-      promote<kUnit>(sums[1], temp[1], x_scales, scales);
-      release(done);
-      left -= kCount;
-    };
-    if constexpr (C::kUnroll > 1) {
-#pragma unroll 1
-      while (left >= C::kUnroll) pass(std::integral_constant<int, C::kUnroll>{});
+      ptx::named_barrier(3 + wg, 256);
+      ptx::wgmma_fence();
+      const uint32_t x_at = ptx::descriptor_address(stage_at);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        using Multiply = ptx::Wgmma<kTokens>;
+        Multiply::rs_e4m3_first(temp[b], a[b][0], ptx::descriptor_k_major(x_at));
+#pragma unroll
+        for (int k = 1; k < 4; ++k) {
+          Multiply::rs_e4m3(temp[b], a[b][k], ptx::descriptor_k_major(x_at + k * 2));
+        }
+        Multiply::rs_e4m3(temp[b], offset,
+                          ptx::descriptor_16_bytes(x_at + (C::kDigitsOffset >> 4)));
+        ptx::wgmma_commit();
+      }
+      ptx::named_barrier_arrive(3 + (wg ^ 1), 256);
+      const uint32_t done = empty + stage * 8;
+      if (++stage == C::kStages) stage = 0, parity ^= 1;
+      stage_at = base + stage * C::kStageBytes;
+      if (left > 1) fetch(stage_at);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        if (b + 1 < kBlocks) {
+          ptx::wgmma_wait<1>();
+        } else {
+          ptx::wgmma_wait<0>();
+          if (lane == 0) {
+            ptx::mbarrier_arrive(done);
+            if constexpr (kCluster == 2) {
+              ptx::mbarrier_arrive_remote(done, static_cast<uint32_t>(peer ^ 1));
+            }
+          }
+        }
+        const float low = __uint_as_float(row_scales[b] << 16);
+        const float high = __uint_as_float(row_scales[b] & 0xffff0000u);
+#pragma unroll
+        for (int i = 0; i < kTokens / 2; ++i) {
+          sums[b][i] = fmaf(temp[b][i], i & 2 ? high : low, sums[b][i]);
+        }
+      }
     }
-#pragma unroll 1
-    while (left > 0) pass(std::integral_constant<int, 1>{});
 
     // NOTE: opaque copies, or the compiler computes the addresses of exchange and epilogue before
     // the main loop and has no registers left for it.
@@ -344,8 +301,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
     const int own_end = kSplit ? (part + 1) * kOctets / parts : kOctets;
     // Four sums: rows g8 and g8 + 8 of the block, tokens 8 * octet + 2 * t4 and the next.
     auto vector = [&](int block, int octet) -> float(&)[4] {
-      float* first = &sums[block * C::kHalves + octet / (kUnit / 8)][octet % (kUnit / 8) * 4];
-      return *reinterpret_cast<float(*)[4]>(first);
+      return *reinterpret_cast<float(*)[4]>(&sums[block][octet * 4]);
     };
     if constexpr (kSplit) {
       // pieces: [CTA that owns][CTA that sends][eight of the owner][block][thread][4]
@@ -375,10 +331,12 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
 
     // Epilogue: K2's, a row block after the other. [token][row] in shared memory, 16 tokens at a
     // time; then a thread has 8 adjacent rows of one token (gate_up: 4 gates and their ups).
-    const Tile at = find_tile(kSplit ? cta / parts : t, p.num_tiles, p.token_tiles, kPatchRows);
+    const Tile at = my_tile<kCluster>(p, kSplit ? cta / parts : t, cta % kCluster);
     const bool silu = p.epilogue == static_cast<int>(Epilogue::kSiluMul);
     const bool residual = p.epilogue == static_cast<int>(Epilogue::kResidual);
     const int in = group_id >> 3, chunk = id & 7;
+    const auto* x_scales = reinterpret_cast<const float*>(
+        reinterpret_cast<const uint8_t*>(p.x) + cuda_x::Shape{p.tokens, p.k}.scales_offset());
     const uint32_t to_shared =
         scratch + ((id & 3) * 2 * C::kOutStride + (group_id >> 5) * 16 + (id >> 2 & 7)) * 4;
     const uint32_t from =
@@ -386,8 +344,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         (in * C::kOutStride + (silu ? (chunk >> 1) * 16 + (chunk & 1) * 4 : chunk * 8)) * 4;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      const int block_row =
-          (at.row * kCluster + cta % kCluster) * C::kRows + (group4 * kBlocks + b) * 64;
+      const int block_row = at.row * C::kRows + (group4 * kBlocks + b) * 64;
       const int column = silu ? block_row / 2 + chunk * 4 : block_row + chunk * 8;
       // Where this thread's part of a pass goes, or -1.
       auto locate = [&](int pass) -> int64_t {
@@ -425,11 +382,13 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         ptx::named_barrier(1 + group4, 128);
         const int64_t to = locate(pass);
         if (to < 0) continue;
-        store_part(p, to, silu, from, old, out_scale);
+        const int token = at.token * kTokens + 16 * pass + in;
+        store_part(p, to, silu, from, old, out_scale, x_scales[token] * 512.0f);  // codes: * 2^-9
       }
     }
     if constexpr (kSplit) break;  // one tile
   }
+  if (wg == 0) ptx::named_barrier(3, 256);  // the last turn handed over
   __syncwarp();
   if constexpr (kCluster > 1) ptx::cluster_sync();  // nobody leaves while a peer may write here
 }
@@ -452,8 +411,8 @@ int launch(const LinearArgs& args, int split, void* stream) {
   if constexpr (kCluster == 1) {
     if (p.split > 1) kernel = linear_fp8_kernel<kTokens, kBlocks, kCluster, true>;
   }
-  return launch_linear(kernel, args, clusters * kCluster, kThreads, C::kSmemBytes, stream,
-                       kCluster, p);
+  return launch_linear(kernel, args, clusters * kCluster, kThreads, C::kSmemBytes, stream, kCluster,
+                       p);
 }
 
 int tile_tokens(int tokens) { return tokens <= 32 ? 32 : tokens <= 64 ? 64 : 128; }
@@ -465,9 +424,9 @@ WgmmaTactic fp8_tactic(const LinearArgs& args) {
   const int64_t tiles128 = (args.rows + 127) / 128, slots = args.num_sms;
   const int64_t token_tiles = (args.tokens + tokens - 1) / tokens;
   if (tokens > 64) {
-    // Narrow: k shared by as many CTAs as there are SMs.
+    // Narrow: k shared by as many CTAs as there are SMs. Clusters (221) are not the default until
+    // what they write beyond 128 tokens has been checked on a device (docs/kernels.md).
     const int64_t tiles = tiles128 * token_tiles;
-    if (tiles * 2 > slots) return {2, 2, 1};
     return {2, 1, static_cast<int>(std::clamp<int64_t>(slots / tiles, 1, kMaxSplit))};
   }
   if (tiles128 > slots) return {4, 1, 1};

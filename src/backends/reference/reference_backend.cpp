@@ -60,30 +60,22 @@ void load_weight_row(const LinearOperand& w, int64_t n, float* row) {
        weight_layout_name(w.layout));
 }
 
-// x [rows, k] as an e4m3 linear reads it: of each row 128 channels share the scale absmax / 448, and
-// a value is e4m3(x * (448 / absmax)) times that. Groups below 2^-100 are 0; an infinity or NaN makes
-// its group NaN.
+// x [rows, k] as an e4m3 linear reads it: a row has the scale absmax / 448, and a value is
+// e4m3(x * (448 / absmax)) times that. A row below 2^-100 is 0; an infinity or NaN makes it NaN.
 void round_to_e4m3(std::vector<float>& x, int64_t k) {
-  constexpr int64_t kGroup = 128;
   constexpr float kMax = 448.0f, kLeast = 0x1p-100f;
-  const auto count = static_cast<int64_t>(x.size());
-  for (int64_t row = 0; row < count; row += k) {
-    for (int64_t first = row; first < row + k; first += kGroup) {
-      const int64_t end = std::min(first + kGroup, row + k);
-      float absmax = 0;
-      bool finite = true;
-      for (int64_t i = first; i < end; ++i) {
-        const float magnitude = std::fabs(x[static_cast<size_t>(i)]);
-        finite = finite && std::isfinite(magnitude);
-        absmax = std::max(absmax, magnitude);
-      }
-      const float inverse = kMax / absmax, scale = absmax / kMax;
-      for (int64_t i = first; i < end; ++i) {
-        float& v = x[static_cast<size_t>(i)];
-        v = !finite             ? std::numeric_limits<float>::quiet_NaN()
-            : absmax < kLeast ? 0.0f
-                              : e4m3_to_float(float_to_e4m3(v * inverse)) * scale;
-      }
+  for (auto row = x.begin(); row < x.end(); row += k) {
+    float absmax = 0;
+    bool finite = true;
+    for (auto v = row; v < row + k; ++v) {
+      finite = finite && std::isfinite(*v);
+      absmax = std::max(absmax, std::fabs(*v));
+    }
+    const float inverse = kMax / absmax, scale = absmax / kMax;
+    for (auto v = row; v < row + k; ++v) {
+      *v = !finite           ? std::numeric_limits<float>::quiet_NaN()
+           : absmax < kLeast ? 0.0f
+                             : e4m3_to_float(float_to_e4m3(*v * inverse)) * scale;
     }
   }
 }
@@ -91,7 +83,7 @@ void round_to_e4m3(std::vector<float>& x, int64_t k) {
 class ReferenceBackend final : public Backend {
  public:
   explicit ReferenceBackend(ActivationPrecision precision)
-      : e4m3_(precision == ActivationPrecision::kE4m3Group) {}
+      : e4m3_(precision == ActivationPrecision::kE4m3Token) {}
   std::string name() const override { return "reference"; }
   size_t act_bytes() const override { return sizeof(float); }
   void reserve(const ModelSpec&, const EngineLimits&, int) override {}

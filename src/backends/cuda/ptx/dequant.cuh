@@ -61,4 +61,14 @@ __device__ __forceinline__ void dequant_e4m3(uint32_t (&a)[4], uint32_t first, u
   asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]));
 }
 
+// Operand A of the k step that takes off what the offset adds: constants for the digits of
+// x_layout.h, 32 * 8 for the first four and 8 for the next, in units of 2^-9; the same for all
+// rows.
+__device__ __forceinline__ void offset_operand(uint32_t (&a)[4], int lane) {
+  const int t = lane & 3;
+  a[0] = a[1] = t == 0 ? 0x30303030u : t == 1 ? 0x08080808u : 0u;
+  a[2] = a[3] = 0;
+  asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]));  // as above
+}
+
 }  // namespace nibble::ptx
