@@ -102,8 +102,6 @@ class Engine {
   virtual bool healthy() const = 0;
   virtual std::string failure() const = 0;  // why the engine is not healthy; empty when it is
 
-  virtual bool supports_constraints() const = 0;  // SamplingParams::constraint
-
   virtual int max_input_len() const = 0;   // prompt tokens
   virtual int max_output_len() const = 0;  // generated tokens
   virtual int max_seq_len() const = 0;     // both together

@@ -45,7 +45,7 @@ class ChatModel {
   uint64_t kv_cache_bytes() const { return kv_cache_bytes_; }
   const std::vector<std::string>& notices() const { return notices_; }
 
-  /// Of SamplingParams; where the engine takes any (Engine::supports_constraints()).
+  /// Of SamplingParams.
   std::shared_ptr<const TokenConstraint> constraint(const OutputFormat& format) const {
     return constraints_->get(format);
   }

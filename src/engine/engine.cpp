@@ -171,8 +171,6 @@ class EngineImpl final : public Engine {
     return failure_;
   }
 
-  bool supports_constraints() const override { return executor_->masks_rows(); }
-
   int max_input_len() const override {
     return std::min(limits_.max_input_len, limits_.max_seq_len - 1);
   }
@@ -214,11 +212,6 @@ class EngineImpl final : public Engine {
   void check(const Request& request) const {
     check_request(request, limits_);
     if (request.params.constraint == nullptr) return;
-    if (!supports_constraints()) {
-      fail(ErrorKind::kUnsupported,
-           "structured output is not there yet on cuda targets; leave it out, or build the engine "
-           "for a cpu target");
-    }
     if (limits_.eos_ids.empty()) {
       fail(ErrorKind::kUnsupported,
            "structured output needs an end-of-sequence id, and this model has none");

@@ -10,14 +10,14 @@
 namespace nibble {
 namespace {
 
-StepShape step_shape(const Backend& backend, const EnginePlan& plan, int max_logit_rows) {
+StepShape step_shape(const EnginePlan& plan, int max_logit_rows) {
   return {.max_batch_size = plan.limits.max_batch_size,
           .max_num_tokens = plan.limits.max_num_tokens,
           .max_logit_rows = max_logit_rows,
           .max_seq_len = plan.limits.max_seq_len(),
           .block_tokens = plan.kv_block_tokens,
           .vocab_size = plan.spec.vocab_size,
-          .max_masks = backend.masks_rows() ? plan.limits.max_batch_size : 0};
+          .max_masks = plan.limits.max_batch_size};
 }
 
 }  // namespace
@@ -30,9 +30,8 @@ ModelExecutor::ModelExecutor(Backend& backend, const EnginePlan& plan, const Mod
       kv_cache_(backend, plan, weights, num_kv_blocks),
       kv_block_bytes_(backend.kv_block_bytes(plan.kv_format, plan.kv_block_tokens,
                                              plan.spec.num_kv_heads, plan.spec.head_dim)),
-      device_step_(
-          backend.alloc(StepBuffer::capacity_bytes(step_shape(backend, plan, max_logit_rows)))) {
-  const StepShape shape = step_shape(backend, plan, max_logit_rows);
+      device_step_(backend.alloc(StepBuffer::capacity_bytes(step_shape(plan, max_logit_rows)))) {
+  const StepShape shape = step_shape(plan, max_logit_rows);
   const size_t result_bytes = size_t(max_logit_rows) * (2 + 2 * kMaxTopLogprobs) * sizeof(int32_t);
   device_result_ = backend.alloc(result_bytes);
   for (Flight& flight : flights_) {

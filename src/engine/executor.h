@@ -33,8 +33,6 @@ class Executor {
   /// Waits for the oldest step that was launched.
   virtual const StepResult& collect() = 0;
   virtual bool overlaps() const { return false; }
-  /// Whether sequences may have a matcher.
-  virtual bool masks_rows() const { return true; }
 };
 
 /// The model on one backend. All memory is allocated here, at construction.
@@ -49,7 +47,6 @@ class ModelExecutor final : public Executor {
   void launch(const StepPlan& plan) override;
   const StepResult& collect() override;
   bool overlaps() const override { return backend_.overlaps(); }
-  bool masks_rows() const override { return backend_.masks_rows(); }
 
  private:
   // What a step in flight keeps on the host, one for each of two.

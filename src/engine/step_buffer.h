@@ -22,7 +22,7 @@ struct StepShape {
   int max_seq_len = 0;
   int block_tokens = 0;
   int vocab_size = 0;
-  int max_masks = 0;  // rows with a mask of their own; 0 where the backend has none
+  int max_masks = 0;  // rows with a mask of their own
 };
 
 class StepBuffer {

@@ -147,9 +147,6 @@ class Backend {
   virtual void sample(const SampleBatch& batch, float* logits /*[R, vocab]*/,
                       const SampleResult& result) = 0;
 
-  /// Whether sample() heeds SampleRow::mask.
-  virtual bool masks_rows() const { return false; }
-
   /// Sum over tensor-parallel ranks; nothing to do for one rank.
   virtual void all_reduce(void* x, size_t num_elements) {
     (void)x;

@@ -44,8 +44,7 @@ struct SampleBatch {
   const TokenCount* history = nullptr;  // ragged; each id once a row
   const TokenBias* bias = nullptr;      // ragged; each id once a row
   const uint64_t* allowed = nullptr;    // [vocab/64 bits]; null: every id may be drawn
-  // [masks, mask_words] bits of the ids that rows naming one may draw (structured output). Read
-  // only where Backend::masks_rows().
+  // [masks, mask_words] bits of the ids that rows naming one may draw (structured output)
   const uint64_t* masks = nullptr;
   int mask_words = 0;    // ceil(vocab/64)
   int max_logprobs = 0;  // columns of the two arrays below

@@ -364,12 +364,6 @@ class ApiServerImpl final : public ApiServer {
 
   static std::shared_ptr<const TokenConstraint> constraint(const ChatModel& model,
                                                            const OutputFormat& format) {
-    if (!model.engine().supports_constraints()) {
-      throw ApiError::unsupported(
-          format.field, fmt::format("{} is given, but structured output is not there yet on cuda "
-                                    "targets; leave it out, or serve an engine for a cpu target",
-                                    format.field));
-    }
     try {
       return model.constraint(format);
     } catch (const Error& error) {

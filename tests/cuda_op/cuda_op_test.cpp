@@ -456,6 +456,7 @@ struct SampleInput {
   std::vector<TokenCount> history;
   std::vector<TokenBias> bias;
   std::vector<uint64_t> allowed;  // empty: all
+  std::vector<uint64_t> masks;    // [n, ceil(vocab / 64)]
   std::vector<float> logits;
   int vocab = 0;
 };
@@ -473,7 +474,7 @@ Drawn draw(Backend& backend, const SampleInput& in) {
   const size_t rows = in.rows.size(), top = rows * kLogprobs;
   const Buffer device_rows = to_device(backend, in.rows), history = to_device(backend, in.history),
                bias = to_device(backend, in.bias), allowed = to_device(backend, in.allowed),
-               logits = to_device(backend, in.logits);
+               masks = to_device(backend, in.masks), logits = to_device(backend, in.logits);
   const Buffer tokens = to_device(backend, std::vector<int32_t>(rows, -7)),
                top_tokens = to_device(backend, std::vector<int32_t>(top, -7)),
                logprobs = to_device(backend, std::vector<float>(rows, -7)),
@@ -484,6 +485,8 @@ Drawn draw(Backend& backend, const SampleInput& in) {
                   .history = history.as<TokenCount>(),
                   .bias = bias.as<TokenBias>(),
                   .allowed = in.allowed.empty() ? nullptr : allowed.as<uint64_t>(),
+                  .masks = masks.as<uint64_t>(),
+                  .mask_words = (in.vocab + 63) / 64,
                   .max_logprobs = kLogprobs},
                  logits.as<float>(),
                  {.tokens = tokens.as<int32_t>(),
@@ -521,6 +524,7 @@ TEST_P(CudaOps, SampleMatchesReference) {
               row.bias_end = std::min(vocab, 2);
             }
             if (in.rows.size() % 16 == 9) row.forced_token = vocab / 2;
+            if (in.rows.size() % 5 == 3) row.mask = static_cast<int32_t>(in.rows.size() % 3);
             in.rows.push_back(row);
           }
         }
@@ -532,6 +536,16 @@ TEST_P(CudaOps, SampleMatchesReference) {
     if (vocab == 1000) {
       in.allowed.assign(static_cast<size_t>(vocab) / 64 + 1, ~uint64_t{0});
       in.allowed[0] = 0xfffffffffffffff5u;  // two ids banned
+    }
+    // A few ids (none of vocab 1), one id, every id but some.
+    const auto words = static_cast<size_t>(vocab + 63) / 64;
+    in.masks.resize(3 * words);
+    for (int v = 0; v < vocab; ++v) {
+      const auto word = static_cast<size_t>(v / 64);
+      const uint64_t bit = uint64_t{1} << (v % 64);
+      if (v % 37 == 4) in.masks[word] |= bit;
+      if (v == vocab / 2) in.masks[words + word] |= bit;
+      if (v % 5 != 0) in.masks[2 * words + word] |= bit;
     }
     in.logits.resize(in.rows.size() * static_cast<size_t>(vocab));
     fill_normal(in.logits, static_cast<uint64_t>(vocab), 2.0f);

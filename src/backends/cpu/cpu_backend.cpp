@@ -330,7 +330,6 @@ class CpuBackend final : public Backend {
     }
   }
 
-  bool masks_rows() const override { return true; }
   void sample(const SampleBatch& batch, float* logits, const SampleResult& result) override {
     for_rows(batch.num_rows, kInlineWork, [&](int64_t r, int thread) {
       sample_row(kernels_, batch, static_cast<int>(r), logits + r * batch.vocab_size, result,

@@ -421,12 +421,14 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const Params p) {
       if (at >= 0 && at < count) x[at] += p.batch.bias[i].bias;
     }
     __syncthreads();
-    if (p.batch.allowed) {
+    const auto keep_only = [&](const uint64_t* mask) {
       for (int i = threadIdx.x; i < count; i += kThreads) {
-        if ((p.batch.allowed[(first + i) / 64] >> ((first + i) % 64) & 1) == 0) x[i] = -INFINITY;
+        if ((mask[(first + i) / 64] >> ((first + i) % 64) & 1) == 0) x[i] = -INFINITY;
       }
       __syncthreads();
-    }
+    };
+    if (p.batch.allowed) keep_only(p.batch.allowed);
+    if (row.mask >= 0) keep_only(p.batch.masks + int64_t{row.mask} * p.batch.mask_words);
     token = slice.draw(row, vocab);
   }
   const bool writes = rank == 0 && threadIdx.x == 0;

@@ -226,7 +226,6 @@ class ReferenceBackend final : public Backend {
     linear(normed.data(), head, batch.num_logit_rows, false, logits);
   }
 
-  bool masks_rows() const override { return true; }
   void sample(const SampleBatch& batch, float* logits, const SampleResult& result) override {
     for (int r = 0; r < batch.num_rows; ++r) {
       reference::sample_row(batch, r, logits + int64_t{r} * batch.vocab_size, result);
