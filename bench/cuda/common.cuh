@@ -108,6 +108,8 @@ struct Limits {
 };
 Limits measure_limits(cudaStream_t stream, bool print);
 
+double measure_fp8_tflops(cudaStream_t stream, int num_sms);
+
 void bench_launch(cudaStream_t stream);
 int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** argv);
 int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** argv);

@@ -1,10 +1,13 @@
 // The int4 linears: correctness against a float64 reference, then time per shape and per layer.
-//   linear [--m 1,8,16] [--kernel auto|small|wgmma|portable] [--tactic N,N] [--early N]
+//   linear [--m 1,8,16] [--kernel auto|small|wgmma|portable|fp8] [--tactic N,N] [--early N]
 //          [--no-check] [--no-shapes] [--no-layer] [--odd-only] [--trace]
-// Time: CUDA graph of calls that walk through separate copies of the weights (more than L2 holds),
-// each call depending on the one before (programmatic dependent launch, as in a real step), median
-// of 21 replays. Rates count packed weight bytes (0.515625 per weight) and 2*M*N*K flops.
-// SPDX-License-Identifier: Apache-2.0
+// fp8: x is quantized by quantize_x, which has rows of its own and is part of the layer; the
+// reference quantizes by itself, in plain loops. Time: CUDA graph of calls that walk through
+// separate copies of the weights (more than L2 holds), each call depending on the one before
+// (programmatic dependent launch, as in a real step), median of 21 replays. Rates count packed
+// weight bytes (0.515625 per weight) and 2*M*N*K flops. SPDX-License-Identifier: Apache-2.0
+#include <cuda_fp8.h>
+
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -58,9 +61,28 @@ __global__ void pack_kernel(Shape shape, bool interleave, const uint8_t* nibbles
   }
 }
 
+// What the linear multiplies by: x, or x rounded to e4m3 with a scale per token. One thread a
+// (token, group).
+__global__ void expand_kernel(const __nv_bfloat16* x, int64_t k, int64_t groups, int64_t pairs,
+                              bool fp8, float* out) {
+  const int64_t pair = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (pair >= pairs) return;
+  const int64_t row = pair / groups * k, first = pair % groups * 128, end = min(first + 128, k);
+  float most = 0;
+  for (int64_t i = 0; fp8 && i < k; ++i) most = fmaxf(most, fabsf(__bfloat162float(x[row + i])));
+  for (int64_t i = first; i < end; ++i) {
+    float v = __bfloat162float(x[row + i]);
+    if (fp8) {
+      const auto byte = __nv_cvt_float_to_fp8(v * (448.0f / most), __NV_SATFINITE, __NV_E4M3);
+      v = __half2float(__nv_cvt_fp8_to_halfraw(byte, __NV_E4M3)) * (most / 448.0f);
+    }
+    out[row + i] = v;
+  }
+}
+
 // y[token][row] = sum_k x q bf16(s), float64; one warp per row.
 __global__ void reference_kernel(Shape shape, const uint8_t* nibbles, const float* scales,
-                                 const __nv_bfloat16* x, int tokens, double* y) {
+                                 const float* x, int tokens, double* y) {
   const int64_t row = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
   if (row >= shape.rows) return;
@@ -75,7 +97,7 @@ __global__ void reference_kernel(Shape shape, const uint8_t* nibbles, const floa
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         if (token0 + j < tokens) {
-          sum[j] += w * static_cast<double>(__bfloat162float(x[(token0 + j) * shape.k + k]));
+          sum[j] += w * static_cast<double>(x[(token0 + j) * shape.k + k]);
         }
       }
     }
@@ -140,13 +162,16 @@ int run(const Options& o, const cuda::LinearArgs& args, cudaStream_t stream) {
   return o.kernel == "small"      ? cuda::linear_small(args, stream)
          : o.kernel == "wgmma"    ? cuda::linear_wgmma(args, stream)
          : o.kernel == "portable" ? cuda::portable_linear(args, stream)
+         : o.kernel == "fp8"      ? cuda::linear_fp8(args, stream)
                                   : cuda::linear(args, stream);
 }
 
 // The number to print: what the kernel chose, where it can say so.
 int tactic_of(const Options& o, const cuda::LinearArgs& args) {
-  return o.kernel == "portable" && args.tactic < 0 ? cuda::portable_tactic(args).encode()
-                                                   : args.tactic;
+  if (args.tactic >= 0) return args.tactic;
+  return o.kernel == "portable" ? cuda::portable_tactic(args).encode()
+         : o.kernel == "fp8"    ? cuda::fp8_tactic(args).encode()
+                                : args.tactic;
 }
 
 std::vector<int> parse_list(char* text) {
@@ -255,6 +280,19 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
                         .dependent = false,
                         .tactic = tactic,
                         .early = o.early};
+  uint8_t* quantized = nullptr;
+  if (o.kernel == "fp8") {
+    quantized = device_alloc<uint8_t>(cuda::quantized_x_bytes(tokens, s.k));
+    args.x = quantized;
+    BENCH_CHECK(cuda::quantize_x({.x = x,
+                                  .x_stride = s.k,
+                                  .pre_scale = nullptr,
+                                  .out = quantized,
+                                  .tokens = tokens,
+                                  .k = static_cast<int>(s.k),
+                                  .dependent = false},
+                                 stream));
+  }
   BENCH_CHECK(run(o, args, stream));
   BENCH_CHECK(cudaStreamSynchronize(stream));
   std::vector<uint16_t> first(out_count + canary), again(out_count + canary);
@@ -269,8 +307,12 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
   }
   bool canaries = true;
   for (size_t i = out_count; i < first.size(); ++i) canaries = canaries && again[i] == 0xffff;
+  auto* expanded = device_alloc<float>(static_cast<size_t>(tokens * s.k));
+  const int64_t pairs = tokens * s.num_groups();
+  expand_kernel<<<static_cast<unsigned>((pairs + 255) / 256), 256, 0, stream>>>(
+      x, s.k, s.num_groups(), pairs, o.kernel == "fp8", expanded);
   reference_kernel<<<static_cast<unsigned>((s.rows * 32 + 255) / 256), 256, 0, stream>>>(
-      s, w.nibbles, w.scales, x, tokens, y);
+      s, w.nibbles, w.scales, expanded, tokens, y);
   double host[3] = {}, slack = 1e300;
   for (int pass = 0; pass < 2; ++pass) {  // the first finds the root mean square
     BENCH_CHECK(cudaMemsetAsync(acc, 0, 24, stream));
@@ -290,7 +332,8 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
       ok ? "ok" : "FAILED");
   for (void* p :
        {static_cast<void*>(x), static_cast<void*>(residual), static_cast<void*>(out_scale),
-        static_cast<void*>(out), static_cast<void*>(y), static_cast<void*>(acc)}) {
+        static_cast<void*>(out), static_cast<void*>(y), static_cast<void*>(acc),
+        static_cast<void*>(expanded), static_cast<void*>(quantized)}) {
     BENCH_CHECK(cudaFree(p));
   }
   return !ok;
@@ -432,6 +475,24 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
   auto* act = device_alloc<__nv_bfloat16>(static_cast<size_t>(max_tokens) * 32768);
   auto* out = device_alloc<__nv_bfloat16>(static_cast<size_t>(max_tokens) * 32768);
   fill_normal<<<1056, 256, 0, stream>>>(x, static_cast<size_t>(max_tokens) * 32768, 5120, 1.0f, 1);
+  const bool fp8 = o.kernel == "fp8";
+  const double fp8_tflops = fp8 ? measure_fp8_tflops(stream, sizes.sms) : 0;
+  auto* quantized = device_alloc<uint8_t>(fp8 ? cuda::quantized_x_bytes(max_tokens, 32768) : 1);
+  auto quantize = [&](const void* from, int64_t stride, int tokens, int64_t k, bool dependent) {
+    BENCH_CHECK(cuda::quantize_x({.x = from,
+                                  .x_stride = stride,
+                                  .pre_scale = nullptr,
+                                  .out = quantized,
+                                  .tokens = tokens,
+                                  .k = static_cast<int>(k),
+                                  .dependent = dependent},
+                                 stream));
+  };
+  auto rate = [&](double flops, double us) {
+    std::printf("  %6.1f TFLOPS", flops / us * 1e-6);
+    if (fp8) std::printf(" (%4.1f %% of e4m3)", flops / us * 1e-4 / fp8_tflops);
+    std::printf("\n");
+  };
   for (int tokens : o.tokens)
     for (int tactic : o.tactics) {
       cuda::LinearArgs args{.tokens = tokens,
@@ -450,6 +511,17 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
           args.rows = s.rows, args.k = s.k, args.x = x, args.x_stride = s.k, args.x_map = &map;
           args.out = out;
           args.residual = h, args.epilogue = matrices[i].epilogue;
+          if (fp8) {
+            const Timing q = time_graph(stream, 8, [&] {
+              for (int c = 0; c < 8; ++c) quantize(x, s.k, tokens, s.k, c > 0);
+            });
+            std::printf("M=%-4d quantize_x %-8s %8.2f us  %6.0f GB/s\n", tokens, matrices[i].name,
+                        q.median_us,
+                        (2.0 * tokens * static_cast<double>(s.k) +
+                         static_cast<double>(cuda::quantized_x_bytes(tokens, s.k))) /
+                            q.median_us * 1e-3);
+            args.x = quantized;
+          }
           const int calls = (tokens > 512 ? 1 : 4) * kLayers;
           const Timing t = time_graph(stream, calls, [&] {
             for (int c = 0; c < calls; ++c) {
@@ -459,18 +531,17 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
           });
           const double b = static_cast<double>(s.packed_bytes());
           const double f = 2.0 * tokens * static_cast<double>(s.rows) * static_cast<double>(s.k);
-          std::printf(
-              "M=%-4d tactic %3d %-8s %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS\n",
-              tokens, tactic_of(o, args), matrices[i].name, t.median_us, b / t.median_us * 1e-3,
-              b / t.median_us * 0.1 / limits.read_gbps, f / t.median_us * 1e-6);
+          std::printf("M=%-4d tactic %3d %-8s %8.2f us  %6.0f GB/s (%4.1f %% of read)", tokens,
+                      tactic_of(o, args), matrices[i].name, t.median_us, b / t.median_us * 1e-3,
+                      b / t.median_us * 0.1 / limits.read_gbps);
+          rate(f, t.median_us);
           sum_us += t.median_us, bytes += b, flops += f;
           if (o.trace) trace(o, args, weights[i], sizes, stream);
         }
       if (o.shapes) {
-        std::printf(
-            "M=%-4d tactic %3d sum      %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS\n",
-            tokens, tactic, sum_us, bytes / sum_us * 1e-3, bytes / sum_us * 0.1 / limits.read_gbps,
-            flops / sum_us * 1e-6);
+        std::printf("M=%-4d tactic %3d sum      %8.2f us  %6.0f GB/s (%4.1f %% of read)", tokens,
+                    tactic, sum_us, bytes / sum_us * 1e-3, bytes / sum_us * 0.1 / limits.read_gbps);
+        rate(flops, sum_us);
       }
       if (!o.layer) continue;
       // The chain of a layer: h -> qkv -> (its q columns as o's input) -> +h -> gate_up -> down +
@@ -501,6 +572,10 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
                 args.out = outputs[i], args.residual = h;
                 args.epilogue = matrices[i].epilogue, args.weights = weights[i].packed[layer];
                 args.dependent = layer + i > 0;
+                if (fp8) {
+                  quantize(args.x, args.x_stride, tokens, args.k, args.dependent);
+                  args.x = quantized, args.dependent = true;
+                }
                 BENCH_CHECK(run(o, args, stream));
               }
             }
@@ -515,6 +590,7 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
     }
   for (auto& w : weights) free_weights(w);
   for (auto* p : {x, h, qkv, act, out}) BENCH_CHECK(cudaFree(p));
+  BENCH_CHECK(cudaFree(quantized));
   BENCH_CHECK(cudaFree(sizes.workspace));
   return failures;
 }

@@ -1,4 +1,4 @@
-// bf16 and f16 as storage types: exact widening, round-to-nearest-even narrowing.
+// bf16, f16 and e4m3 as storage types: exact widening, round-to-nearest-even narrowing.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -19,5 +19,10 @@ inline uint16_t float_to_bf16(float value) {
 
 float f16_to_float(uint16_t bits);
 uint16_t float_to_f16(float value);
+
+/// e4m3: 4 bits of exponent, 3 of mantissa, no infinities; 0x7f and 0xff are NaN. Narrowing
+/// saturates at +-448, as the GPU's conversion does.
+float e4m3_to_float(uint8_t bits);
+uint8_t float_to_e4m3(float value);
 
 }  // namespace nibble

@@ -55,7 +55,8 @@ std::string resolve_cuda_target(const std::string& target) {
       target);
 }
 
-std::unique_ptr<Backend> open_cuda_backend(const std::string& target) {
+std::unique_ptr<Backend> open_cuda_backend(const std::string& target,
+                                           ActivationPrecision precision) {
   const std::string resolved = resolve_cuda_target(target);
   const char* file = plugin_file(resolved);
   void* library = open_library(file);
@@ -66,7 +67,7 @@ std::unique_ptr<Backend> open_cuda_backend(const std::string& target) {
   }
   std::array<char, 2048> message{};
   std::unique_ptr<Backend> backend(
-      open(kPluginAbi, resolved.c_str(), message.data(), message.size()));
+      open(kPluginAbi, resolved.c_str(), precision, message.data(), message.size()));
   if (!backend) fail(ErrorKind::kDevice, "target {}: {}", resolved, message.data());
   return backend;
 }
@@ -75,7 +76,7 @@ std::unique_ptr<Backend> open_any_cuda_backend() {
   std::string reasons;
   for (const char* target : {"cuda:sm_90", "cuda:portable"}) {
     try {
-      return open_cuda_backend(target);
+      return open_cuda_backend(target, ActivationPrecision::kBf16);
     } catch (const Error& error) {
       if (error.kind() != ErrorKind::kDevice) throw;
       reasons += fmt::format("\n  {}", error.what());

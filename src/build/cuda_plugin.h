@@ -15,7 +15,9 @@ std::string resolve_cuda_target(const std::string& target);
 
 /// Looks for the plugin beside the running program, then in ../lib, then on the library path.
 /// Throws Error{kDevice} that says what is missing: plugin, driver, GPU, or the right GPU.
-std::unique_ptr<Backend> open_cuda_backend(const std::string& target);
+/// precision: kBf16, or for cuda:sm_90 kE4m3Token.
+std::unique_ptr<Backend> open_cuda_backend(const std::string& target,
+                                           ActivationPrecision precision);
 
 /// The target that runs on this machine's GPU, cuda:sm_90 before cuda:portable. Throws
 /// Error{kDevice} with what each lacks.

@@ -62,17 +62,23 @@ void plan_cuda(EnginePlan& plan, const BuildOptions& options) {
   if (spec.ffn_size % 8 != 0) refuse("the ffn size", spec.ffn_size, "a multiple of 8");
   if (plan.linear_layout == WeightLayout::kCudaInt4 && plan.group_size != kGroup)
     refuse("the quantization group", plan.group_size, "128 (nibble quantize --group-size 128)");
-  if (options.activation_precision) {
+  const bool fp8 = options.activation_precision == ActivationPrecision::kE4m3Token;
+  if (options.activation_precision && !fp8) {
     fail(ErrorKind::kUsage,
          "--activations {} is a choice of the cpu targets; {} computes with bf16 activations: "
          "leave the flag out",
          activation_precision_name(*options.activation_precision), plan.target);
   }
+  if (fp8 && plan.linear_layout != WeightLayout::kCudaInt4) {
+    fail(ErrorKind::kUsage,
+         "--activations fp8 feeds int4 linears, and this model has none; quantize it first "
+         "(nibble quantize), or leave the flag out");
+  }
   if (plan.kv_format == KvFormat::kF32) {
     fail(ErrorKind::kUsage, "--kv-cache f32: {} keeps an int8, int8-static or f16 cache",
          plan.target);
   }
-  plan.activation_precision = ActivationPrecision::kBf16;
+  plan.activation_precision = fp8 ? ActivationPrecision::kE4m3Token : ActivationPrecision::kBf16;
   plan.kv_block_tokens = kPageTokens;
   plan.dense_layout = WeightLayout::kBf16Rows;
   if (is_int4(plan.lm_head_layout) || is_int8(plan.lm_head_layout)) {
@@ -109,7 +115,8 @@ void tune(EnginePlan& plan, Progress& progress) {
   if (plan.target != "cuda:sm_90" || plan.linear_layout != WeightLayout::kCudaInt4) return;
   const auto start = std::chrono::steady_clock::now();
   try {
-    plan.tactics = open_cuda_backend(plan.target)->tune(plan.spec, plan.limits.max_num_tokens);
+    plan.tactics = open_cuda_backend(plan.target, plan.activation_precision)
+                       ->tune(plan.spec, plan.limits.max_num_tokens);
   } catch (const Error& error) {
     if (error.kind() != ErrorKind::kDevice) throw;
     progress.note(fmt::format(
@@ -167,6 +174,7 @@ EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options) 
   }
   plan.activation_precision = options.activation_precision.value_or(
       on_cpu ? kDefaultCpuActivationPrecision : ActivationPrecision::kF32);
+  check_activation_precision(plan.target, plan.activation_precision);
   if (on_cuda) plan_cuda(plan, options);
   return plan;
 }

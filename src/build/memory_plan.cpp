@@ -28,7 +28,15 @@ uint64_t arena_bytes(const EnginePlan& plan, uint64_t act_bytes) {
   // K and V of one sequence as f16, for the prompt kernel.
   const uint64_t expanded =
       static_cast<uint64_t>(limits.max_seq_len()) * static_cast<uint64_t>(spec.kv_size()) * 4;
-  return kFixedArena + rows * row * act_bytes + logits + rope + expanded;
+  // The widest input of a linear in e4m3, in slabs of 64 tokens x 128 channels (x_layout.h).
+  const uint64_t quantized =
+      plan.activation_precision == ActivationPrecision::kE4m3Token
+          ? (rows + 64) *
+                (static_cast<uint64_t>(std::max({spec.ffn_size, spec.hidden_size, spec.q_size()})) +
+                 128) *
+                9 / 8
+          : 0;
+  return kFixedArena + rows * row * act_bytes + logits + rope + expanded + quantized;
 }
 
 }  // namespace

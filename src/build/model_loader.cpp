@@ -23,11 +23,22 @@ std::string resolve_target(const std::string& target) {
        nearest_name(target, known), fmt::join(known, ", "));
 }
 
+void check_activation_precision(const std::string& target, ActivationPrecision precision) {
+  if (precision != ActivationPrecision::kE4m3Token || target == "cuda:sm_90" || target == "ref") {
+    return;
+  }
+  fail(ErrorKind::kUsage,
+       "--activations fp8: {} has no e4m3 linears; --target cuda:sm_90 has them, and ref emulates "
+       "them",
+       target);
+}
+
 std::unique_ptr<Backend> make_backend(const std::string& target, ActivationPrecision precision,
                                       int num_threads) {
   const std::string resolved = resolve_target(target);
-  if (resolved == "ref") return make_reference_backend();
-  if (resolved.starts_with("cuda:")) return open_cuda_backend(resolved);
+  check_activation_precision(resolved, precision);
+  if (resolved == "ref") return make_reference_backend(precision);
+  if (resolved.starts_with("cuda:")) return open_cuda_backend(resolved, precision);
   return make_cpu_backend(resolved.substr(4), precision, num_threads);
 }
 

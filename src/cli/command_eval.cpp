@@ -101,7 +101,12 @@ int run_eval(const EvalFlags& flags) {
   }
   check_same_vocabulary(model.directory, tokenizer_directory(flags.against),
                         {parse_tokenizer_regex(flags.tokenizer_regex)}, progress);
-  const LoadedModel parent = load(flags.against, flags);
+  EvalFlags parent_flags = flags;
+  // A model without int4 linears has nothing that could read e4m3.
+  if (flags.activations == activation_precision_name(ActivationPrecision::kE4m3Token)) {
+    parent_flags.activations.clear();
+  }
+  const LoadedModel parent = load(flags.against, parent_flags);
   const Comparison comparison = compare(model, parent, ids, options, progress);
   const double rise = 100 * (comparison.model.perplexity / comparison.other.perplexity - 1);
   if (flags.json) {

@@ -20,9 +20,7 @@ inline KvFormat kv_format_from_name(const std::string& name) {
 
 inline std::optional<ActivationPrecision> activation_precision_from_flag(const std::string& name) {
   if (name.empty()) return std::nullopt;
-  return name == activation_precision_name(ActivationPrecision::kInt8Group)
-             ? ActivationPrecision::kInt8Group
-             : ActivationPrecision::kF32;
+  return activation_precision_from_name(name);
 }
 
 }  // namespace nibble::cli

@@ -40,7 +40,7 @@ struct BuildFlags {
   int max_batch_size = 64, max_input_len = 5525, max_output_len = 150;
   int max_num_tokens = 0;         // 0: by target
   std::string kv_cache = "int8";  // int8 | int8-static | f16
-  std::string activations;        // f32 | int8; empty: by target
+  std::string activations;        // f32 | int8 | fp8; empty: by target
   std::string tokenizer;          // directory
   bool no_tune = false;
 };

@@ -19,8 +19,9 @@ inline constexpr const char* kCudaPortablePluginFile =
 inline constexpr const char* kPluginOpenSymbol = "nibble_plugin_open";
 
 /// Returns a backend, to be deleted by the caller, or null with a sentence in `message`. Does not
-/// throw. `target` is "cuda:sm_90" or "cuda:portable".
-using PluginOpenFn = Backend*(const char* abi, const char* target, char* message,
-                              size_t message_bytes);
+/// throw. `target` is "cuda:sm_90" or "cuda:portable"; `precision` kBf16, or for cuda:sm_90
+/// kE4m3Token.
+using PluginOpenFn = Backend*(const char* abi, const char* target, ActivationPrecision precision,
+                              char* message, size_t message_bytes);
 
 }  // namespace nibble

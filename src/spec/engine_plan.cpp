@@ -26,9 +26,10 @@ constexpr Names<WeightLayout, 8> kLayouts = {{{WeightLayout::kF32Rows, "f32-rows
                                               {WeightLayout::kCudaInt4, "cuda-int4"},
                                               {WeightLayout::kInt8Portable, "int8-portable"},
                                               {WeightLayout::kCpuInt8, "cpu-int8"}}};
-constexpr Names<ActivationPrecision, 3> kActivations = {{{ActivationPrecision::kF32, "f32"},
+constexpr Names<ActivationPrecision, 4> kActivations = {{{ActivationPrecision::kF32, "f32"},
                                                          {ActivationPrecision::kInt8Group, "int8"},
-                                                         {ActivationPrecision::kBf16, "bf16"}}};
+                                                         {ActivationPrecision::kBf16, "bf16"},
+                                                         {ActivationPrecision::kE4m3Token, "fp8"}}};
 
 template <typename Enum, size_t N>
 const char* name_of(const Names<Enum, N>& names, Enum value) {

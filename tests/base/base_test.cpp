@@ -38,6 +38,27 @@ TEST(Half, NarrowingRoundsToNearestEven) {
   EXPECT_EQ(float_to_bf16(1.0f + 3 * 0x1p-8f), 0x3f82);
 }
 
+TEST(Half, E4m3RoundTripsAndRounds) {
+  for (int bits = 0; bits < 256; ++bits) {
+    const float value = e4m3_to_float(static_cast<uint8_t>(bits));
+    if ((bits & 0x7f) == 0x7f) {
+      EXPECT_TRUE(std::isnan(value));
+    } else {
+      EXPECT_EQ(float_to_e4m3(value), bits);
+    }
+  }
+  EXPECT_EQ(e4m3_to_float(0x7e), 448.0f);
+  EXPECT_EQ(e4m3_to_float(0x01), 0x1p-9f);
+  EXPECT_EQ(e4m3_to_float(0x38), 1.0f);
+  EXPECT_EQ(float_to_e4m3(1.0f + 0x1p-4f), 0x38);      // tie to even
+  EXPECT_EQ(float_to_e4m3(1.0f + 3 * 0x1p-4f), 0x3a);  // tie to even, up
+  EXPECT_EQ(float_to_e4m3(0x1p-10f), 0x00);            // tie to even at the subnormal edge
+  EXPECT_EQ(float_to_e4m3(3 * 0x1p-10f), 0x02);
+  EXPECT_EQ(float_to_e4m3(0x1.fp-7f), 0x08);  // the largest subnormal and a half
+  EXPECT_EQ(float_to_e4m3(-1e9f), 0xfe);
+  EXPECT_EQ(float_to_e4m3(455.0f), 0x7e);
+}
+
 TEST(Json, PythonFloats) {
   EXPECT_EQ(python_float_repr(0.7), "0.7");
   EXPECT_EQ(python_float_repr(1.0), "1.0");

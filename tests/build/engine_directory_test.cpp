@@ -169,6 +169,21 @@ TEST_F(EngineDirectory, HoldsThePlanAndTheTokenizer) {
               AllOf(HasSubstr("--max-num-tokens is 599"), HasSubstr("between 600")));
 }
 
+TEST_F(EngineDirectory, Fp8ActivationsAreForTargetsThatHaveThem) {
+  BuildOptions options;
+  options.limits.max_input_len = options.limits.max_output_len = 8;
+  options.activation_precision = ActivationPrecision::kE4m3Token;
+  for (const char* target : {"cpu:generic", "cuda:portable"}) {
+    options.target = target;
+    EXPECT_THAT(catch_error([&] { plan_engine(*open_checkpoint(checkpoint_), options); }).message,
+                AllOf(HasSubstr("--activations fp8"), HasSubstr(target), HasSubstr("cuda:sm_90")));
+  }
+  options.target = "ref";
+  const EnginePlan plan = plan_engine(*open_checkpoint(checkpoint_), options);
+  EXPECT_EQ(EnginePlan::from_json(plan.to_json(), "plan").activation_precision,
+            ActivationPrecision::kE4m3Token);
+}
+
 TEST_F(EngineDirectory, EveryCpuTargetAgreesWithTheReference) {
   const Greedy expected = generate(load(build("ref", small_options("ref"))), 24);
   int num_targets = 0;

@@ -39,7 +39,7 @@ class CudaCalibration : public testing::TestWithParam<const char*> {
     const auto [it, is_new] = opened_.try_emplace(GetParam());
     if (is_new) {
       try {
-        it->second.backend = open_cuda_backend(GetParam());
+        it->second.backend = open_cuda_backend(GetParam(), ActivationPrecision::kBf16);
         it->second.backend->calibration_ops();
       } catch (const Error& error) {
         it->second.backend.reset();

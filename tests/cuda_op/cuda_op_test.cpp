@@ -7,6 +7,7 @@
 #include <limits>
 #include <map>
 
+#include "backends/cuda/kernels.h"
 #include "backends/reference/reference_backend.h"
 #include "base/error.h"
 #include "bench/op_cases.h"
@@ -31,7 +32,7 @@ class CudaOps : public testing::TestWithParam<const char*> {
     const auto [it, is_new] = opened_.try_emplace(target);
     if (is_new) {
       try {
-        it->second.backend = open_cuda_backend(target);
+        it->second.backend = open_cuda_backend(target, ActivationPrecision::kBf16);
       } catch (const Error& error) {
         it->second.why_not = error.what();
       }
@@ -231,8 +232,45 @@ TEST_P(CudaOps, TunedLinearsMatchReference) {
     }
   }
   LinearTactic unknown{.out_features = 128, .in_features = 128, .max_rows = 4, .kernel = "wgmma"};
-  if (!portable()) EXPECT_THROW(cuda_->use_tactics({&unknown, 1}), Error);
+  if (!portable()) {
+    EXPECT_THROW(cuda_->use_tactics({&unknown, 1}), Error);
+  }
   cuda_->use_tactics({});
+}
+
+// --activations fp8: steps of kFp8MinTokens and more against the reference that rounds as they do,
+// smaller ones against the one that does not.
+TEST(CudaFp8, LinearsMatchReference) {
+  std::unique_ptr<Backend> cuda;
+  try {
+    cuda = open_cuda_backend("cuda:sm_90", ActivationPrecision::kE4m3Token);
+  } catch (const Error& error) {
+    GTEST_SKIP() << error.what();
+  }
+  const auto exact = make_reference_backend();
+  const auto rounded = make_reference_backend(ActivationPrecision::kE4m3Token);
+  int large = 0;
+  for (const LinearCase& c : cuda_linear_cases()) {
+    if (c.layout != WeightLayout::kCpuInt4) continue;
+    Backend& reference = c.rows >= cuda::kFp8MinTokens ? *rounded : *exact;
+    large += c.rows >= cuda::kFp8MinTokens;
+    const std::vector<float> x =
+        normal(static_cast<size_t>(c.rows) * static_cast<size_t>(c.in_features), c.seed + 3);
+    const Weights host(reference, c, WeightLayout::kInt4Portable);
+    const std::vector<float> want = run(reference, c, host, x, c.rows);
+    for (const bool fused : {false, true}) {
+      if (fused && !c.gate_up) continue;
+      const Weights weights(*cuda, c, WeightLayout::kCudaInt4, fused);
+      const std::vector<float> got = run(*cuda, c, weights, x, c.rows);
+      // With a pre-scale, x is rounded to bf16 before e4m3: one value in sixteen or so then falls
+      // to the other side, a step of 1/16.
+      EXPECT_LT(rms_error(got, want), c.pre_scale ? 0.03 : 0.012) << c.name();
+      EXPECT_LT(element_error(got, want, got.size()), c.pre_scale ? 0.15 : 0.04) << c.name();
+      const std::vector<float> again = run(*cuda, c, weights, x, c.rows);
+      EXPECT_TRUE(same_bits(got.data(), again.data(), got.size())) << c.name() << " second run";
+    }
+  }
+  EXPECT_GT(large, 20);
 }
 
 TEST_P(CudaOps, DenseRowsDoNotDependOnTheBatch) {

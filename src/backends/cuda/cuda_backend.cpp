@@ -43,7 +43,8 @@ struct NormParts {
 
 class CudaBackend final : public Backend {
  public:
-  CudaBackend() : device_(open_checked_device()) {
+  explicit CudaBackend(ActivationPrecision precision)
+      : device_(open_checked_device()), fp8_(precision == ActivationPrecision::kE4m3Token) {
     check(stream_create(&stream_), "making a stream");
     for (void*& mark : marks_) check(event_create(&mark), "making an event");
     const size_t linear = int4_workspace_bytes(device_.num_sms);
@@ -74,6 +75,12 @@ class CudaBackend final : public Backend {
     scratch_.get(rows * widest * kActBytes, stream_);
     page_starts_.get((static_cast<size_t>(limits.max_batch_size) + 1) * sizeof(int), stream_);
     if constexpr (!kPortable) {
+      if (fp8_) {
+        quantized_.get(
+            quantized_x_bytes(limits.max_num_tokens,
+                              std::max({spec.hidden_size, spec.q_size(), spec.ffn_size})),
+            stream_);
+      }
       if (spec.num_heads == kFastGroup * spec.num_kv_heads) {
         prefill_.get(prefill_attention_workspace_bytes(limits.max_seq_len(), spec.num_kv_heads),
                      stream_);
@@ -278,7 +285,6 @@ class CudaBackend final : public Backend {
         put_off_linear_ = {x, w, rows, y};
         return;
       }
-      x = pre_scaled(x, w, rows);
       int4(x, w, w.out_features, rows, add ? Epilogue::kResidual : Epilogue::kPlain, nullptr, y,
            norm);
     } else {
@@ -300,8 +306,7 @@ class CudaBackend final : public Backend {
     if (rows == 0) return;
     if (gate.layout == WeightLayout::kCudaInt4 && gate.weight == up.weight) {
       const NormParts norm = take_normed(x, gate, rows);
-      int4(pre_scaled(x, gate, rows), gate, 2 * gate.out_features, rows, Epilogue::kSiluMul,
-           out_scale, y, norm);
+      int4(x, gate, 2 * gate.out_features, rows, Epilogue::kSiluMul, out_scale, y, norm);
       return;
     }
     flush();
@@ -669,6 +674,7 @@ class CudaBackend final : public Backend {
     check(generic_linear(args, stream_), "linear");
   }
 
+  /// An int4 linear, its AWQ pre-scale included.
   void int4(const void* x, const LinearOperand& w, int64_t out_rows, int tokens, Epilogue epilogue,
             const float* out_scale, void* y, const NormParts& norm = {}) {
     if (w.group_size != 128 || w.in_features % 8 != 0 ||
@@ -678,11 +684,17 @@ class CudaBackend final : public Backend {
            "this one is {} x {} in groups of {}",
            out_rows, w.in_features, w.group_size);
     }
+    const bool fp8 = !kPortable && fp8_ && tokens >= kFp8MinTokens;
+    if (!fp8) x = pre_scaled(x, w, tokens);
     TensorMap map;
     if constexpr (!kPortable) {
-      check(make_tensor_map(&map, x, tokens, w.in_features, int64_t{w.in_features} * 2,
-                            linear_wgmma_box_rows(tokens)),
-            "making a tensor map");
+      if (fp8) {
+        x = quantized(x, w, tokens);
+      } else {
+        check(make_tensor_map(&map, x, tokens, w.in_features, int64_t{w.in_features} * 2,
+                              linear_wgmma_box_rows(tokens)),
+              "making a tensor map");
+      }
     }
     const LinearArgs args{.weights = w.weight,
                           .rows = out_rows,
@@ -709,8 +721,21 @@ class CudaBackend final : public Backend {
     if constexpr (kPortable) {
       check(portable_linear(args, stream_), "int4 linear");
     } else {
-      check(tactics_.linear(args, stream_), "int4 linear");
+      check(fp8 ? linear_fp8(args, stream_) : tactics_.linear(args, stream_), "int4 linear");
     }
+  }
+
+  const void* quantized(const void* x, const LinearOperand& w, int rows) {
+    void* out = quantized_.get(quantized_x_bytes(rows, w.in_features), stream_);
+    const QuantizeArgs args{.x = x,
+                            .x_stride = w.in_features,
+                            .pre_scale = w.pre_scale,
+                            .out = out,
+                            .tokens = rows,
+                            .k = w.in_features,
+                            .dependent = kDependent};
+    check(quantize_x(args, stream_), "rounding activations to e4m3");
+    return out;
   }
 
   /// `count` sequences from `first` on, each in tiles of `queries` tokens.
@@ -774,6 +799,7 @@ class CudaBackend final : public Backend {
   }
 
   const Device device_;
+  const bool fp8_;  // e4m3 inputs of int4 linears in steps of kFp8MinTokens and more
   void* stream_ = nullptr;
   static constexpr int kNumMarks = 2;
   void* marks_[kNumMarks] = {};  // events
@@ -792,11 +818,13 @@ class CudaBackend final : public Backend {
   uint64_t scratch_moves_ = 0, graphs_moves_ = 0;  // now; when the graphs were recorded
   // scratch_: pre-scaled or normed rows; halves_: up's output of an unfused gate_up.
   Scratch scratch_{&scratch_moves_}, halves_{&scratch_moves_}, page_starts_{&scratch_moves_},
-      prefill_{&scratch_moves_}, sampling_{&scratch_moves_};
+      prefill_{&scratch_moves_}, sampling_{&scratch_moves_}, quantized_{&scratch_moves_};
 };
 
 }  // namespace
 
-std::unique_ptr<Backend> make_cuda_backend() { return std::make_unique<CudaBackend>(); }
+std::unique_ptr<Backend> make_cuda_backend(ActivationPrecision precision) {
+  return std::make_unique<CudaBackend>(precision);
+}
 
 }  // namespace nibble::cuda

@@ -11,6 +11,7 @@
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/layout.h"
 #include "backends/cuda/ptx/dequant.cuh"
+#include "backends/cuda/ptx/mma.cuh"
 
 namespace nibble::cuda {
 
@@ -160,6 +161,45 @@ __device__ __forceinline__ void store_rows(const LinearParams& p, int token, int
       }
     }
   }
+}
+
+// The end of the wgmma kernels' epilogue for a thread: eight adjacent rows of one token (SiLU: four
+// gates and their ups, 32 bytes further) from shared memory at `from`, times factor, to p.out + to.
+__device__ __forceinline__ void store_part(const LinearParams& p, int64_t to, bool silu,
+                                           uint32_t from, const uint4& residual,
+                                           const float4& out_scale, float factor = 1.0f) {
+  float v[4], w[4];
+  ptx::load_shared_f32x4(v, from);
+  ptx::load_shared_f32x4(w, from + (silu ? 32 : 16));
+#pragma unroll
+  for (int j = 0; j < 4; ++j) v[j] *= factor, w[j] *= factor;
+  if (silu) {
+    const float scale[4] = {out_scale.x, out_scale.y, out_scale.z, out_scale.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v[j] = __fdividef(v[j], 1.0f + __expf(-v[j])) * w[j] * scale[j];
+    *reinterpret_cast<uint2*>(p.out + to) =
+        make_uint2(ptx::pack_bf16(v[0], v[1]), ptx::pack_bf16(v[2], v[3]));
+    return;
+  }
+  auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
+  auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
+  *reinterpret_cast<uint4*>(p.out + to) =
+      make_uint4(ptx::pack_bf16(v[0] + low(residual.x), v[1] + high(residual.x)),
+                 ptx::pack_bf16(v[2] + low(residual.y), v[3] + high(residual.y)),
+                 ptx::pack_bf16(w[0] + low(residual.z), w[1] + high(residual.z)),
+                 ptx::pack_bf16(w[2] + low(residual.w), w[3] + high(residual.w)));
+}
+
+// Tile t of a list for wgmma kernels: row tiles of a patch are the fastest index, then its token
+// tiles, so that the tiles in flight share both operands in L2.
+inline constexpr int kPatchRows = 12;  // row tiles of a patch
+struct Tile {
+  int row, token;
+};
+__device__ __forceinline__ Tile find_tile(int t, int row_tiles, int token_tiles, int patch) {
+  const int base = t / (patch * token_tiles) * patch;
+  const int in = t - base * token_tiles, width = min(patch, row_tiles - base);
+  return {base + in % width, in / width};
 }
 
 // One-way exchange of f32 sums between CTAs of one grid. An empty place holds a bit pattern that no

@@ -49,7 +49,6 @@ constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
 constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 constexpr int kSmemLimit = 232448;
 constexpr int kMaxSplit = 8;
-constexpr int kPatchRows = 12;  // row tiles of a patch
 
 template <int kTokens, int kRowBlocks>
 struct Config {
@@ -70,16 +69,6 @@ struct Config {
   static constexpr int kSmemBytes = kBarOffset + 2 * kStages * 8;
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 3);
 };
-
-// Tile t of a cluster's list: row tiles of a patch are the fastest index, then its token tiles.
-struct Tile {
-  int row, token;
-};
-__device__ __forceinline__ Tile find_tile(int t, int row_tiles, int token_tiles, int patch) {
-  const int base = t / (patch * token_tiles) * patch;
-  const int in = t - base * token_tiles, width = min(patch, row_tiles - base);
-  return {base + in % width, in / width};
-}
 
 template <int kTokens, int kRowBlocks, int kCluster, bool kSplit>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -380,24 +369,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::named_barrier(1 + wg, 128);
       const int64_t to = locate(pass);
       if (to < 0) continue;
-      float v[4], w[4];
-      ptx::load_shared_f32x4(v, from);
-      ptx::load_shared_f32x4(w, from + (silu ? 32 : 16));
-      if (silu) {
-        const float scale[4] = {out_scale.x, out_scale.y, out_scale.z, out_scale.w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) v[j] = __fdividef(v[j], 1.0f + __expf(-v[j])) * w[j] * scale[j];
-        *reinterpret_cast<uint2*>(p.out + to) =
-            make_uint2(ptx::pack_bf16(v[0], v[1]), ptx::pack_bf16(v[2], v[3]));
-      } else {
-        auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
-        auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
-        *reinterpret_cast<uint4*>(p.out + to) =
-            make_uint4(ptx::pack_bf16(v[0] + low(old.x), v[1] + high(old.x)),
-                       ptx::pack_bf16(v[2] + low(old.y), v[3] + high(old.y)),
-                       ptx::pack_bf16(w[0] + low(old.z), w[1] + high(old.z)),
-                       ptx::pack_bf16(w[2] + low(old.w), w[3] + high(old.w)));
-      }
+      store_part(p, to, silu, from, old, out_scale);
     }
     if constexpr (kRowBlocks == 2) ptx::named_barrier(5 + row_block, 256);  // before next exchange
   }

@@ -22,7 +22,8 @@ void write_message(std::string_view text, char* message, size_t message_bytes) {
 }  // namespace nibble
 
 extern "C" __attribute__((visibility("default"))) nibble::Backend* nibble_plugin_open(
-    const char* abi, const char* target, char* message, size_t message_bytes) {
+    const char* abi, const char* target, nibble::ActivationPrecision precision, char* message,
+    size_t message_bytes) {
   using namespace nibble;
   try {
     if (std::string_view(abi) != kPluginAbi) {
@@ -34,7 +35,10 @@ extern "C" __attribute__((visibility("default"))) nibble::Backend* nibble_plugin
     if (std::string_view(target) != cuda::kTarget) {
       fail(ErrorKind::kDevice, "this plugin has code for {}, not for {}", cuda::kTarget, target);
     }
-    return cuda::make_cuda_backend().release();
+    if (cuda::kPortable && precision == ActivationPrecision::kE4m3Token) {
+      fail(ErrorKind::kDevice, "{} has no e4m3 linears (--activations fp8)", cuda::kTarget);
+    }
+    return cuda::make_cuda_backend(precision).release();
   } catch (const std::exception& error) {
     write_message(error.what(), message, message_bytes);
     return nullptr;

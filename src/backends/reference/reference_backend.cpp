@@ -5,11 +5,13 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "backends/reference/reference_kv.h"
 #include "backends/reference/reference_sample.h"
 #include "base/error.h"
+#include "base/half.h"
 #include "base/thread_pool.h"
 
 namespace nibble {
@@ -58,8 +60,30 @@ void load_weight_row(const LinearOperand& w, int64_t n, float* row) {
        weight_layout_name(w.layout));
 }
 
+// x [rows, k] as an e4m3 linear reads it: a row has the scale absmax / 448, and a value is
+// e4m3(x * (448 / absmax)) times that. A row below 2^-100 is 0; an infinity or NaN makes it NaN.
+void round_to_e4m3(std::vector<float>& x, int64_t k) {
+  constexpr float kMax = 448.0f, kLeast = 0x1p-100f;
+  for (auto row = x.begin(); row < x.end(); row += k) {
+    float absmax = 0;
+    bool finite = true;
+    for (auto v = row; v < row + k; ++v) {
+      finite = finite && std::isfinite(*v);
+      absmax = std::max(absmax, std::fabs(*v));
+    }
+    const float inverse = kMax / absmax, scale = absmax / kMax;
+    for (auto v = row; v < row + k; ++v) {
+      *v = !finite           ? std::numeric_limits<float>::quiet_NaN()
+           : absmax < kLeast ? 0.0f
+                             : e4m3_to_float(float_to_e4m3(*v * inverse)) * scale;
+    }
+  }
+}
+
 class ReferenceBackend final : public Backend {
  public:
+  explicit ReferenceBackend(ActivationPrecision precision)
+      : e4m3_(precision == ActivationPrecision::kE4m3Token) {}
   std::string name() const override { return "reference"; }
   size_t act_bytes() const override { return sizeof(float); }
   void reserve(const ModelSpec&, const EngineLimits&, int) override {}
@@ -105,13 +129,17 @@ class ReferenceBackend final : public Backend {
 
   void linear(const void* x, const LinearOperand& w, int rows, bool add, void* y) override {
     const float* in = static_cast<const float*>(x);
-    std::vector<float> scaled;
-    if (w.pre_scale != nullptr) {
-      scaled.assign(in, in + int64_t{rows} * w.in_features);
-      for (size_t i = 0; i < scaled.size(); ++i)
-        scaled[i] *= w.pre_scale[i % static_cast<size_t>(w.in_features)];
-      in = scaled.data();
+    const bool round = e4m3_ && is_int4(w.layout);
+    std::vector<float> changed;
+    if (w.pre_scale != nullptr || round) {
+      changed.assign(in, in + int64_t{rows} * w.in_features);
+      in = changed.data();
     }
+    if (w.pre_scale != nullptr) {
+      for (size_t i = 0; i < changed.size(); ++i)
+        changed[i] *= w.pre_scale[i % static_cast<size_t>(w.in_features)];
+    }
+    if (round) round_to_e4m3(changed, w.in_features);
     // A weight row is expanded once and used for every activation row; a thread owns whole output
     // columns, so the sums do not depend on the thread count.
     constexpr int64_t kRowsPerChunk = 16;
@@ -262,11 +290,14 @@ class ReferenceBackend final : public Backend {
     }
   }
 
+  const bool e4m3_;  // rounds what int4 linears read
   ThreadPool pool_;
 };
 
 }  // namespace
 
-std::unique_ptr<Backend> make_reference_backend() { return std::make_unique<ReferenceBackend>(); }
+std::unique_ptr<Backend> make_reference_backend(ActivationPrecision precision) {
+  return std::make_unique<ReferenceBackend>(precision);
+}
 
 }  // namespace nibble

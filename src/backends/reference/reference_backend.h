@@ -9,6 +9,9 @@
 
 namespace nibble {
 
-std::unique_ptr<Backend> make_reference_backend();
+/// kE4m3Token: what int4 linears read is rounded to e4m3 with a scale per token first. Any other
+/// precision is f32.
+std::unique_ptr<Backend> make_reference_backend(
+    ActivationPrecision precision = ActivationPrecision::kF32);
 
 }  // namespace nibble

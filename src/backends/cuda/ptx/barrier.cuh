@@ -47,6 +47,11 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Counts this warp in without waiting; `threads` are those that wait and those that do not.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Thread block clusters. A barrier address of this CTA names the same barrier in its neighbour.
 // NOTE: not .release.cluster: ptxas makes that a MEMBAR.ALL.GPU, which cost half the speed of a
 // main loop. The reads this arrival reports are complete by then: their values have been used.

@@ -1,4 +1,4 @@
-// Number conversions the attention kernels share.
+// Number conversions that kernels share. The e4m3 ones need sm_89.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -18,6 +18,19 @@ __device__ __forceinline__ void bytes_to_half(uint32_t bytes, uint32_t& low, uin
   const uint32_t a = __byte_perm(bytes, magic, 0x4140), b = __byte_perm(bytes, magic, 0x4342);
   asm("add.f16x2 %0, %1, %2;" : "=r"(low) : "r"(a), "r"(bias));
   asm("add.f16x2 %0, %1, %2;" : "=r"(high) : "r"(b), "r"(bias));
+}
+
+// Two f32 -> two e4m3 (low byte first), nearest even, finite overflow to +-448.
+__device__ __forceinline__ uint32_t e4m3x2(float low, float high) {
+  uint16_t r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+  return r;
+}
+// Two e4m3 -> two f16, exact.
+__device__ __forceinline__ uint32_t e4m3x2_to_half2(uint32_t pair) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(static_cast<uint16_t>(pair)));
+  return r;
 }
 
 }  // namespace nibble::ptx

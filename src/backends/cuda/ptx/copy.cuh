@@ -32,6 +32,16 @@ __device__ __forceinline__ void bulk_load(uint32_t smem, const void* global, uin
       : "memory");
 }
 
+// The same bytes into this place of every CTA in `ctas`, completing on each one's own barrier.
+__device__ __forceinline__ void bulk_load_multicast(uint32_t smem, const void* global,
+                                                    uint32_t bytes, uint32_t bar, uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(smem),
+      "l"(global), "r"(bytes), "r"(bar), "h"(ctas)
+      : "memory");
+}
+
 // One box of a 2-D tensor map; x is the innermost coordinate, in elements.
 __device__ __forceinline__ void tensor_load_2d(uint32_t smem, const CUtensorMap* map, int x, int y,
                                                uint32_t bar) {
