@@ -61,7 +61,7 @@ int run_build(const BuildFlags& flags) {
                     synthetic ? flags.synthetic : flags.checkpoint));
   }
   build_engine(flags.checkpoint, *source, options, flags.out, progress);
-  if (kind == ModelKind::kCheckpoint) {
+  if (kind == ModelKind::kCheckpoint && !synthetic) {  // it has a card
     const fs::path config = fs::path(flags.out) / "config.json";
     update_cards(flags.checkpoint, flags.out,
                  EnginePlan::from_json(parse_json(read_file(config), config.string()).as_object(),
