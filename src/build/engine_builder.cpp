@@ -118,10 +118,11 @@ void tune(EnginePlan& plan, Progress& progress) {
     plan.tactics = open_cuda_backend(plan.target, plan.activation_precision)
                        ->tune(plan.spec, plan.limits.max_num_tokens);
   } catch (const Error& error) {
-    if (error.kind() != ErrorKind::kDevice) throw;
-    progress.note(fmt::format(
-        "kernels are chosen by built-in rules; they can only be measured on the GPU: {}",
-        error.what()));
+    // Measuring is not worth a failed build: the GPU may be elsewhere, or full of a running server.
+    if (error.kind() != ErrorKind::kDevice && error.kind() != ErrorKind::kMemory) throw;
+    progress.note(
+        fmt::format("kernels are chosen by built-in rules, as they could not be measured here: {}",
+                    error.what()));
     return;
   }
   const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;

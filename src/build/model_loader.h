@@ -19,11 +19,11 @@ namespace nibble {
 inline constexpr ActivationPrecision kDefaultCpuActivationPrecision =
     ActivationPrecision::kInt8Group;
 
-/// "ref", "cpu:native", "cpu:avx512", "cpu:avx2", "cpu:generic", "cuda:sm_90", "cuda:portable".
-/// Throws Error{kDevice or kUsage}.
 /// Throws Error{kUsage} that names the targets that can, where `target` cannot feed its linears so.
 void check_activation_precision(const std::string& target, ActivationPrecision precision);
 
+/// "ref", "cpu:native", "cpu:avx512", "cpu:avx2", "cpu:generic", "cuda:sm_90", "cuda:portable".
+/// Throws Error{kDevice or kUsage}.
 std::unique_ptr<Backend> make_backend(const std::string& target, ActivationPrecision precision,
                                       int num_threads);
 /// cpu:native -> the best instruction set of this machine. A cuda target is checked by name only.

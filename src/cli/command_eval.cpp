@@ -102,7 +102,8 @@ int run_eval(const EvalFlags& flags) {
   check_same_vocabulary(model.directory, tokenizer_directory(flags.against),
                         {parse_tokenizer_regex(flags.tokenizer_regex)}, progress);
   EvalFlags parent_flags = flags;
-  // A model without int4 linears has nothing that could read e4m3.
+  // What the model is compared with stays exact, and is unquantized as a rule: nothing that could
+  // read e4m3.
   if (flags.activations == activation_precision_name(ActivationPrecision::kE4m3Token)) {
     parent_flags.activations.clear();
   }

@@ -267,7 +267,7 @@ class Parser {
     add_choice(c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16"},
                "int8 with scales per token and head, int8 with the checkpoint's scales, or f16")
         ->capture_default_str();
-    add_choice(c, "--activations", f.activations, {"f32", "int8", "fp8"},
+    add_choice(c, "--activations,--activation-precision", f.activations, {"f32", "int8", "fp8"},
                "feed int4 linears with exact activations or int8 per group (cpu targets), or with "
                "e4m3 scaled per token in large steps (fp8: cuda:sm_90, ref); default by "
                "target");
@@ -515,7 +515,7 @@ class Parser {
     add_choice(
         c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16", "f32"},
         "default: f32 for Hugging Face directories, int8 for checkpoints; an engine has its own");
-    add_choice(c, "--activations", f.activations, {"f32", "int8", "fp8"},
+    add_choice(c, "--activations,--activation-precision", f.activations, {"f32", "int8", "fp8"},
                "how int4 linears are fed; default by target; an engine has its own");
     add_regex(c, f.tokenizer_regex);
     add_common(c, f);
@@ -608,7 +608,7 @@ class Parser {
         ->capture_default_str();
     add_choice(c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16"}, "an engine has its own")
         ->capture_default_str();
-    add_choice(c, "--activations", f.activations, {"f32", "int8", "fp8"},
+    add_choice(c, "--activations,--activation-precision", f.activations, {"f32", "int8", "fp8"},
                "how int4 linears are fed; default by target; an engine has its own");
     c->add_option("--batch", f.batches,
                   "sequences decoded together; latency takes a list such as 1,8,64")

@@ -14,6 +14,7 @@
 #include "backends/cuda/device_memory.h"
 #include "backends/cuda/generic.h"
 #include "backends/cuda/kernels.h"
+#include "backends/cuda/put_off.h"
 #include "backends/cuda/runtime.h"
 #include "backends/cuda/tune.h"
 #include "backends/cuda/variant.h"
@@ -32,14 +33,6 @@ constexpr bool kDependent = false;
 #else
 constexpr bool kDependent = !kPortable;
 #endif
-
-/// The parts of a norm that a linear does: for the norm after it, and for the one before it.
-struct NormParts {
-  void* next = nullptr;
-  const float* next_weight = nullptr;
-  bool scales = false;
-  float eps = 0;
-};
 
 class CudaBackend final : public Backend {
  public:
@@ -391,15 +384,6 @@ class CudaBackend final : public Backend {
  private:
   static constexpr size_t kMaxGraphs = 256;
 
-  /// A rope_store_kv() that has not been done yet.
-  struct RopeStore {
-    StepBatch batch;
-    void* qkv;
-    int num_heads;
-    RopeTable rope;
-    KvLayer kv;
-  };
-
   // A step of one token a sequence: attention_step.cu. Decided by what graph_key() covers.
   static bool is_step(const StepBatch& batch, int num_heads, const KvLayer& kv) {
     return !kPortable && batch.num_tokens == batch.num_seqs &&
@@ -414,22 +398,6 @@ class CudaBackend final : public Backend {
     return true;
   }
 
-  /// A linear that adds to the residual stream and has not been done yet: should an RMSNorm follow,
-  /// one kernel does both.
-  struct ResidualLinear {
-    const void* x;
-    LinearOperand w;
-    int rows;
-    void* y;
-  };
-  /// An RMSNorm of which the multiplication by 1/rms is left to the linear that reads it.
-  struct HalfNormed {
-    const void* x;
-    const float* weight;
-    float eps;
-    int rows, hidden;
-    void* y;
-  };
   /// Does whatever has been put off. Every op begins with it or takes what was put off for it.
   void flush() {
     if (put_off_) {
@@ -514,9 +482,9 @@ class CudaBackend final : public Backend {
     if (batch.num_tokens == 0) return;
     const PageFormat format = page_format(kv.format, kv.block_tokens, kv.head_dim);
     if constexpr (kPortable) {
-      attend_portable(batch, qkv, num_heads, kv, out_scale, y);
+      attend_portable(batch, num_split(batch, num_heads, kv), qkv, num_heads, kv, out_scale, y);
     } else if (format != PageFormat::kInt8 || num_heads != kFastGroup * kv.num_kv_heads) {
-      generic(batch, qkv, num_heads, kv, out_scale, y);
+      attend_portable(batch, 0, qkv, num_heads, kv, out_scale, y);
     } else {
       attend_hopper(batch, qkv, num_heads, kv, out_scale, y);
     }
@@ -764,26 +732,22 @@ class CudaBackend final : public Backend {
             .tiles = tiles};
   }
 
-  void generic(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
-               const float* out_scale, void* y) {
-    check(generic_attention(attention_args(batch, 0, batch.num_seqs,
-                                           generic_attention_queries(num_heads, kv.num_kv_heads),
-                                           qkv, num_heads, kv, out_scale, y),
-                            stream_),
-          "attention");
-  }
-
-  /// One-token sequences at the front (the scheduler puts them there) are spread over the device;
-  /// whether they are is decided by what graph_key() covers, and does not change their bits.
-  void attend_portable(const StepBatch& batch, const void* qkv, int num_heads, const KvLayer& kv,
-                       const float* out_scale, void* y) {
+  /// How many one-token sequences at the front (the scheduler puts them there) the portable kernel
+  /// spreads over the device; decided by what graph_key() covers.
+  int num_split(const StepBatch& batch, int num_heads, const KvLayer& kv) const {
     const int32_t* starts = batch.host_seq_starts;
     int split = 0;
     while (split < batch.num_seqs && starts[split + 1] - starts[split] == 1) ++split;
-    if (!portable_attention_splits(num_heads, kv.num_kv_heads, split, batch.max_blocks_per_seq,
-                                   device_.num_sms)) {
-      split = 0;
-    }
+    return portable_attention_splits(num_heads, kv.num_kv_heads, split, batch.max_blocks_per_seq,
+                                     device_.num_sms)
+               ? split
+               : 0;
+  }
+
+  /// Any heads and page format. The first `split` sequences have one token each and are spread over
+  /// the device, which does not change their bits.
+  void attend_portable(const StepBatch& batch, int split, const void* qkv, int num_heads,
+                       const KvLayer& kv, const float* out_scale, void* y) {
     const int queries = portable_attention_queries(num_heads, kv.num_kv_heads);
     const auto args = [&](int first, int count) {
       return attention_args(batch, first, count, queries, qkv, num_heads, kv, out_scale, y);

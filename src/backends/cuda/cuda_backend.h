@@ -3,7 +3,7 @@
 // Activations bf16, sums f32, weights kCudaInt4 or kBf16Rows, pages of 64 tokens, head_dim 128.
 //
 // Where it keeps the seam's invariant (a row depends on its own sequence only, bit for bit), and
-// where not: embed, rms_norm, rope_store_kv, sample, logits, bf16 linears and generic attention
+// where not: embed, rms_norm, rope_store_kv, sample, logits, bf16 linears and portable attention
 // keep it. int4 linears sum over k in an order that depends on the number of rows in the step
 // (kernel and tile by M), and up to 8 rows they take part in the norms around them. With an int8
 // cache and 4 query heads per KV head, one-token rows and prompt chunks run different attention

@@ -43,7 +43,8 @@ struct GenericRopeArgs {
 };
 int generic_rope_store(const GenericRopeArgs& args, void* stream);
 
-// generic_attention.cu: causal attention of every token over its sequence's pages.
+// portable/attention.cu: causal attention of every token over its sequence's pages. Both targets
+// have it; on cuda:portable it is all there is.
 struct GenericAttentionArgs {
   const void* q;     // bf16 [tokens, q_stride]
   int64_t q_stride;  // elements
@@ -56,15 +57,11 @@ struct GenericAttentionArgs {
   void* out;               // bf16 [tokens, heads 128]
   PageFormat format;
   int tokens, sequences, page_table_stride, heads, kv_heads;
-  int tiles;  // sum over sequences of ceil(count / generic_attention_queries())
+  int tiles;  // sum over sequences of ceil(count / portable_attention_queries())
 };
-int generic_attention_queries(int heads, int kv_heads);  // query tokens of one tile
-int generic_attention(const GenericAttentionArgs& args, void* stream);
-
-// portable/attention.cu: the same for the portable target, where it is all there is. A context is
-// summed in parts of kPortableAttentionPartPages pages. With a workspace (every byte 0xff once),
-// for sequences of one token each as long as portable_attention_splits(), every part has its own
-// CTA.
+// A context is summed in parts of kPortableAttentionPartPages pages. With a workspace (every byte
+// 0xff once), for sequences of one token each as long as portable_attention_splits(), every part
+// has its own CTA.
 inline constexpr int kPortableAttentionPartPages = 8;
 inline constexpr int kPortableAttentionMaxPieces = 8;     // parts in flight, an SM
 int portable_attention_queries(int heads, int kv_heads);  // query tokens of one tile, not split

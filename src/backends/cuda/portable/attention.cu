@@ -17,7 +17,6 @@
 // its position change nothing: its bits depend on neither tiles, chunks, the way it was split nor
 // batch-mates.
 // Limits: heads per KV head <= 128, in the split form <= 16; 99 KB of shared memory, 1 CTA an SM.
-// NOTE: compiled, not yet run on a device.
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

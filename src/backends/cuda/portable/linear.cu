@@ -18,7 +18,6 @@
 //
 // Limits: K a multiple of 8 (padded to 128 by the packer), rows a multiple of 8 (16 with SiLU), x
 // 16-byte aligned; 99 KB of shared memory. No RMSNorm fusion (LinearArgs::next, squares).
-// NOTE: compiled, not yet run on a device.
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
