@@ -68,6 +68,7 @@ int check_norm(int rows, int hidden, bool scaled, bool gathered, cudaStream_t st
                               .eps = 1e-5f,
                               .rows = rows,
                               .hidden = hidden,
+                              .copies = 1,
                               .dependent = false},
                              stream));
   const auto out = fetch(y, n + 64);
@@ -391,6 +392,7 @@ void time_ops(cudaStream_t stream, const Limits& limits) {
                                     .eps = 1e-5f,
                                     .rows = rows,
                                     .hidden = kHidden,
+                                    .copies = 1,
                                     .dependent = i > 0},
                                    stream));
       }

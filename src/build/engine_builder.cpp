@@ -81,14 +81,12 @@ void plan_cuda(EnginePlan& plan, const BuildOptions& options) {
   plan.activation_precision = fp8 ? ActivationPrecision::kE4m3Token : ActivationPrecision::kBf16;
   plan.kv_block_tokens = kPageTokens;
   plan.dense_layout = WeightLayout::kBf16Rows;
-  if (is_int4(plan.lm_head_layout) || is_int8(plan.lm_head_layout)) {
-    fail(ErrorKind::kUnsupported,
-         "target {}: lm_head is stored as {}, and the cuda kernels read it in 16 bits only; "
-         "quantize "
-         "without --quantize-lm-head, or use --target cpu:native for this model",
-         plan.target, is_int4(plan.lm_head_layout) ? "int4" : "int8");
+  if (!is_int4(plan.lm_head_layout) && !is_int8(plan.lm_head_layout)) {
+    plan.lm_head_layout = WeightLayout::kBf16Rows;
+  } else if (spec.vocab_size % 8 != 0) {
+    refuse("vocab_size of a model with a quantized lm_head", spec.vocab_size,
+           "a multiple of 8 (or nibble quantize without --quantize-lm-head)");
   }
-  plan.lm_head_layout = WeightLayout::kBf16Rows;
   if (plan.linear_layout != WeightLayout::kCudaInt4) plan.linear_layout = WeightLayout::kBf16Rows;
 }
 
@@ -101,7 +99,9 @@ WeightLayout int4_layout_of(std::string_view target) {
 }
 
 WeightLayout int8_layout_of(std::string_view target) {
-  return target.starts_with("cpu:") ? WeightLayout::kCpuInt8 : WeightLayout::kInt8Portable;
+  return target.starts_with("cpu:")    ? WeightLayout::kCpuInt8
+         : target.starts_with("cuda:") ? WeightLayout::kCudaInt8
+                                       : WeightLayout::kInt8Portable;
 }
 
 int default_max_num_tokens(std::string_view target, int max_batch_size) {

@@ -214,8 +214,8 @@ std::string render_model_card(const ModelCard& card) {
       "TensorRT-LLM's layout (W4A16 AWQ). It runs with nibble on {}.\n\n"
       "License: {}.\n\n",
       card.name, original,
-      card.lm_head == LmHeadFormat::kDense ? "CPUs and NVIDIA Hopper GPUs"
-                                           : "CPUs (for GPUs quantize without --quantize-lm-head)",
+      card.group_size == 128 ? "CPUs and NVIDIA GPUs of compute capability 8.0 and newer"
+                             : "CPUs (GPUs want groups of 128)",
       card.base.license.empty() ? "not stated in the original's directory; the original's applies"
                                 : card.base.license + ", the original's");
   out += fmt::format(

@@ -31,7 +31,19 @@ int run_build(const BuildFlags& flags) {
          "from",
          flags.checkpoint);
   }
-  const auto source = synthetic ? open_synthetic(synthetic_shape(flags.synthetic).spec, /*seed=*/1)
+  if (!synthetic && !flags.quantize_lm_head.empty()) {
+    fail(
+        ErrorKind::kUsage,
+        "build: --quantize-lm-head {} goes with --synthetic; a checkpoint's lm_head is what nibble "
+        "quantize made of it (its flag has the same name)",
+        flags.quantize_lm_head);
+  }
+  const auto source = synthetic
+                          ? open_synthetic(synthetic_shape(flags.synthetic).spec, /*seed=*/1,
+                                           /*int4=*/true,
+                                           flags.quantize_lm_head.empty()
+                                               ? LmHeadFormat::kDense
+                                               : lm_head_format_from_name(flags.quantize_lm_head))
                       : kind == ModelKind::kCheckpoint ? open_checkpoint(flags.checkpoint)
                                                        : open_hf(flags.checkpoint);
   TerminalProgress progress;

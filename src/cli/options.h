@@ -42,6 +42,7 @@ struct BuildFlags {
   std::string kv_cache = "int8";  // int8 | int8-static | f16
   std::string activations;        // f32 | int8 | fp8; empty: by target
   std::string tokenizer;          // directory
+  std::string quantize_lm_head;   // with synthetic: int8 | int4
   bool no_tune = false;
 };
 

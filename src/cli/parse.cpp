@@ -235,7 +235,7 @@ class Parser {
         ->check(CLI::NonNegativeNumber)
         ->capture_default_str();
     add_choice(c, "--quantize-lm-head", f.quantize_lm_head, {"int8", "int4"},
-               "store lm_head in 8 or 4 bits too; it stays in 16 by default (cpu and ref targets)");
+               "store lm_head in 8 or 4 bits too; it stays in 16 by default");
     c->add_option("--base-model", f.base_model,
                   "the original's name on Hugging Face, for README.md: org/name");
     c->add_flag("--report-json", f.report_json, "write report.json beside report.html");
@@ -253,6 +253,8 @@ class Parser {
     c->add_option("--synthetic", f.synthetic,
                   "instead of CHECKPOINT: random int4 weights of a shape, for measuring (see "
                   "synthesize --shape); --tokenizer makes it servable");
+    add_choice(c, "--quantize-lm-head", f.quantize_lm_head, {"int8", "int4"},
+               "with --synthetic: lm_head in 8 or 4 bits too");
     c->add_option("--out", f.out, "engine directory to create")->required();
     c->add_option("--target", f.target, kTargets)->capture_default_str();
     c->add_option("--max-batch-size", f.max_batch_size, "sequences in one step")

@@ -16,6 +16,7 @@
 #include "base/nearest.h"
 #include "formats/safetensors.h"
 #include "formats/widen.h"
+#include "spec/weight_table.h"
 
 namespace nibble {
 namespace {
@@ -191,13 +192,15 @@ const Int4Table& int4_table() {
 
 class SyntheticSource final : public WeightSource {
  public:
-  SyntheticSource(const ModelSpec& spec, uint64_t seed, bool int4)
-      : spec_(spec), seed_(seed), int4_(int4) {
+  SyntheticSource(const ModelSpec& spec, uint64_t seed, bool int4, LmHeadFormat lm_head)
+      : spec_(spec), seed_(seed), int4_(int4), lm_head_(lm_head) {
     spec_.dtype = DType::kBF16;
+    NIBBLE_CHECK(lm_head == LmHeadFormat::kDense || (int4 && !spec.tied_embeddings));
   }
   const ModelSpec& spec() const override { return spec_; }
-  bool is_quantized(const WeightRow& row) const override {
-    return int4_ && quantized_bits(row) != 0;
+  bool is_quantized(const WeightRow& row) const override { return bits(row) != 0; }
+  int bits(const WeightRow& row) const override {
+    return int4_ ? quantized_bits(row, lm_head_) : 0;
   }
 
   std::vector<float> load_dense(const WeightRow& row) const override {
@@ -207,6 +210,10 @@ class SyntheticSource final : public WeightSource {
 
   TensorView view_dense(const WeightRow& row, std::vector<std::byte>& storage) const override {
     NIBBLE_CHECK(!is_quantized(row), "{} is quantized", row.name);
+    return make_dense(row, storage);
+  }
+
+  TensorView make_dense(const WeightRow& row, std::vector<std::byte>& storage) const {
     const std::vector<HfTensor> tensors = hf_tensors(row, spec_);
     size_t total = 0;
     for (const HfTensor& tensor : tensors) total += static_cast<size_t>(tensor.num_elements());
@@ -256,7 +263,32 @@ class SyntheticSource final : public WeightSource {
     return weight;
   }
 
+  Int8Weight load_int8(const WeightRow& row) const override {
+    NIBBLE_CHECK(bits(row) == 8, "{} has {} bits", row.name, bits(row));
+    const int64_t out = row.shape[0], in = row.shape[1];
+    const int group = in % 128 == 0 ? 128 : static_cast<int>(in);
+    Int8Weight weight{.out_features = out, .in_features = in, .group_size = group};
+    std::vector<std::byte> storage;
+    const std::vector<float> values = widen(make_dense(row, storage));
+    weight.owned.resize(values.size());
+    weight.scales.resize(static_cast<size_t>(out * (in / group)));
+    pool_.parallel_for(static_cast<int64_t>(weight.scales.size()), [&](int64_t index, int) {
+      const float* from = values.data() + index * group;
+      float widest = 0;
+      for (int i = 0; i < group; ++i) widest = std::max(widest, std::fabs(from[i]));
+      const float scale = widest > 0 ? widest / kMaxInt8 : 1.0f;
+      weight.scales[static_cast<size_t>(index)] = scale;
+      for (int i = 0; i < group; ++i) {
+        weight.owned[static_cast<size_t>(index * group + i)] =
+            static_cast<std::byte>(static_cast<int8_t>(std::lround(from[i] / scale)));
+      }
+    });
+    weight.values = weight.owned.data();
+    return weight;
+  }
+
   std::vector<float> load_pre_scale(const WeightRow& row) const override {
+    if (bits(row) == 8) return {};
     const bool shared = row.role == WeightRole::kGate || row.role == WeightRole::kUp;
     const uint64_t key = tensor_key(
         shared ? fmt::format("layers.{}.mlp_input", row.layer) : row.name + ".pre", seed_);
@@ -281,6 +313,7 @@ class SyntheticSource final : public WeightSource {
   ModelSpec spec_;
   uint64_t seed_;
   bool int4_;
+  LmHeadFormat lm_head_;
   mutable ThreadPool pool_;
 };
 
@@ -390,8 +423,9 @@ void write_synthetic_hf(const fs::path& out, const ModelSpec& spec, uint64_t see
   directory.commit();
 }
 
-std::unique_ptr<WeightSource> open_synthetic(const ModelSpec& spec, uint64_t seed, bool int4) {
-  return std::make_unique<SyntheticSource>(spec, seed, int4);
+std::unique_ptr<WeightSource> open_synthetic(const ModelSpec& spec, uint64_t seed, bool int4,
+                                             LmHeadFormat lm_head) {
+  return std::make_unique<SyntheticSource>(spec, seed, int4, lm_head);
 }
 
 }  // namespace nibble

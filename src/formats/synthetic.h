@@ -33,8 +33,8 @@ void write_synthetic_hf(const fs::path& out, const ModelSpec& shape, uint64_t se
 
 /// The same weights in memory; with `int4` the quantizable rows are random int4 of the right size
 /// instead (group 128, or all of a shorter row), with prequant vectors shared as a quantizer shares
-/// them, and KV scales.
-std::unique_ptr<WeightSource> open_synthetic(const ModelSpec& spec, uint64_t seed,
-                                             bool int4 = true);
+/// them, KV scales, and an lm_head as `lm_head` says.
+std::unique_ptr<WeightSource> open_synthetic(const ModelSpec& spec, uint64_t seed, bool int4 = true,
+                                             LmHeadFormat lm_head = LmHeadFormat::kDense);
 
 }  // namespace nibble

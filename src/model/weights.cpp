@@ -110,6 +110,8 @@ class Loader {
       return cuda_int4_packed_bytes(row.role == WeightRole::kGate ? 2 * row.shape[0] : row.shape[0],
                                     in);
     }
+    if (layout == WeightLayout::kCudaInt8)
+      return cuda_int4_packed_bytes(row.shape[0], 2 * row.shape[1]);
     if (layout == WeightLayout::kInt4Portable)
       return static_cast<size_t>((out + 1) / 2) * static_cast<size_t>(in);
     if (layout == WeightLayout::kInt8Portable) return elements;

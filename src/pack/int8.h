@@ -5,6 +5,8 @@
 //                  scales 16 s, then lo with scales s, where q = 16 hi + lo and both lie in -8..7.
 //                  The int4 kernels run one after the other and add, so 8 bits need no kernel of
 //                  their own.
+//   kCudaInt8      one kCudaInt4 matrix [out, 2 in]: a row is its hi, then its lo, for inputs that
+//                  come twice. Scales are rounded to bf16 there.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

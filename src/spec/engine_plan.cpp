@@ -18,14 +18,15 @@ constexpr Names<KvFormat, 4> kKvFormats = {{{KvFormat::kInt8Dynamic, "int8"},
                                             {KvFormat::kInt8Static, "int8-static"},
                                             {KvFormat::kF16, "f16"},
                                             {KvFormat::kF32, "f32"}}};
-constexpr Names<WeightLayout, 8> kLayouts = {{{WeightLayout::kF32Rows, "f32-rows"},
+constexpr Names<WeightLayout, 9> kLayouts = {{{WeightLayout::kF32Rows, "f32-rows"},
                                               {WeightLayout::kBf16Rows, "bf16-rows"},
                                               {WeightLayout::kF16Rows, "f16-rows"},
                                               {WeightLayout::kInt4Portable, "int4-portable"},
                                               {WeightLayout::kCpuInt4, "cpu-int4"},
                                               {WeightLayout::kCudaInt4, "cuda-int4"},
                                               {WeightLayout::kInt8Portable, "int8-portable"},
-                                              {WeightLayout::kCpuInt8, "cpu-int8"}}};
+                                              {WeightLayout::kCpuInt8, "cpu-int8"},
+                                              {WeightLayout::kCudaInt8, "cuda-int8"}}};
 constexpr Names<ActivationPrecision, 4> kActivations = {{{ActivationPrecision::kF32, "f32"},
                                                          {ActivationPrecision::kInt8Group, "int8"},
                                                          {ActivationPrecision::kBf16, "bf16"},
@@ -70,7 +71,8 @@ bool is_int4(WeightLayout layout) {
          layout == WeightLayout::kCudaInt4;
 }
 bool is_int8(WeightLayout layout) {
-  return layout == WeightLayout::kInt8Portable || layout == WeightLayout::kCpuInt8;
+  return layout == WeightLayout::kInt8Portable || layout == WeightLayout::kCpuInt8 ||
+         layout == WeightLayout::kCudaInt8;
 }
 const char* activation_precision_name(ActivationPrecision precision) {
   return name_of(kActivations, precision);

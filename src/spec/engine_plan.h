@@ -28,7 +28,8 @@ enum class WeightLayout : uint8_t {
   kCpuInt4,       // pack/cpu_int4.h
   kCudaInt4,      // pack/cuda_int4.h
   kInt8Portable,  // as the checkpoint: i8 [out, in]; scales float [out, in/group] beside it
-  kCpuInt8,       // pack/cpu_int4.h: two planes of kCpuInt4
+  kCpuInt8,       // pack/int8.h: two planes of kCpuInt4
+  kCudaInt8,      // pack/int8.h: kCudaInt4 with twice the inputs
 };
 const char* weight_layout_name(WeightLayout layout);
 WeightLayout weight_layout_from_name(std::string_view name);  // throws Error{kInput}

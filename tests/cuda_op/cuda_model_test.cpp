@@ -21,6 +21,7 @@ struct Shape {
   int heads, kv_heads;
   bool int4;
   KvFormat kv;
+  LmHeadFormat lm_head = LmHeadFormat::kDense;
 };
 void PrintTo(const Shape& shape, std::ostream* out) { *out << shape.name; }
 
@@ -37,7 +38,7 @@ class CudaModel : public testing::TestWithParam<std::tuple<const char*, Shape>> 
     options.build.limits.max_input_len = 400;
     options.build.limits.max_output_len = 100;
     options.build.limits.max_num_tokens = 512;
-    return load_source(open_synthetic(spec, 7, shape.int4), options);
+    return load_source(open_synthetic(spec, 7, shape.int4, shape.lm_head), options);
   }
   void SetUp() override {
     try {
@@ -56,6 +57,10 @@ INSTANTIATE_TEST_SUITE_P(
                                      Shape{"int4_4to1_static", 4, 1, true, KvFormat::kInt8Static},
                                      Shape{"int4_2to1_int8", 4, 2, true, KvFormat::kInt8Dynamic},
                                      Shape{"int4_2to1_f16", 4, 2, true, KvFormat::kF16},
+                                     Shape{"int4_head8", 8, 2, true, KvFormat::kInt8Dynamic,
+                                           LmHeadFormat::kInt8},
+                                     Shape{"int4_head4", 8, 2, true, KvFormat::kInt8Dynamic,
+                                           LmHeadFormat::kInt4},
                                      Shape{"bf16_4to1_int8", 8, 2, false, KvFormat::kInt8Dynamic},
                                      Shape{"bf16_2to1_f16", 2, 1, false, KvFormat::kF16})),
     [](const auto& info) {

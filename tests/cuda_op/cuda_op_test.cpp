@@ -356,6 +356,42 @@ TEST_P(CudaOps, EmbedNormAndHeadMatchReference) {
   }
 }
 
+// In 8 bits it is an int4 matrix of twice the inputs, which the norm writes twice.
+TEST_P(CudaOps, QuantizedHeadMatchesReference) {
+  const int tokens = 100;
+  for (const auto& [vocab, hidden] : {std::pair{328, 256}, {1000, 1152}, {40960, 384}}) {
+    const std::vector<float> x = normal(static_cast<size_t>(tokens) * static_cast<size_t>(hidden),
+                                        21),
+                             weight = normal(static_cast<size_t>(hidden), 22);
+    for (const WeightLayout layout : {WeightLayout::kCudaInt4, WeightLayout::kCudaInt8}) {
+      for (const int rows : {1, 5, 9, 16, 17, 33, 64, 90}) {
+        std::vector<int32_t> picked;
+        for (int r = 0; r < rows; ++r) picked.push_back(r * 7 % tokens);
+        const auto head = [&](Backend& backend, WeightLayout lies) {
+          const TestWeight w(backend, lies, vocab, hidden, 128, 5, false);
+          const Buffer in = acts_to_device(backend, x), norm = to_device(backend, weight),
+                       indices = to_device(backend, picked);
+          const StepBatch batch{
+              .num_tokens = tokens, .num_logit_rows = rows, .logit_rows = indices.as<int32_t>()};
+          GuardedOutput logits(backend, static_cast<size_t>(rows) * static_cast<size_t>(vocab));
+          backend.lm_head(batch, in.data(), norm.as<float>(), 1e-5f, w.operand(), logits.data());
+          return logits.read();
+        };
+        const auto name = [&] {
+          return fmt::format("{} x {} {} rows {}", vocab, hidden, weight_layout_name(layout), rows);
+        };
+        const std::vector<float> want =
+            head(*reference_,
+                 is_int8(layout) ? WeightLayout::kInt8Portable : WeightLayout::kInt4Portable);
+        const std::vector<float> got = head(*cuda_, layout);
+        EXPECT_LT(rms_error(got, want), 0.006) << name();
+        const std::vector<float> again = head(*cuda_, layout);
+        EXPECT_TRUE(same_bits(got.data(), again.data(), got.size())) << name() << " second run";
+      }
+    }
+  }
+}
+
 // Attention
 // ------------------------------------------------------------------------------------------------
 

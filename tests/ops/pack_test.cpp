@@ -55,12 +55,17 @@ TEST(Pack, AnOddRowHasNoPair) {
 }
 
 TEST(Pack, Int8RoundTripsBitForBit) {
-  for (const WeightLayout layout : {WeightLayout::kInt8Portable, WeightLayout::kCpuInt8}) {
-    for (const auto& [n, k, group] : {std::array{1, 64, 64}, {17, 128, 128}, {34, 256, 32}}) {
+  for (const WeightLayout layout :
+       {WeightLayout::kInt8Portable, WeightLayout::kCpuInt8, WeightLayout::kCudaInt8}) {
+    for (const auto& [n, k, group] :
+         {std::array{1, 64, 64}, {17, 128, 128}, {34, 256, 32}, {200, 384, 128}}) {
+      const bool cuda = layout == WeightLayout::kCudaInt8;
+      if (cuda && group != 128) continue;
       const Int4Matrix four = random_matrix(n, k, group, static_cast<uint64_t>(n));
       Int8Matrix m{n, k, group, four.q, four.scales};
       for (size_t i = 0; i < m.q.size(); ++i)  // every value there is
         m.q[i] = static_cast<int8_t>(static_cast<int>(i % (2 * kMaxInt8 + 1)) - kMaxInt8);
+      if (cuda) ops::round_to_bf16(m.scales);
       const PackedLinear packed = pack_int8(m, layout);
       EXPECT_EQ(packed.weight.size(), packed_int8_bytes(n, k, group, layout));
       const Int8Matrix back = unpack_int8(packed.weight, packed.scales, n, k, group, layout);

@@ -448,7 +448,7 @@ TEST(EnginePlan, JsonIsTheIdentity) {
   for (const WeightLayout layout :
        {WeightLayout::kF32Rows, WeightLayout::kBf16Rows, WeightLayout::kF16Rows,
         WeightLayout::kInt4Portable, WeightLayout::kCpuInt4, WeightLayout::kCudaInt4,
-        WeightLayout::kInt8Portable, WeightLayout::kCpuInt8}) {
+        WeightLayout::kInt8Portable, WeightLayout::kCpuInt8, WeightLayout::kCudaInt8}) {
     EXPECT_EQ(weight_layout_from_name(weight_layout_name(layout)), layout);
   }
   for (const KvFormat format :

@@ -63,7 +63,7 @@ class CudaBackend final : public Backend {
   void reserve(const ModelSpec& spec, const EngineLimits& limits, int max_logit_rows) override {
     loader_.reset();  // the weights are there
     max_logit_rows_ = max_logit_rows;
-    const auto rows = static_cast<size_t>(std::max(limits.max_num_tokens, max_logit_rows));
+    const auto rows = static_cast<size_t>(std::max(limits.max_num_tokens, 2 * max_logit_rows));
     const auto widest = static_cast<size_t>(std::max({spec.hidden_size, spec.q_size()}));
     scratch_.get(rows * widest * kActBytes, stream_);
     page_starts_.get((static_cast<size_t>(limits.max_batch_size) + 1) * sizeof(int), stream_);
@@ -320,10 +320,19 @@ class CudaBackend final : public Backend {
     flush();
     const int rows = batch.num_logit_rows;
     if (rows == 0) return;
-    dense_weight(head, "lm_head");
+    // In 8 bits: high and low halves of the integers are one int4 matrix, each reads the inputs.
+    const int copies = head.layout == WeightLayout::kCudaInt8 ? 2 : 1;
     void* normed = scratch_.get(
-        static_cast<size_t>(rows) * static_cast<size_t>(head.in_features) * kActBytes, stream_);
-    norm(x, norm_weight, eps, batch.logit_rows, rows, head.in_features, normed);
+        static_cast<size_t>(rows * copies) * static_cast<size_t>(head.in_features) * kActBytes,
+        stream_);
+    norm(x, norm_weight, eps, batch.logit_rows, rows, head.in_features, normed, copies);
+    if (head.layout == WeightLayout::kCudaInt4 || head.layout == WeightLayout::kCudaInt8) {
+      LinearOperand halves = head;
+      halves.in_features *= copies;
+      int4(normed, halves, head.out_features, rows, Epilogue::kFloat, nullptr, logits);
+      return;
+    }
+    dense_weight(head, "lm_head");
     if constexpr (kPortable) {
       dense(normed, head, rows, nullptr, true, logits);
     } else {
@@ -606,7 +615,7 @@ class CudaBackend final : public Backend {
   }
 
   void norm(const void* x, const float* weight, float eps, const int32_t* row_index, int rows,
-            int hidden, void* y) {
+            int hidden, void* y, int copies = 1) {
     if (rows == 0) return;
     const RmsNormArgs args{.x = x,
                            .weight = weight,
@@ -616,6 +625,7 @@ class CudaBackend final : public Backend {
                            .eps = eps,
                            .rows = rows,
                            .hidden = hidden,
+                           .copies = copies,
                            .dependent = kDependent};
     check(cuda::rms_norm(args, stream_), "rms_norm");
   }
@@ -652,7 +662,7 @@ class CudaBackend final : public Backend {
            "this one is {} x {} in groups of {}",
            out_rows, w.in_features, w.group_size);
     }
-    const bool fp8 = !kPortable && fp8_ && tokens >= kFp8MinTokens;
+    const bool fp8 = !kPortable && fp8_ && tokens >= kFp8MinTokens && epilogue != Epilogue::kFloat;
     if (!fp8) x = pre_scaled(x, w, tokens);
     TensorMap map;
     if constexpr (!kPortable) {

@@ -56,6 +56,7 @@ struct NormParams {
   uint4* y;
   float eps;
   int chunks;  // hidden / 8
+  int copies;  // of a row, next to each other
 };
 
 // One block per row. A thread keeps its first kKept chunks in registers; the rest is read again.
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const NormParams p) {
   ptx::grid_dependency_wait();
   const int row = p.rows ? p.rows[blockIdx.x] : static_cast<int>(blockIdx.x);
   const uint4* x = p.x + static_cast<int64_t>(row) * p.chunks;
-  uint4* y = p.y + static_cast<int64_t>(blockIdx.x) * p.chunks;
+  uint4* y = p.y + static_cast<int64_t>(blockIdx.x) * p.chunks * p.copies;
   const int tid = threadIdx.x;
   uint4 kept[kKept];
   float sum = 0.0f;
@@ -108,7 +109,9 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const NormParams p) {
       out[h * 2 + 1] = ptx::pack_bf16(low(words[h * 2 + 1]) * inverse * w.z,
                                       high(words[h * 2 + 1]) * inverse * w.w);
     }
-    y[at] = make_uint4(out[0], out[1], out[2], out[3]);
+    for (int copy = 0; copy < p.copies; ++copy) {
+      y[at + copy * p.chunks] = make_uint4(out[0], out[1], out[2], out[3]);
+    }
   };
 #pragma unroll
   for (int i = 0; i < kKept; ++i) {
@@ -207,7 +210,8 @@ int rms_norm(const RmsNormArgs& args, void* stream) {
                           .rows = args.row_index,
                           .y = static_cast<uint4*>(args.y),
                           .eps = args.eps,
-                          .chunks = args.hidden / 8};
+                          .chunks = args.hidden / 8,
+                          .copies = args.copies};
   return launch(norm_kernel, dim3(static_cast<unsigned>(args.rows)), args.dependent, stream,
                 params);
 }

@@ -21,9 +21,10 @@ struct alignas(64) TensorMap {
 int make_tensor_map(TensorMap* map, const void* base, int64_t rows, int64_t columns,
                     int64_t row_stride_bytes, int box_rows);
 
-enum class Epilogue : int { kPlain, kResidual, kSiluMul };
+enum class Epilogue : int { kPlain, kResidual, kSiluMul, kFloat };
 
-// out = x W^T (+ residual) or SiLU(gate) * up * out_scale, W in the layout of layout.h.
+// out = x W^T (+ residual) or SiLU(gate) * up * out_scale, W in the layout of layout.h. kFloat:
+// x W^T, not rounded.
 struct LinearArgs {
   const void* weights;  // packed
   int64_t rows, k;      // of W; rows counts gate and up together
@@ -31,7 +32,7 @@ struct LinearArgs {
   const void* x;        // bf16 [tokens, k], rows x_stride elements apart, 16-byte aligned
   int64_t x_stride;
   const TensorMap* x_map;  // host pointer, for linear_wgmma: x with the box_rows it asks for
-  void* out;               // bf16 [tokens, rows] ([tokens, rows/2] for kSiluMul)
+  void* out;               // bf16 [tokens, rows] ([tokens, rows/2] for kSiluMul); f32 for kFloat
   const void* residual;    // bf16 [tokens, rows] for kResidual
   const float* out_scale;  // [rows/2] for kSiluMul, or null: AWQ pre-scale of the next linear
   Epilogue epilogue;
@@ -189,9 +190,9 @@ struct RmsNormArgs {
   const float* weight;     // [hidden]
   const float* pre_scale;  // [hidden] or null: AWQ pre-scale of the linear that follows
   const int* row_index;    // [rows] rows of x to take, or null: all in order
-  void* y;
+  void* y;                 // [rows, copies * hidden]: every row `copies` times in a row
   float eps;
-  int rows, hidden;
+  int rows, hidden, copies;
   bool dependent;
 };
 int rms_norm(const RmsNormArgs& args, void* stream);

@@ -24,7 +24,7 @@ struct LinearParams {
   int early_slots;         // linear_small: ring slots requested before the dependency is met
   int tokens, rows, k, x_stride, out_stride;
   const __nv_bfloat16* x;
-  __nv_bfloat16* out;
+  __nv_bfloat16* out;  // float* for kFloat
   const __nv_bfloat16* residual;
   const float* out_scale;
   __nv_bfloat16* next;  // linear_small, as in LinearArgs
@@ -122,6 +122,14 @@ __device__ __forceinline__ void store_rows(const LinearParams& p, int token, int
       }
       *reinterpret_cast<__nv_bfloat162*>(to + i) = __floats2bfloat162_rn(v[0], v[1]);
     }
+  } else if constexpr (kEpilogue == Epilogue::kFloat) {
+    if (token >= p.tokens || tile_row + row >= p.rows) return;
+    float* to = reinterpret_cast<float*>(p.out) + static_cast<int64_t>(token) * p.out_stride +
+                tile_row + row;
+#pragma unroll
+    for (int i = 0; i < kPer; i += 2) {
+      *reinterpret_cast<float2*>(to + i) = make_float2(value[i], value[i + 1]);
+    }
   } else {
     if (token >= p.tokens) return;
     const int64_t at = static_cast<int64_t>(token) * p.out_stride + tile_row + row;
@@ -179,6 +187,12 @@ __device__ __forceinline__ void store_part(const LinearParams& p, int64_t to, bo
     for (int j = 0; j < 4; ++j) v[j] = __fdividef(v[j], 1.0f + __expf(-v[j])) * w[j] * scale[j];
     *reinterpret_cast<uint2*>(p.out + to) =
         make_uint2(ptx::pack_bf16(v[0], v[1]), ptx::pack_bf16(v[2], v[3]));
+    return;
+  }
+  if (p.epilogue == static_cast<int>(Epilogue::kFloat)) {
+    float4* out = reinterpret_cast<float4*>(reinterpret_cast<float*>(p.out) + to);
+    out[0] = make_float4(v[0], v[1], v[2], v[3]);
+    out[1] = make_float4(w[0], w[1], w[2], w[3]);
     return;
   }
   auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };

@@ -316,6 +316,7 @@ int launch_epilogue(const LinearArgs& args, int grid, void* stream) {
       return launch<kTokens, kHalves, Epilogue::kResidual>(args, p, grid, stream);
     case Epilogue::kSiluMul:
       return launch<kTokens, kHalves, Epilogue::kSiluMul>(args, p, grid, stream);
+    case Epilogue::kFloat: return launch<kTokens, kHalves, Epilogue::kFloat>(args, p, grid, stream);
   }
   return cudaErrorInvalidValue;
 }

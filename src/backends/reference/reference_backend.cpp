@@ -53,7 +53,8 @@ void load_weight_row(const LinearOperand& w, int64_t n, float* row) {
     }
     case WeightLayout::kCpuInt4:
     case WeightLayout::kCpuInt8:
-    case WeightLayout::kCudaInt4: break;
+    case WeightLayout::kCudaInt4:
+    case WeightLayout::kCudaInt8: break;
   }
   fail(ErrorKind::kUnsupported,
        "the reference backend cannot read weights in layout {}; rebuild with --target ref",

@@ -46,7 +46,7 @@ struct Params {
   int64_t x_stride;
   int row_tiles, token_tiles, groups, parts;
   int tokens, k, columns;  // columns of out
-  bool split, silu;
+  bool split, silu, f32;   // f32: out is float*
 };
 
 // kSerial: this CTA adds all parts.
@@ -228,6 +228,10 @@ __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const Params p) {
     const float2 s = *reinterpret_cast<const float2*>(staged + sum_place<S>(place, within));
     float v[2] = {s.x, s.y};
     const int64_t to = static_cast<int64_t>(token) * p.columns + column;
+    if (p.f32) {
+      *reinterpret_cast<float2*>(reinterpret_cast<float*>(p.out) + to) = s;
+      continue;
+    }
     if (p.residual) {
       const __nv_bfloat162 r = *reinterpret_cast<const __nv_bfloat162*>(p.residual + to);
       v[0] += __low2float(r);
@@ -300,6 +304,7 @@ int portable_linear(const LinearArgs& args, void* stream) {
   p.columns = static_cast<int>(silu ? args.rows / 2 : args.rows);
   p.split = tactic.split && choose_split(p.row_tiles, p.token_tiles, p.parts, args.num_sms);
   p.silu = silu;
+  p.f32 = args.epilogue == Epilogue::kFloat;
   if (p.parts > 1 && !p.split) {  // only ever with many tokens
     return tactic.tokens == kMaxTokens ? launch<Tile64, true>(p, stream) : cudaErrorInvalidValue;
   }
