@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "build/model_loader.h"
 
+#include <chrono>
 #include <fmt/ranges.h>
 
 #include "backends/cpu/cpu_backend.h"
@@ -52,7 +53,11 @@ void open_backend(LoadedModel& model, const LoadOptions& options) {
 
 void load_weights(LoadedModel& model, const LoadOptions& options) {
   if (options.before_load) options.before_load(model.plan, *model.tensors, *model.backend);
+  const auto start = std::chrono::steady_clock::now();
   model.weights = ModelWeights::load(*model.backend, model.plan, *model.tensors);
+  model.backend->sync();
+  model.load_seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 }  // namespace

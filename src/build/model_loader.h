@@ -45,6 +45,7 @@ struct LoadedModel {
   std::unique_ptr<EngineTensors> tensors;
   std::unique_ptr<Backend> backend;
   ModelWeights weights;
+  double load_seconds = 0;  // until the weights were where the backend reads them
 };
 
 LoadedModel load_model(const fs::path& directory, const LoadOptions& options);
