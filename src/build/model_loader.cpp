@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "build/model_loader.h"
 
-#include <chrono>
 #include <fmt/ranges.h>
+#include <chrono>
 
 #include "backends/cpu/cpu_backend.h"
 #include "backends/reference/reference_backend.h"

@@ -99,7 +99,7 @@ class Backend {
   /// backend's.
   virtual void copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
   /// Makes weight bytes usable by the ops: host backends return `host` itself (zero copy, so the
-  /// mapping must outlive the backend's use), device backends copy.
+  /// mapping must outlive the backend's use), device backends copy, until sync() or the next op.
   virtual const void* import_weights(const std::byte* host, size_t bytes) = 0;
   /// Of the backend's own memory, free now; 0: it has none, it works in the host's.
   virtual uint64_t free_memory_bytes() { return 0; }

@@ -534,13 +534,22 @@ inline void load_kv_run(const Attend& a, const uint8_t* head, int first, int cou
   }
 }
 
+/// K and V of the int8 block that the next tile begins with, or null: brought into the caches while
+/// this one is computed. A block of one head is too short for the hardware to see it coming.
+struct Ahead {
+  const uint8_t *k = nullptr, *v = nullptr;
+};
+inline void prefetch_l2(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
+
 /// scores[r][32] = q_r . k; two vectors of keys at a time.
 template <int RB>
-inline void score_rows(const float* const* q, int dim, const float* kt, float* scores) {
+inline void score_rows(const float* const* q, int dim, const float* kt, float* scores,
+                       const uint8_t* ahead) {
   for (int key = 0; key < kKvTile; key += 2 * W) {
     vf acc[RB][2];
     NIBBLE_UNROLL for (int r = 0; r < RB; ++r) acc[r][0] = acc[r][1] = zero();
     for (int d = 0; d < dim; ++d) {
+      if (ahead != nullptr && d % 2 == 0 && key == 0) prefetch_l2(ahead + d * 32);
       const vf k0 = load(kt + d * kKvTile + key), k1 = load(kt + d * kKvTile + key + W);
       NIBBLE_UNROLL for (int r = 0; r < RB; ++r) {
         const vf qv = set1(q[r][d]);
@@ -557,13 +566,15 @@ inline void score_rows(const float* const* q, int dim, const float* kt, float* s
 
 template <int RB, int NV>
 inline void accumulate_columns(float* const* acc, const float* correction, const float* p,
-                               const float* v, int dp, int keys, int d) {
+                               const float* v, int dp, int keys, int d, const uint8_t* ahead) {
   vf a[RB][NV];
   NIBBLE_UNROLL for (int r = 0; r < RB; ++r) {
     NIBBLE_UNROLL for (int i = 0; i < NV; ++i) a[r][i] =
         mul(load(acc[r] + d + i * W), set1(correction[r]));
   }
+  if (d % 64 != 0) ahead = nullptr;  // 64 channels are a cache line
   for (int t = 0; t < keys; ++t) {
+    if (ahead != nullptr) prefetch_l2(ahead + t * dp + d);
     vf value[NV];
     NIBBLE_UNROLL for (int i = 0; i < NV; ++i) value[i] = load(v + t * dp + i * W);
     NIBBLE_UNROLL for (int r = 0; r < RB; ++r) {
@@ -579,18 +590,18 @@ inline void accumulate_columns(float* const* acc, const float* correction, const
 /// acc_r = acc_r * correction_r + sum over the first `keys` of p_r[t] v[t].
 template <int RB>
 inline void accumulate_rows(float* const* acc, const float* correction, const float* p,
-                            const float* v, int dp, int keys) {
+                            const float* v, int dp, int keys, const uint8_t* ahead) {
   int d = 0;
   for (; d + 2 * W <= dp; d += 2 * W)
-    accumulate_columns<RB, 2>(acc, correction, p, v + d, dp, keys, d);
-  for (; d < dp; d += W) accumulate_columns<RB, 1>(acc, correction, p, v + d, dp, keys, d);
+    accumulate_columns<RB, 2>(acc, correction, p, v + d, dp, keys, d, ahead);
+  for (; d < dp; d += W) accumulate_columns<RB, 1>(acc, correction, p, v + d, dp, keys, d, ahead);
 }
 
 /// Rows [row, row + RB) against the tile at absolute position `tile`.
 template <int RB>
 inline void attend_rows(const Attend& a, int row, int tile, const float* kt, const float* v,
                         const float* k_scale, const float* v_scale, float* p, float* max,
-                        float* sum, float* acc) {
+                        float* sum, float* acc, const Ahead& ahead) {
   const int dim = a.layout->head_dim, dp = padded(dim);
   const float* q[RB];
   float* acc_row[RB];
@@ -604,7 +615,7 @@ inline void attend_rows(const Attend& a, int row, int tile, const float* kt, con
     keys[r] = min_int(kKvTile, a.positions[query] - tile + 1);
     same = same && keys[r] == keys[0];
   }
-  score_rows<RB>(q, dim, kt, p);
+  score_rows<RB>(q, dim, kt, p, ahead.k);
   for (int r = 0; r < RB; ++r) {
     correction[r] = 1.0f;
     if (keys[r] <= 0) continue;
@@ -635,11 +646,11 @@ inline void attend_rows(const Attend& a, int row, int tile, const float* kt, con
     max[row + r] = new_max;
   }
   if (same) {
-    if (keys[0] > 0) accumulate_rows<RB>(acc_row, correction, p, v, dp, keys[0]);
+    if (keys[0] > 0) accumulate_rows<RB>(acc_row, correction, p, v, dp, keys[0], ahead.v);
   } else {
     for (int r = 0; r < RB; ++r) {
       if (keys[r] > 0)
-        accumulate_rows<1>(acc_row + r, correction + r, p + r * kKvTile, v, dp, keys[r]);
+        accumulate_rows<1>(acc_row + r, correction + r, p + r * kKvTile, v, dp, keys[r], ahead.v);
     }
   }
 }
@@ -674,6 +685,11 @@ void attend(const Attend& a) {
   float* acc = sum + padded(rows);
   const int last_position = a.positions[a.num_queries - 1];
   for (int i = 0; i < kKvTile * (2 * dp + 2); ++i) kt[i] = 0;  // padding lanes must be finite
+  const auto block_of = [&](int t) {
+    return a.kv + static_cast<int64_t>(a.block_table[t / l.block_tokens]) * l.block_bytes +
+           static_cast<int64_t>(a.kv_head) * l.head_bytes;
+  };
+  const bool int8 = l.type == Kv::kInt8Dynamic || l.type == Kv::kInt8Static;
   for (int span = a.span_begin; span < a.span_end; ++span) {
     for (int r = 0; r < rows; ++r) {
       max[r] = kMinusInfinity;
@@ -687,17 +703,22 @@ void attend(const Attend& a) {
       for (int t = tile; t < tile_end;) {
         const int in_block = t % l.block_tokens;
         const int count = min_int(l.block_tokens - in_block, tile_end - t);
-        const uint8_t* head =
-            a.kv + static_cast<int64_t>(a.block_table[t / l.block_tokens]) * l.block_bytes +
-            static_cast<int64_t>(a.kv_head) * l.head_bytes;
-        load_kv_run(a, head, in_block, count, t - tile, kt, v, k_scale, v_scale);
+        load_kv_run(a, block_of(t), in_block, count, t - tile, kt, v, k_scale, v_scale);
         t += count;
       }
+      Ahead ahead;  // once a tile, with its first rows
+      if (int8 && tile_end < end && tile_end % l.block_tokens == 0) {
+        ahead = {block_of(tile_end), block_of(tile_end) + l.v};
+      }
       int row = 0;
-      for (; row + 4 <= rows; row += 4)
-        attend_rows<4>(a, row, tile, kt, v, k_scale, v_scale, p, max, sum, acc);
-      for (; row < rows; ++row)
-        attend_rows<1>(a, row, tile, kt, v, k_scale, v_scale, p, max, sum, acc);
+      for (; row + 4 <= rows; row += 4) {
+        attend_rows<4>(a, row, tile, kt, v, k_scale, v_scale, p, max, sum, acc, ahead);
+        ahead = {};
+      }
+      for (; row < rows; ++row) {
+        attend_rows<1>(a, row, tile, kt, v, k_scale, v_scale, p, max, sum, acc, ahead);
+        ahead = {};
+      }
     }
     for (int r = 0; r < rows; ++r) {
       float* out = a.acc + static_cast<int64_t>(r) * dp;

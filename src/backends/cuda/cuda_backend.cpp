@@ -51,6 +51,8 @@ class CudaBackend final : public Backend {
 
   ~CudaBackend() override {
     stream_sync(stream_);
+    loader_.reset();  // they use the stream
+    calibration_.reset();
     destroy_graphs();
     for (void* data : owned_) memory_free(data);
     for (void* mark : marks_) event_destroy(mark);
@@ -61,6 +63,7 @@ class CudaBackend final : public Backend {
   size_t act_bytes() const override { return kActBytes; }
 
   void reserve(const ModelSpec& spec, const EngineLimits& limits, int max_logit_rows) override {
+    flush();
     loader_.reset();  // the weights are there
     max_logit_rows_ = max_logit_rows;
     const auto rows = static_cast<size_t>(std::max(limits.max_num_tokens, 2 * max_logit_rows));
@@ -115,8 +118,10 @@ class CudaBackend final : public Backend {
   }
   void upload(void* device, const void* host, size_t bytes) override {
     flush();
-    if (calibration_ && bytes >= WeightLoader::kMinBytes) {  // a layer's weights
-      load_weights(device, static_cast<const std::byte*>(host), bytes);
+    constexpr size_t kLoaderBytes = size_t{4} << 20;
+    if (calibration_ && bytes >= kLoaderBytes) {  // a layer's weights
+      loader().add(device, static_cast<const std::byte*>(host), bytes);
+      loader().finish();
     } else {
       check(copy_to_device(device, host, bytes, stream_), "copying to the device");
     }
@@ -152,14 +157,9 @@ class CudaBackend final : public Backend {
   void wait(int mark) override {
     check(event_sync(marks_[mark]), "a kernel or copy before this point");
   }
-  /// Small tensors go directly, large ones through the loader's pinned buffers.
   const void* import_weights(const std::byte* host, size_t bytes) override {
     void* data = own(bytes);
-    if (bytes < WeightLoader::kMinBytes) {
-      check(copy_to_device(data, host, bytes, stream_), "copying weights to the device");
-    } else {
-      load_weights(data, host, bytes);
-    }
+    loader().add(data, host, bytes);
     return data;
   }
   /// The first step of a key runs directly, so that every scratch buffer has its size; the second
@@ -407,8 +407,10 @@ class CudaBackend final : public Backend {
     return true;
   }
 
-  /// Does whatever has been put off. Every op begins with it or takes what was put off for it.
+  /// Does whatever has been put off, loading weights included. Every op begins with it or takes
+  /// what was put off for it.
   void flush() {
+    if (loader_) loader_->finish();
     if (put_off_) {
       const RopeStore r = *put_off_;
       put_off_.reset();
@@ -549,9 +551,9 @@ class CudaBackend final : public Backend {
     }
   }
 
-  void load_weights(void* to, const std::byte* from, size_t bytes) {
+  WeightLoader& loader() {
     if (!loader_) loader_ = std::make_unique<WeightLoader>(stream_);
-    loader_->copy(to, from, bytes);
+    return *loader_;
   }
 
   void destroy_graphs() {

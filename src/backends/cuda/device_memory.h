@@ -3,9 +3,15 @@
 #pragma once
 
 #include <algorithm>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
 
 #include "backends/cuda/runtime.h"
 #include "base/error.h"
@@ -50,60 +56,113 @@ class Scratch {
   size_t bytes_ = 0;
 };
 
-/// Host memory to the device at the speed of the link: threads copy pieces of a mapped file into
-/// one pinned buffer while the device reads the other.
+/// Host memory to the device at the speed of the link. Threads take pieces of what was asked for
+/// from a queue, across tensors: each copies a piece of a mapped file into a pinned buffer of its
+/// own and has the device read it while it fills its other one. Must be gone before its stream.
 class WeightLoader {
  public:
-  static constexpr size_t kMinBytes = size_t{4} << 20;
-
-  explicit WeightLoader(void* stream) : stream_(stream), pool_(std::min(usable_cpu_count(), 16)) {
-    for (Stage& stage : stages_) {
-      stage.pinned = static_cast<std::byte*>(pinned_alloc(kStageBytes));
-      if (stage.pinned == nullptr) {
-        fail(ErrorKind::kMemory, "cuda: cannot pin {} bytes of host memory", kStageBytes);
-      }
-      check(event_create(&stage.copied), "making an event");
+  explicit WeightLoader(void* stream) : stream_(stream) {
+    for (int i = 0; i < std::min(usable_cpu_count(), kMaxThreads); ++i) {
+      threads_.emplace_back([this] { work(); });
     }
   }
   WeightLoader(const WeightLoader&) = delete;
   WeightLoader& operator=(const WeightLoader&) = delete;
   ~WeightLoader() {
-    stream_sync(stream_);
-    for (const Stage& stage : stages_) {
-      pinned_free(stage.pinned);
-      event_destroy(stage.copied);
+    {
+      const std::lock_guard lock(mutex_);
+      stop_ = true;
     }
+    changed_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
   }
 
-  void copy(void* to, const std::byte* from, size_t bytes) {
-    for (size_t done = 0; done < bytes; done += kStageBytes) {
-      const size_t count = std::min(kStageBytes, bytes - done);
-      Stage& stage = stages_[next_];
-      next_ = (next_ + 1) % kNumStages;
-      check(event_sync(stage.copied), "copying weights to the device");
-      const std::byte* source = from + done;
-      const auto pieces = static_cast<int64_t>((count + kPieceBytes - 1) / kPieceBytes);
-      pool_.parallel_for(pieces, [&](int64_t piece, int) {
-        const size_t begin = static_cast<size_t>(piece) * kPieceBytes;
-        std::memcpy(stage.pinned + begin, source + begin, std::min(kPieceBytes, count - begin));
-      });
-      check(copy_to_device(static_cast<std::byte*>(to) + done, stage.pinned, count, stream_),
-            "copying weights to the device");
-      check(event_record(stage.copied, stream_), "recording an event");
+  /// Returns at once; `from` must stay until finish().
+  void add(void* to, const std::byte* from, size_t bytes) {
+    {
+      const std::lock_guard lock(mutex_);
+      for (size_t begin = 0; begin < bytes; begin += kPieceBytes) {
+        queue_.push_back({static_cast<std::byte*>(to) + begin, from + begin,
+                          std::min(kPieceBytes, bytes - begin)});
+      }
     }
+    changed_.notify_all();
+  }
+
+  /// Waits until `from` of everything added has been read and the copies are in the stream's order.
+  void finish() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return busy_ == 0 && (queue_.empty() || error_); });
+    if (error_) std::rethrow_exception(error_);
   }
 
  private:
-  static constexpr size_t kStageBytes = size_t{32} << 20, kPieceBytes = size_t{1} << 20;
-  static constexpr int kNumStages = 2;
-  struct Stage {
-    std::byte* pinned = nullptr;
-    void* copied = nullptr;  // event: the device has read it
+  static constexpr size_t kPieceBytes = size_t{2} << 20, kBuffers = 2;
+  static constexpr int kMaxThreads = 16;
+  struct Piece {
+    std::byte* to;
+    const std::byte* from;
+    size_t bytes;
   };
+
+  void work() {
+    std::byte* pinned[kBuffers] = {};
+    void* copied[kBuffers] = {};  // events: the device has read the buffer
+    Piece piece{};
+    bool has_piece = false;
+    try {
+      for (void*& event : copied) check(event_create(&event), "making an event");
+      for (size_t next = 0; (has_piece = take(&piece)); next = (next + 1) % kBuffers) {
+        std::byte*& buffer = pinned[next];  // pinned when needed: that takes longer than a copy
+        if (buffer == nullptr) buffer = static_cast<std::byte*>(pinned_alloc(kPieceBytes));
+        if (buffer == nullptr) {
+          fail(ErrorKind::kMemory, "cuda: cannot pin {} bytes of host memory", kPieceBytes);
+        }
+        check(event_sync(copied[next]), "copying weights to the device");
+        std::memcpy(buffer, piece.from, piece.bytes);
+        check(copy_to_device(piece.to, buffer, piece.bytes, stream_),
+              "copying weights to the device");
+        check(event_record(copied[next], stream_), "recording an event");
+        done();
+      }
+    } catch (...) {
+      {
+        const std::lock_guard lock(mutex_);
+        if (!error_) error_ = std::current_exception();
+      }
+      if (has_piece) done();
+      changed_.notify_all();
+    }
+    for (void* event : copied) {
+      if (event == nullptr) continue;
+      event_sync(event);
+      event_destroy(event);
+    }
+    for (std::byte* buffer : pinned) pinned_free(buffer);
+  }
+  // The next piece, or false at the end.
+  bool take(Piece* piece) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return !queue_.empty() || stop_ || error_; });
+    if (queue_.empty() || error_) return false;
+    *piece = queue_.front();
+    queue_.pop_front();
+    ++busy_;
+    return true;
+  }
+  void done() {
+    const std::lock_guard lock(mutex_);
+    if (--busy_ == 0 && (queue_.empty() || error_)) changed_.notify_all();
+  }
+
   void* stream_;
-  ThreadPool pool_;
-  Stage stages_[kNumStages];
-  int next_ = 0;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Piece> queue_;
+  int busy_ = 0;  // pieces between take() and done()
+  bool stop_ = false;
+  std::exception_ptr error_;
+  std::vector<std::thread> threads_;
 };
 
 }  // namespace nibble::cuda

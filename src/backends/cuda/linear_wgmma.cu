@@ -199,6 +199,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     scales = ptx::row_scales(ptx::load_shared_4(scales_at + s * C::kWBytes));
   };
   auto release = [&](int s) {
+    __syncwarp();  // lane 0 speaks for what all have read
     if (lane == 0) {
       ptx::mbarrier_arrive(my_empty + s * 8);
       if constexpr (kCluster == 2) {
