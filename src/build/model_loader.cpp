@@ -2,6 +2,7 @@
 #include "build/model_loader.h"
 
 #include <fmt/ranges.h>
+
 #include <chrono>
 
 #include "backends/cpu/cpu_backend.h"
