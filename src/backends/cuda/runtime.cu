@@ -52,6 +52,8 @@ void* pinned_alloc(size_t bytes) {
   return nullptr;
 }
 void pinned_free(void* data) { cudaFreeHost(data); }
+int pin(void* data, size_t bytes) { return cudaHostRegister(data, bytes, cudaHostRegisterDefault); }
+void unpin(void* data) { cudaHostUnregister(data); }
 int event_create(void** event) {
   cudaEvent_t created = nullptr;
   const cudaError_t status =

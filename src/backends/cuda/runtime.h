@@ -29,6 +29,8 @@ int stream_sync(void* stream);
 
 void* pinned_alloc(size_t bytes);  // host memory the device copies from at full speed; null: none
 void pinned_free(void* data);
+int pin(void* data, size_t bytes);  // makes mapped memory such memory
+void unpin(void* data);
 int event_create(void** event);
 void event_destroy(void* event);
 int event_record(void* event, void* stream);
