@@ -18,6 +18,7 @@
 #include "backends/cuda/runtime.h"
 #include "backends/cuda/tune.h"
 #include "backends/cuda/variant.h"
+#include "backends/cuda/weight_loader.h"
 #include "base/error.h"
 
 namespace nibble::cuda {
@@ -575,21 +576,6 @@ class CudaBackend final : public Backend {
            "the cuda backend has no f32 KV cache; use --kv-cache int8, int8-static or f16");
     }
     return format == KvFormat::kF16 ? PageFormat::kF16 : PageFormat::kInt8;
-  }
-
-  static size_t int4_workspace_bytes(int num_sms) {
-    if constexpr (kPortable) {
-      return portable_linear_workspace_bytes(num_sms);
-    } else {
-      return linear_workspace_bytes(num_sms);
-    }
-  }
-  static size_t attention_workspace_bytes(int num_sms) {
-    if constexpr (kPortable) {
-      return portable_attention_workspace_bytes(num_sms);
-    } else {
-      return decode_attention_workspace_bytes(num_sms);
-    }
   }
 
   static void dense_weight(const LinearOperand& w, const char* what) {

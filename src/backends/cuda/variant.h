@@ -4,6 +4,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "backends/cuda/generic.h"
+#include "backends/cuda/kernels.h"
+
 namespace nibble::cuda {
 
 #ifdef NIBBLE_CUDA_PORTABLE
@@ -13,5 +16,20 @@ inline constexpr const char* kTarget = "cuda:portable";
 inline constexpr bool kPortable = false;
 inline constexpr const char* kTarget = "cuda:sm_90";
 #endif
+
+inline size_t int4_workspace_bytes(int num_sms) {
+  if constexpr (kPortable) {
+    return portable_linear_workspace_bytes(num_sms);
+  } else {
+    return linear_workspace_bytes(num_sms);
+  }
+}
+inline size_t attention_workspace_bytes(int num_sms) {
+  if constexpr (kPortable) {
+    return portable_attention_workspace_bytes(num_sms);
+  } else {
+    return decode_attention_workspace_bytes(num_sms);
+  }
+}
 
 }  // namespace nibble::cuda
