@@ -10,6 +10,7 @@
 #include <random>
 #include <string>
 
+#include "backends/cuda/generic.h"
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/kv_layout.h"
 #include "common.cuh"
@@ -124,20 +125,27 @@ int check_rope(const std::vector<std::pair<int, int>>& sequences, int kv_heads,
   auto* cache = device_alloc<uint8_t>(cache_bytes);
   BENCH_CHECK(cudaMemset(cache, 0xa5, cache_bytes));
   auto* device_qkv = upload(qkv);
-  BENCH_CHECK(cuda::rope_store_kv({.qkv = device_qkv,
-                                   .qkv_stride = heads * kHeadDim,
-                                   .positions = upload(positions),
-                                   .seq_starts = upload(starts),
-                                   .page_table = upload(table),
-                                   .cos = upload(cos),
-                                   .sin = upload(sin),
-                                   .pages = cache,
-                                   .tokens = tokens,
-                                   .sequences = static_cast<int>(sequences.size()),
-                                   .page_table_stride = max_pages,
-                                   .kv_heads = kv_heads,
-                                   .dependent = false},
-                                  stream));
+  std::vector<int> lengths;
+  for (const auto& [count, length] : sequences) lengths.push_back(length);
+  BENCH_CHECK(cuda::generic_rope_store({.qkv = device_qkv,
+                                        .positions = upload(positions),
+                                        .seq_starts = upload(starts),
+                                        .kv_lens = upload(lengths),
+                                        .page_table = upload(table),
+                                        .cos = upload(cos),
+                                        .sin = upload(sin),
+                                        .pages = cache,
+                                        .page_starts = device_alloc<int>(sequences.size() + 1),
+                                        .format = cuda::PageFormat::kInt8,
+                                        .k_scale = 0,
+                                        .v_scale = 0,
+                                        .tokens = tokens,
+                                        .sequences = static_cast<int>(sequences.size()),
+                                        .page_table_stride = max_pages,
+                                        .heads = 4 * kv_heads,
+                                        .kv_heads = kv_heads,
+                                        .dependent = false},
+                                       stream));
   const auto out = fetch(device_qkv, n);
   auto page_bytes = fetch(cache, cache_bytes);
   bool ok = true;

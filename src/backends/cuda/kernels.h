@@ -197,21 +197,6 @@ struct RmsNormArgs {
 };
 int rms_norm(const RmsNormArgs& args, void* stream);
 
-// Rotates q and k in place and stores k and v, quantized, into the pages. 4 query heads per KV
-// head, head_dim 128.
-struct RopeStoreArgs {
-  void* qkv;  // [tokens, 6 * kv_heads * 128]
-  int64_t qkv_stride;
-  const int* positions;    // [tokens]
-  const int* seq_starts;   // [sequences + 1]
-  const int* page_table;   // [sequences, page_table_stride]
-  const float *cos, *sin;  // [positions, 64]
-  void* pages;
-  int tokens, sequences, page_table_stride, kv_heads;
-  bool dependent;
-};
-int rope_store_kv(const RopeStoreArgs& args, void* stream);
-
 // lm_head.cu: out[rows, n] f32 = x[rows, k] weight[n, k]^T, bf16.
 struct DenseArgs {
   const void *x, *weight;
