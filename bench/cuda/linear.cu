@@ -286,6 +286,8 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
     args.x = quantized;
     BENCH_CHECK(cuda::quantize_x({.x = x,
                                   .x_stride = s.k,
+                                  .norm_weight = nullptr,
+                                  .eps = 0,
                                   .pre_scale = nullptr,
                                   .out = quantized,
                                   .tokens = tokens,
@@ -481,6 +483,8 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
   auto quantize = [&](const void* from, int64_t stride, int tokens, int64_t k, bool dependent) {
     BENCH_CHECK(cuda::quantize_x({.x = from,
                                   .x_stride = stride,
+                                  .norm_weight = nullptr,
+                                  .eps = 0,
                                   .pre_scale = nullptr,
                                   .out = quantized,
                                   .tokens = tokens,

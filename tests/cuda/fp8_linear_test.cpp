@@ -1,6 +1,7 @@
 // The e4m3 int4 linear on the CPU: one row block times one slab of x, with the loads, the unpacking
-// and wgmma.m64n64k32 done element by element as the PTX ISA describes them. Small integers, so
-// that every sum is exact. SPDX-License-Identifier: Apache-2.0
+// and the wgmma (e4m3 for the product, bf16 for taking off the offset) done element by element as
+// the PTX ISA describes them. Small integers, so that every sum is exact.
+// SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -32,59 +33,75 @@ int operand_b_byte(int n, int k, int step) {
   const int address = n / 8 * 1024 + n % 8 * 128 + step + k;
   return address ^ ((address >> 7 & 7) << 4);
 }
-// The same without a swizzle, 8-row groups 128 bytes apart, both halves of k at the same place.
-int digit_byte(int n, int k) { return n / 8 * 128 + n % 8 * 16 + k % 16; }
+// Byte of element `k` (bf16) of row `n` without a swizzle: 8-row groups 128 bytes apart, the second
+// eight elements `second` bytes further.
+int sum_operand_byte(int n, int k, int second) {
+  return k / 8 * second + n / 8 * 128 + n % 8 * 16 + k % 8 * 2;
+}
 
-struct Block {
-  int k = 128;
+uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = uint64_t{b} << 32 | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    out |= static_cast<uint32_t>(both >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+  }
+  return out;
+}
+// collect_scales() of ptx/dequant.cuh.
+void collect(uint32_t (&scales)[2], uint32_t pair, int group, int lane) {
+  const bool mine = (lane & 3) == (group >> 1 & 3), odd = group & 1;
+  scales[0] = byte_perm(scales[0], pair, mine ? odd ? 0x5410 : 0x3254 : 0x3210);
+  scales[1] = byte_perm(scales[1], pair, mine ? odd ? 0x7610 : 0x3276 : 0x3210);
+}
+
+// 128 rows, of which the first block is used.
+struct Weights {
+  int k, groups;
   std::vector<uint8_t> nibbles;
-  std::vector<float> scales;    // [64]
-  std::vector<uint8_t> packed;  // of 128 rows, of which the first block is used
+  std::vector<float> scales;  // [128, groups]
+  std::vector<uint8_t> packed;
 };
 
-Block make_block(int k) {
-  Block b;
-  b.k = k;
+Weights make_weights(int k) {
+  Weights w{.k = k, .groups = (k + 127) / 128, .nibbles = {}, .scales = {}, .packed = {}};
   std::mt19937 rng(static_cast<unsigned>(k));
-  b.nibbles.resize(static_cast<size_t>(128 * k / 2));
-  for (auto& byte : b.nibbles) byte = static_cast<uint8_t>(rng());
-  b.scales.resize(128);
-  for (auto& scale : b.scales) scale = std::ldexp(1.0f, static_cast<int>(rng() % 3) - 8);
+  w.nibbles.resize(static_cast<size_t>(128 * k / 2));
+  for (auto& byte : w.nibbles) byte = static_cast<uint8_t>(rng());
+  w.scales.resize(static_cast<size_t>(128 * w.groups));
+  for (auto& scale : w.scales) scale = std::ldexp(1.0f, static_cast<int>(rng() % 3) - 8);
   const cuda_layout::Shape shape{128, k};
-  b.packed.resize(static_cast<size_t>(shape.packed_bytes()));
-  cuda_layout::pack(shape, false, b.nibbles.data(), b.scales.data(), b.packed.data());
-  return b;
+  w.packed.resize(static_cast<size_t>(shape.packed_bytes()));
+  cuda_layout::pack(shape, false, w.nibbles.data(), w.scales.data(), w.packed.data());
+  return w;
 }
 
-// A token's digits as quantize_x.cu makes them.
-void make_digits(float sum, uint8_t* digits) {
-  float rest = -sum;
-  for (int i = 0; i < 8; ++i) {
-    const float unit = i < 4 ? cuda_x::kDigitBase : 1.0f;
-    digits[i] = float_to_e4m3(rest / unit);
-    rest -= e4m3_to_float(digits[i]) * unit;
-  }
-}
-
-// The slab of x [64, k] in e4m3 already, as quantize_x.cu writes it.
-std::vector<uint8_t> make_slab(const std::vector<float>& x, int k) {
-  std::vector<uint8_t> slab(cuda_x::kSlabBytes);
+// x [64, k] in e4m3 already, as quantize_x.cu writes it: slabs and sums.
+std::vector<uint8_t> make_slabs(const std::vector<float>& x, int k) {
+  const cuda_x::Shape shape{64, k};
+  std::vector<uint8_t> out(static_cast<size_t>(shape.bytes()));
   for (int row = 0; row < 64; ++row) {
-    float sum = 0;
-    for (int chunk = 0; chunk < 8; ++chunk)
-      for (int i = 0; i < 16; ++i) {
-        const int c = cuda_x::channel_of(chunk, i);
-        const float value = c < k ? x[static_cast<size_t>(row * k + c)] : 0.0f;
-        slab[static_cast<size_t>(cuda_x::chunk_byte(row, chunk) + i)] = float_to_e4m3(value);
-        sum += value;
-      }
-    make_digits(sum, slab.data() + cuda_x::digits_byte(row));
+    for (int group = 0; group < shape.groups(); ++group) {
+      float sum = 0;
+      for (int chunk = 0; chunk < 8; ++chunk)
+        for (int i = 0; i < 16; ++i) {
+          const int c = group * 128 + cuda_x::channel_of(chunk, i);
+          const float value = c < k ? x[static_cast<size_t>(row * k + c)] : 0.0f;
+          out[static_cast<size_t>(shape.slab_offset(0, group) + cuda_x::chunk_byte(row, chunk) +
+                                  i)] = float_to_e4m3(value);
+          sum += value;
+        }
+      sum *= cuda_x::kSumUnit;
+      const uint16_t high = float_to_bf16(sum), low = float_to_bf16(sum - bf16_to_float(high));
+      uint8_t* sums = out.data() + shape.sums_offset(0, group);
+      std::memcpy(sums + cuda_x::sum_byte(0, row, group), &high, 2);
+      std::memcpy(sums + cuda_x::sum_byte(1, row, group), &low, 2);
+    }
   }
-  return slab;
+  return out;
 }
 
 void expect_product(int k) {
-  const Block b = make_block(k);
+  const Weights w = make_weights(k);
   std::mt19937 rng(7);
   std::vector<float> x(static_cast<size_t>(64 * k));
   for (auto& v : x) v = static_cast<float>(static_cast<int>(rng() % 31) - 15);
@@ -92,48 +109,77 @@ void expect_product(int k) {
     x[static_cast<size_t>(5 * k + c)] = 0;     // a token of zeros
     x[static_cast<size_t>(6 * k + c)] = -448;  // the largest sum there is
   }
-  const std::vector<uint8_t> slab = make_slab(x, k);
-  const auto value = [&](int at) { return double{e4m3_to_float(slab[static_cast<size_t>(at)])}; };
+  const std::vector<uint8_t> slabs = make_slabs(x, k);
+  const cuda_x::Shape shape{64, k};
+  const cuda_layout::Shape packed{128, k};
   for (int warp = 0; warp < 4; ++warp) {
-    double d[32][32] = {};  // [lane][register]: m64n64, this warp's 16 rows
-    for (int step = 0; step < 5; ++step) {
-      double a[16][32];
-      for (int lane = 0; lane < 32; ++lane) {
-        const int g = lane / 4, t = lane % 4, k64 = step / 2;
-        uint32_t words[4], registers[4] = {};
-        if (step < 4) {
-          std::memcpy(words, b.packed.data() + warp * 1024 + lane * 16 + k64 * 512, 16);
+    double sums[32][32] = {};  // [lane][register]: m64n64, this warp's 16 rows
+    uint32_t collected[32][2] = {};
+    auto row_of = [](int lane, int r) { return lane / 4 + 8 * (r / 2 % 2); };
+    auto token_of = [](int lane, int r) { return 8 * (r / 4) + 2 * (lane % 4) + r % 2; };
+    for (int group = 0; group < w.groups; ++group) {
+      const uint8_t* block = w.packed.data() + packed.block_offset(0, group, 0);
+      const uint8_t* slab = slabs.data() + shape.slab_offset(0, group);
+      double temp[32][32] = {};
+      for (int step = 0; step < 4; ++step) {
+        double a[16][32];
+        for (int lane = 0; lane < 32; ++lane) {
+          const int g = lane / 4, t = lane % 4;
+          uint32_t words[4], registers[4];
+          std::memcpy(words, block + warp * 1024 + lane * 16 + step / 2 * 512, 16);
           unpack(registers, words[step % 2 * 2], words[step % 2 * 2 + 1]);
-        } else {  // offset_operand() of ptx/dequant.cuh
-          registers[0] = registers[1] = t == 0 ? 0x30303030u : t == 1 ? 0x08080808u : 0u;
+          for (int i = 0; i < 4; ++i)  // a0: (g, 4t ..), a1: (g + 8, same), a2: (g, 16 + 4t ..), a3
+            for (int byte = 0; byte < 4; ++byte)
+              a[g + 8 * (i & 1)][16 * (i >> 1) + 4 * t + byte] =
+                  double{e4m3_to_float(static_cast<uint8_t>(registers[i] >> (8 * byte)))};
         }
-        for (int i = 0; i < 4; ++i)  // a0: (g, 4t ..), a1: (g + 8, same), a2: (g, 16 + 4t ..), a3
-          for (int byte = 0; byte < 4; ++byte)
-            a[g + 8 * (i & 1)][16 * (i >> 1) + 4 * t + byte] =
-                double{e4m3_to_float(static_cast<uint8_t>(registers[i] >> (8 * byte)))};
+        for (int lane = 0; lane < 32; ++lane)
+          for (int r = 0; r < 32; ++r)
+            for (int i = 0; i < 32; ++i)
+              temp[lane][r] +=
+                  a[row_of(lane, r)][i] *
+                  double{e4m3_to_float(slab[operand_b_byte(token_of(lane, r), i, step * 32)])};
       }
-      for (int lane = 0; lane < 32; ++lane)
+      for (int lane = 0; lane < 32; ++lane) {
+        uint32_t pair;
+        std::memcpy(&pair, block + kBlockNibbleBytes + lane / 4 * 16 + warp * 4, 4);
+        collect(collected[lane], pair, group, lane);
         for (int r = 0; r < 32; ++r) {
-          const int row = lane / 4 + 8 * (r / 2 % 2), n = 8 * (r / 4) + 2 * (lane % 4) + r % 2;
-          for (int i = 0; i < 32; ++i)
-            d[lane][r] += a[row][i] * (step < 4 ? value(operand_b_byte(n, i, step * 32))
-                                                : value(cuda_x::kSlabXBytes + digit_byte(n, i)));
+          const auto bits = static_cast<uint16_t>(r / 2 % 2 ? pair >> 16 : pair);
+          sums[lane][r] += temp[lane][r] * double{bf16_to_float(bits)};
         }
+      }
+      if (group % cuda_x::kSumGroups != cuda_x::kSumGroups - 1 && group + 1 < w.groups) continue;
+      // The k16 step: scales_operand() of ptx/dequant.cuh times the block of sums.
+      double a[16][16];
+      for (int lane = 0; lane < 32; ++lane) {
+        for (int i = 0; i < 4; ++i)  // a0: (g, 2t ..), a1: (g + 8, same), a2: (g, 8 + 2t ..), a3
+          for (int half = 0; half < 2; ++half)
+            a[lane / 4 + 8 * (i & 1)][8 * (i >> 1) + 2 * (lane % 4) + half] =
+                double{bf16_to_float(static_cast<uint16_t>(collected[lane][i & 1] >> (16 * half)))};
+        collected[lane][0] = collected[lane][1] = 0;
+      }
+      const uint8_t* block_of_sums = slabs.data() + shape.sums_offset(0, group);
+      for (int lane = 0; lane < 32; ++lane)
+        for (int r = 0; r < 32; ++r)
+          for (int i = 0; i < 16; ++i) {
+            uint16_t bits;
+            std::memcpy(
+                &bits,
+                block_of_sums + sum_operand_byte(token_of(lane, r), i, cuda_x::kSumPartBytes), 2);
+            sums[lane][r] += a[row_of(lane, r)][i] * double{bf16_to_float(bits)};
+          }
     }
     for (int lane = 0; lane < 32; ++lane) {
-      uint16_t pair[2];
-      std::memcpy(pair, b.packed.data() + kBlockNibbleBytes + lane / 4 * 16 + warp * 4, 4);
       for (int r = 0; r < 32; ++r) {
-        const int token = 8 * (r / 4) + 2 * (lane % 4) + r % 2, high = r / 2 % 2;
-        const int row = warp * 16 + lane / 4 + 8 * high;
-        const double got = d[lane][r] * 512 * double{bf16_to_float(pair[high])};
+        const int token = token_of(lane, r), row = warp * 16 + row_of(lane, r);
         double want = 0;
         for (int c = 0; c < k; ++c) {
-          const int u = b.nibbles[static_cast<size_t>(row * (k / 2) + c / 2)] >> (c % 2 * 4) & 15;
-          want += double{x[static_cast<size_t>(token * k + c)]} * ((u ^ 8) - 8);
+          const int u = w.nibbles[static_cast<size_t>(row * (k / 2) + c / 2)] >> (c % 2 * 4) & 15;
+          want += double{x[static_cast<size_t>(token * k + c)]} * ((u ^ 8) - 8) *
+                  double{w.scales[static_cast<size_t>(row * w.groups + c / 128)]};
         }
-        want *= double{b.scales[static_cast<size_t>(row)]};
-        ASSERT_EQ(got, want) << "row " << row << " token " << token;
+        ASSERT_EQ(sums[lane][r] * 512, want) << "row " << row << " token " << token;
       }
     }
   }
@@ -141,36 +187,33 @@ void expect_product(int k) {
 
 TEST(Fp8Linear, BlockTimesSlab) {
   expect_product(128);
-  expect_product(72);  // k ends within a group
+  expect_product(72);       // k ends within a group
+  expect_product(9 * 128);  // one group more than a block of sums
+  expect_product(350);
 }
 
-TEST(Fp8Linear, SlabPlacesAreEachUsedOnce) {
-  std::set<int> bytes;
+TEST(Fp8Linear, PlacesAreEachUsedOnce) {
+  std::set<int64_t> bytes;
+  const cuda_x::Shape shape{64, 16 * 128};
   for (int row = 0; row < 64; ++row) {
-    std::set<int> channels;
-    for (int chunk = 0; chunk < 8; ++chunk)
-      for (int i = 0; i < 16; ++i) {
-        channels.insert(cuda_x::channel_of(chunk, i));
-        bytes.insert(cuda_x::chunk_byte(row, chunk) + i);
-      }
-    EXPECT_EQ(channels.size(), 128u);
-    for (int i = 0; i < 16; ++i) {
-      bytes.insert(cuda_x::digits_byte(row) + i);
+    for (int group = 0; group < 16; ++group) {
+      std::set<int> channels;
+      for (int chunk = 0; chunk < 8; ++chunk)
+        for (int i = 0; i < 16; ++i) {
+          channels.insert(cuda_x::channel_of(chunk, i));
+          bytes.insert(shape.slab_offset(0, group) + cuda_x::chunk_byte(row, chunk) + i);
+        }
+      EXPECT_EQ(channels.size(), 128u);
+      for (int part = 0; part < 2; ++part)
+        for (int i = 0; i < 2; ++i)
+          bytes.insert(shape.sums_offset(0, group) + cuda_x::sum_byte(part, row, group) + i);
     }
+    for (int i = 0; i < 4; ++i) bytes.insert(shape.scales_offset() + row * 4 + i);
   }
-  EXPECT_EQ(bytes.size(), static_cast<size_t>(cuda_x::kSlabBytes));
-  EXPECT_EQ(*bytes.rbegin(), cuda_x::kSlabBytes - 1);
-  EXPECT_EQ((cuda_x::Shape{65, 129}.bytes()), 4 * cuda_x::kSlabBytes + 128 * 4);
-}
-
-TEST(Fp8Linear, DigitsMakeAnySum) {
-  for (const float sum : {57344.0f, -57344.0f, 50000.25f, 1700.0f, 3 * 0x1p-9f, -0.7421875f}) {
-    uint8_t digits[8];
-    make_digits(sum, digits);
-    float back = 0;
-    for (int i = 0; i < 8; ++i) back += e4m3_to_float(digits[i]) * (i < 4 ? 32.0f : 1.0f);
-    EXPECT_NEAR(back, -sum, std::max(0x1p-10f, std::fabs(sum) * 0x1p-14f)) << sum;
-  }
+  EXPECT_EQ(bytes.size(), static_cast<size_t>(shape.bytes()));
+  EXPECT_EQ(*bytes.rbegin(), shape.bytes() - 1);
+  EXPECT_EQ((cuda_x::Shape{65, 129}.bytes()),
+            4 * cuda_x::kSlabBytes + 2 * cuda_x::kSumBytes + 128 * 4);
 }
 
 TEST(Fp8Linear, CodesAreTheOffsetWeights) {

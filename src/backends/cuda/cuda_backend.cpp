@@ -114,7 +114,7 @@ class CudaBackend final : public Backend {
   void free(void* data, size_t) noexcept override {
     put_off_.reset();  // whoever frees reads nothing of it any more
     put_off_linear_.reset();
-    half_normed_.reset();
+    put_off_norm_.reset();
     memory_free(data);
   }
   void upload(void* device, const void* host, size_t bytes) override {
@@ -261,10 +261,14 @@ class CudaBackend final : public Backend {
       put_off_linear_.reset();
       int4(l.x, l.w, hidden, rows, Epilogue::kResidual, nullptr, l.y,
            {.next = y, .next_weight = weight});
-      half_normed_ = {x, weight, eps, rows, hidden, y};
+      put_off_norm_ = {x, weight, eps, rows, hidden, y, false};
       return;
     }
     flush();
+    if (rounds_inputs(rows)) {
+      put_off_norm_ = {x, weight, eps, rows, hidden, y, true};
+      return;
+    }
     norm(x, weight, eps, nullptr, rows, hidden, y);
   }
 
@@ -274,7 +278,7 @@ class CudaBackend final : public Backend {
   void linear(const void* x, const LinearOperand& w, int rows, bool add, void* y) override {
     if (rows == 0) return;
     if (w.layout == WeightLayout::kCudaInt4) {
-      const NormParts norm = take_normed(x, w, rows);  // flushes
+      const NormParts norm = take_norm(x, w, rows);  // flushes
       if (!kPortable && add && w.pre_scale == nullptr && linear_fuses_norm(rows, w.out_features)) {
         put_off_linear_ = {x, w, rows, y};
         return;
@@ -299,7 +303,7 @@ class CudaBackend final : public Backend {
                  gate.pre_scale == up.pre_scale && gate.layout == up.layout);
     if (rows == 0) return;
     if (gate.layout == WeightLayout::kCudaInt4 && gate.weight == up.weight) {
-      const NormParts norm = take_normed(x, gate, rows);
+      const NormParts norm = take_norm(x, gate, rows);
       int4(x, gate, 2 * gate.out_features, rows, Epilogue::kSiluMul, out_scale, y, norm);
       return;
     }
@@ -422,20 +426,23 @@ class CudaBackend final : public Backend {
       put_off_linear_.reset();
       int4(l.x, l.w, l.w.out_features, l.rows, Epilogue::kResidual, nullptr, l.y);
     }
-    if (half_normed_) {
-      const HalfNormed n = *half_normed_;
-      half_normed_.reset();
+    if (put_off_norm_) {
+      const PutOffNorm n = *put_off_norm_;
+      put_off_norm_.reset();
       norm(n.x, n.weight, n.eps, nullptr, n.rows, n.hidden, n.y);
     }
   }
 
   /// What a linear that reads x has left to do of a norm; other work that was put off is done.
-  NormParts take_normed(const void* x, const LinearOperand& w, int rows) {
-    if (half_normed_ && half_normed_->y == x && half_normed_->rows == rows &&
-        half_normed_->hidden == w.in_features && w.pre_scale == nullptr) {
-      const NormParts parts{.scales = true, .eps = half_normed_->eps};
-      half_normed_.reset();
-      return parts;
+  NormParts take_norm(const void*& x, const LinearOperand& w, int rows) {
+    if (put_off_norm_ && put_off_norm_->y == x && put_off_norm_->rows == rows &&
+        put_off_norm_->hidden == w.in_features &&
+        (put_off_norm_->whole || w.pre_scale == nullptr)) {
+      const PutOffNorm n = *put_off_norm_;
+      put_off_norm_.reset();
+      if (!n.whole) return {.scales = true, .eps = n.eps};
+      x = n.x;
+      return {.weight = n.weight, .eps = n.eps};
     }
     flush();
     return {};
@@ -650,12 +657,12 @@ class CudaBackend final : public Backend {
            "this one is {} x {} in groups of {}",
            out_rows, w.in_features, w.group_size);
     }
-    const bool fp8 = !kPortable && fp8_ && tokens >= kFp8MinTokens && epilogue != Epilogue::kFloat;
+    const bool fp8 = rounds_inputs(tokens) && epilogue != Epilogue::kFloat;
     if (!fp8) x = pre_scaled(x, w, tokens);
     TensorMap map;
     if constexpr (!kPortable) {
       if (fp8) {
-        x = quantized(x, w, tokens);
+        x = quantized(x, w, tokens, norm);
       } else {
         check(make_tensor_map(&map, x, tokens, w.in_features, int64_t{w.in_features} * 2,
                               linear_wgmma_box_rows(tokens)),
@@ -691,10 +698,15 @@ class CudaBackend final : public Backend {
     }
   }
 
-  const void* quantized(const void* x, const LinearOperand& w, int rows) {
+  /// Whether the int4 linears of a step round what they read to e4m3.
+  bool rounds_inputs(int rows) const { return !kPortable && fp8_ && rows >= kFp8MinTokens; }
+
+  const void* quantized(const void* x, const LinearOperand& w, int rows, const NormParts& norm) {
     void* out = quantized_.get(quantized_x_bytes(rows, w.in_features), stream_);
     const QuantizeArgs args{.x = x,
                             .x_stride = w.in_features,
+                            .norm_weight = norm.weight,
+                            .eps = norm.eps,
                             .pre_scale = w.pre_scale,
                             .out = out,
                             .tokens = rows,
@@ -771,7 +783,7 @@ class CudaBackend final : public Backend {
   std::unordered_map<uint64_t, void*> graphs_;  // null: seen once
   std::optional<RopeStore> put_off_;
   std::optional<ResidualLinear> put_off_linear_;
-  std::optional<HalfNormed> half_normed_;
+  std::optional<PutOffNorm> put_off_norm_;
   float* squares_ = nullptr;                         // [8, tiles of the widest row that fuses]
   std::unique_ptr<WeightLoader> loader_;             // while weights are loaded
   std::unique_ptr<CudaCalibrationOps> calibration_;  // when quantizing

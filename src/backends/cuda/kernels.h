@@ -81,6 +81,9 @@ int linear_wgmma(const LinearArgs& args, void* stream);
 struct QuantizeArgs {
   const void* x;  // bf16 [tokens, k], rows x_stride elements apart, 16-byte aligned
   int64_t x_stride;
+  const float*
+      norm_weight;         // [k] or null: RMSNorm of x before all else, its result rounded to bf16
+  float eps;               // the norm's
   const float* pre_scale;  // [k] or null: AWQ pre-scale, multiplied in before
   void* out;               // quantized_x_bytes(), 16-byte aligned
   int tokens, k;
@@ -89,10 +92,10 @@ struct QuantizeArgs {
 size_t quantized_x_bytes(int tokens, int64_t k);
 int quantize_x(const QuantizeArgs& args, void* stream);
 
-// linear_fp8.cu: any M, made for 65 and more. x is what quantize_x wrote; x_stride, x_map and the
+// linear_fp8.cu: any M, made for 33 and more. x is what quantize_x wrote; x_stride, x_map and the
 // norm fusions are not used. A tactic as K2's: row blocks of 64 per CTA (2, or 4 up to 64 tokens),
-// CTAs per cluster (2 only above 64 tokens), CTAs that share a tile's k (1 .. 8; 1 in clusters).
-inline constexpr int kFp8MinTokens = 65;  // fewer are no slower in bf16 (docs/kernels.md)
+// CTAs per cluster (1 or 2; 1 with 4 row blocks), CTAs that share a tile's k (1 .. 8).
+inline constexpr int kFp8MinTokens = 33;  // fewer are faster in bf16 (docs/kernels.md)
 WgmmaTactic fp8_tactic(const LinearArgs& args);
 int linear_fp8(const LinearArgs& args, void* stream);
 

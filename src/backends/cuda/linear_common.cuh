@@ -10,6 +10,7 @@
 
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/layout.h"
+#include "backends/cuda/ptx/barrier.cuh"
 #include "backends/cuda/ptx/dequant.cuh"
 #include "backends/cuda/ptx/mma.cuh"
 
@@ -36,6 +37,26 @@ struct LinearParams {
   int64_t piece_stride;
   long long* trace;  // [CTAs][8] clock stamps of a NIBBLE_TRACE build, or null
 };
+
+// Clock stamps of a -DNIBBLE_TRACE build, by the CTA's first thread: 0 start, 1 weights requested,
+// 2 dependency met, 3 first x there, 4 last main loop done, 5 sums of other CTAs added, 6 end.
+#ifdef NIBBLE_TRACE
+#define TRACE(i)                                                                \
+  do {                                                                          \
+    if (threadIdx.x == 0 && p.trace) p.trace[blockIdx.x * 8 + (i)] = clock64(); \
+  } while (0)
+#define TRACE_SM()                                                     \
+  do {                                                                 \
+    uint32_t sm;                                                       \
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));                    \
+    if (threadIdx.x == 0 && p.trace) p.trace[blockIdx.x * 8 + 7] = sm; \
+  } while (0)
+#else
+#define TRACE(i) \
+  do {           \
+  } while (0)
+#define TRACE_SM() TRACE(7)
+#endif
 
 // Sums a CTA gets: at most 8 senders x (its share of a tile of 256 rows x 128 tokens, rounded
 // up by 16 tokens).
@@ -171,24 +192,15 @@ __device__ __forceinline__ void store_rows(const LinearParams& p, int token, int
   }
 }
 
-// The end of the wgmma kernels' epilogue for a thread: eight adjacent rows of one token (SiLU: four
-// gates and their ups, 32 bytes further) from shared memory at `from`, times factor, to p.out + to.
-__device__ __forceinline__ void store_part(const LinearParams& p, int64_t to, bool silu,
-                                           uint32_t from, const uint4& residual,
-                                           const float4& out_scale, float factor = 1.0f) {
+// The end of the wgmma kernels' epilogue for a thread: eight adjacent rows of one token from shared
+// memory at `from`, times factor, to p.out + to.
+__device__ __forceinline__ void store_part(const LinearParams& p, int64_t to, uint32_t from,
+                                           const uint4& residual, float factor = 1.0f) {
   float v[4], w[4];
   ptx::load_shared_f32x4(v, from);
-  ptx::load_shared_f32x4(w, from + (silu ? 32 : 16));
+  ptx::load_shared_f32x4(w, from + 16);
 #pragma unroll
   for (int j = 0; j < 4; ++j) v[j] *= factor, w[j] *= factor;
-  if (silu) {
-    const float scale[4] = {out_scale.x, out_scale.y, out_scale.z, out_scale.w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = __fdividef(v[j], 1.0f + __expf(-v[j])) * w[j] * scale[j];
-    *reinterpret_cast<uint2*>(p.out + to) =
-        make_uint2(ptx::pack_bf16(v[0], v[1]), ptx::pack_bf16(v[2], v[3]));
-    return;
-  }
   if (p.epilogue == static_cast<int>(Epilogue::kFloat)) {
     float4* out = reinterpret_cast<float4*>(reinterpret_cast<float*>(p.out) + to);
     out[0] = make_float4(v[0], v[1], v[2], v[3]);
@@ -202,6 +214,70 @@ __device__ __forceinline__ void store_part(const LinearParams& p, int64_t to, bo
                  ptx::pack_bf16(v[2] + low(residual.y), v[3] + high(residual.y)),
                  ptx::pack_bf16(w[0] + low(residual.z), w[1] + high(residual.z)),
                  ptx::pack_bf16(w[2] + low(residual.w), w[3] + high(residual.w)));
+}
+
+// The epilogue of a warpgroup for SiLU(gate) * up: its block of 64 packed rows (32 columns of out,
+// from `first_column` on) times kOctets eights of tokens, of which [own, own_end) are its to store.
+// A thread has gate and up of one column in the same sums, so what goes through shared memory is
+// the rounded result, kPassOctets at a time: `staging` holds 512 bytes each, 64 a token, 16-byte
+// chunks swizzled. four(i): the sums of eight i, as wgmma leaves them; factor(i): what the tokens 2
+// t4 and the next of it are multiplied by; first_token(i): its first token. `barrier`: a named one
+// of this warpgroup, whose thread `id` & 127 this is.
+template <int kOctets, int kPassOctets, typename Four, typename Factor, typename FirstToken>
+__device__ __forceinline__ void store_silu(const LinearParams& p, uint32_t staging, int barrier,
+                                           int id, int first_column, int own, int own_end,
+                                           Four four, Factor factor, FirstToken first_token) {
+  static_assert(kOctets % kPassOctets == 0);
+  const int thread = id & 127, lane = id & 31, m16 = thread >> 5;
+  const int own_column = first_column + 8 * m16 + (lane >> 2);
+  const float scale = p.out_scale && own_column < p.out_stride ? p.out_scale[own_column] : 1.0f;
+  auto at = [&](int token, int chunk) {  // of the pass
+    return staging + token * 64 + ((chunk ^ (token >> 1 & 3)) << 4);
+  };
+#pragma unroll
+  for (int first = 0; first < kOctets; first += kPassOctets) {
+    if (first + kPassOctets <= own || first >= own_end) continue;
+    uint32_t packed[kPassOctets];
+#pragma unroll
+    for (int i = 0; i < kPassOctets; ++i) {
+      const float(&v)[4] = four(first + i);
+      const float2 f = factor(first + i);
+      float out[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float by = j ? f.y : f.x, gate = v[j] * by, up = v[2 + j] * by;
+        out[j] = __fdividef(gate, 1.0f + __expf(-gate)) * up * scale;
+      }
+      packed[i] = ptx::pack_bf16(out[0], out[1]);
+    }
+    ptx::named_barrier(barrier, 128);  // the pass before has been read
+    if constexpr (kPassOctets % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < kPassOctets; i += 4) {
+        ptx::store_matrix_transposed_x4(at(8 * i + lane, m16), packed[i], packed[i + 1],
+                                        packed[i + 2], packed[i + 3]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPassOctets; ++i) {
+        ptx::store_matrix_transposed(at(8 * i + (lane & 7), m16), packed[i]);
+      }
+    }
+    ptx::named_barrier(barrier, 128);
+#pragma unroll
+    for (int i = 0; i < (kPassOctets + 3) / 4; ++i) {
+      const int token = i * 32 + (thread >> 2), chunk = thread & 3, octet = first + token / 8;
+      const int row = first_token(octet) + (token & 7), column = first_column + chunk * 8;
+      if (octet < own || octet >= own_end || row >= p.tokens || column >= p.out_stride ||
+          octet >= first + kPassOctets) {
+        continue;
+      }
+      uint32_t bits[4];
+      ptx::load_shared_16(bits, at(token, chunk));
+      *reinterpret_cast<uint4*>(p.out + static_cast<int64_t>(row) * p.out_stride + column) =
+          make_uint4(bits[0], bits[1], bits[2], bits[3]);
+    }
+  }
 }
 
 // Tile t of a list for wgmma kernels: row tiles of a patch are the fastest index, then its token
@@ -296,6 +372,43 @@ __device__ __forceinline__ void take_over_senders(float* first, int sender_strid
         hand_over(first + sender * sender_stride, empties);
 #pragma unroll
         for (int j = 0; j < 4; ++j) sum[j] += __uint_as_float(v[s][j]);
+      }
+    }
+  }
+}
+
+// The same for two vectors whose places are `step` floats apart, where `take` says so of each: half
+// as many round trips to L2 one after the other.
+__device__ __forceinline__ void take_over_two(float* first, int step, int sender_stride, int rank,
+                                              int split, bool take_a, bool take_b, float (&a)[4],
+                                              float (&b)[4]) {
+  const float empty = __uint_as_float(kEmpty);
+  const float empties[4] = {empty, empty, empty, empty};
+  for (int n = 0; n + 1 < split; n += 2) {
+    uint32_t v[2][2][4] = {};  // NOTE: initialised, as above
+    bool ready;
+    do {
+      ready = true;
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        if (n + s + 1 < split) {
+          const float* from = first + (n + s + (n + s >= rank)) * sender_stride;
+          if (take_a) ready &= peek(from, v[s][0]);
+          if (take_b) ready &= peek(from + step, v[s][1]);
+        }
+      }
+    } while (!ready);
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      if (n + s + 1 < split) {
+        float* from = first + (n + s + (n + s >= rank)) * sender_stride;
+        if (take_a) hand_over(from, empties);
+        if (take_b) hand_over(from + step, empties);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (take_a) a[j] += __uint_as_float(v[s][0][j]);
+          if (take_b) b[j] += __uint_as_float(v[s][1][j]);
+        }
       }
     }
   }

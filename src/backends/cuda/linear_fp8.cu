@@ -1,21 +1,22 @@
-// K6: out[M, N] = x[M, K] W4[N, K]^T with x in e4m3, for M from 65 up. Weights are operand A of
+// K6: out[M, N] = x[M, K] W4[N, K]^T with x in e4m3, for M from 17 up. Weights are operand A of
 // wgmma.m64nNk32 e4m3, unpacked in registers as the offset integers they are (ptx/dequant.cuh);
 // tokens are its N.
 //
 // Layouts: W in layout.h's blocks; x in x_layout.h's slabs, which quantize_x.cu writes, by plain
 // bulk copies (the swizzle is in the slab); out bf16 row-major. Bytes: N*K*0.515625 of weights once
-// from device memory; M*K*1.125 of x from L2 once per row tile. Flops: 2*M*N*K at the e4m3 rate,
-// and a quarter more for the k step that takes off the weights' offset (x_layout.h says how).
+// from device memory; M*K*1.03 of x from L2 once per row tile. Flops: 2*M*N*K at the e4m3 rate, and
+// 1/32 more for the bf16 k step that takes off the weights' offset every eight groups (x_layout.h
+// says how).
 //
 // The weights' scales are per 128 k, so each group is summed by itself (temp) and then added times
 // its scale: one FFMA a value. The scale of a token comes in the epilogue. For 64 rows x 128 tokens
-// x 128 k the tensor cores take 320 clocks and a warp issues 155 instructions, 64 of them FFMA.
+// x 128 k the tensor cores take 256 clocks and a warp issues 175 instructions, 64 of them FFMA.
 // Nothing per token is read from shared memory in the main loop: the data path to registers is 128
 // bytes a clock, and a first version that loaded factors per token and group was bound by it (705
 // TFLOPS).
 //
 // Work split: two consumer warpgroups and a producer warp. A warpgroup has kBlocks blocks of 64
-// rows; the two take turns at the tensor cores, and one adds up while the other multiplies.
+// rows; while one multiplies the other adds up. A cluster of two CTAs shares x by multicast.
 // Splitting k and its exchange are K2's (linear_wgmma.cu): narrow matrices share a tile's k among S
 // CTAs, which reduce-scatter it by eights of tokens in a fixed order. Deterministic.
 //
@@ -55,12 +56,14 @@ struct Config {
   static_assert(kBlocks * kTokens <= 128, "registers for the sums");
   static constexpr int kRows = 128 * kBlocks;  // of a CTA
   static constexpr int kXBytes = kTokens * 128;
-  static constexpr int kDigitsOffset = kXBytes;  // in a stage
-  static constexpr int kWOffset = kDigitsOffset + kTokens * 16;
-  static constexpr int kCopied = kWOffset + 2 * kBlocks * kBlockBytes;
-  static constexpr int kStageBytes = (kCopied + 1023) / 1024 * 1024;
+  static constexpr int kSumBytes = kTokens * cuda_x::kSumGroups * 2 * 2;
+  static constexpr int kSumsOffset = kXBytes;  // in a stage; filled for the last of eight groups
+  static constexpr int kWOffset = kSumsOffset + kSumBytes;
+  static constexpr int kWBytes = 2 * kBlocks * kBlockBytes;
+  static constexpr int kStageBytes = (kWOffset + kWBytes + 1023) / 1024 * 1024;
   static constexpr int kOutStride = 68;  // floats: 64 rows and padding against conflicts
-  static constexpr int kScratch = 16 * kOutStride * 4;  // of a warpgroup: 16 tokens
+  static constexpr int kPassTokens = kTokens == 128 ? 32 : 16;   // that are stored together
+  static constexpr int kScratch = kPassTokens * kOutStride * 4;  // of a warpgroup
   static constexpr int kFit = (kSmemLimit - 2 * kScratch - 256) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kScratchOffset = kStages * kStageBytes;
@@ -76,16 +79,21 @@ struct Work {
 };
 template <int kCluster, bool kSplit>
 __device__ __forceinline__ Work my_work(const LinearParams& p) {
-  static_assert(kCluster == 1 || !kSplit);
   int cta;
   // NOTE: read where it is used; as one value for producer and consumers ptxas spilled it.
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(cta));
-  const int tiles = p.num_tiles / kCluster * p.token_tiles;
+  const int cluster = cta / kCluster, tiles = p.num_tiles / kCluster * p.token_tiles;
   if constexpr (!kSplit) {
-    return {cta / kCluster, static_cast<int>(gridDim.x) / kCluster, tiles, 0, p.groups};
+    return {cluster, static_cast<int>(gridDim.x) / kCluster, tiles, 0, p.groups};
   }
-  const int rank = cta % p.split;
-  return {cta / p.split, tiles, tiles, rank * p.groups / p.split, (rank + 1) * p.groups / p.split};
+  const int rank = cluster % p.split;
+  return {cluster / p.split, tiles, tiles, rank * p.groups / p.split,
+          (rank + 1) * p.groups / p.split};
+}
+
+// Whether the sums of eight groups come with group g, the last of them that a CTA has.
+__device__ __forceinline__ bool brings_sums(const Work& work, int g) {
+  return g % cuda_x::kSumGroups == cuda_x::kSumGroups - 1 || g == work.end - 1;
 }
 
 // Tile t of a cluster, as its CTA `peer` has it: producer and epilogue must mean the same one.
@@ -105,6 +113,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
   const int tid = threadIdx.x, lane = tid & 31;
   const int warp = __shfl_sync(0xffffffffu, tid >> 5, 0);
   const int peer = kCluster > 1 ? static_cast<int>(blockIdx.x) % kCluster : 0;
+  TRACE(0);
   ptx::grid_launch_dependents();
   if (tid == 0) {
     for (int i = 0; i < C::kStages; ++i) {
@@ -120,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
   }
 
   if (warp >= kConsumerWarps) {
-    ptx::registers_shrink<40>();
+    ptx::registers_shrink<56>();
     if (warp == kConsumerWarps && lane == 0) {
       const Work work = my_work<kCluster, kSplit>(p);
       const auto tile128_bytes = static_cast<uint32_t>(p.groups) * 2 * kBlockBytes;
@@ -128,22 +137,26 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
       const uint64_t once =
           p.token_tiles == 1 ? ptx::policy_evict_first() : ptx::policy_evict_normal();
       const uint64_t again = ptx::policy_evict_normal();
-      // Of the tile's next group: its weights, its x and how far the second 64 tokens' x are.
+      const cuda_x::Shape shape{p.tokens, p.k};
+      // The tile's weights of its next group; its x of the next group and how far the second 64
+      // tokens' x are; its first 64 tokens.
       const uint8_t *w, *x;
-      uint32_t next_slab = 0;
+      const auto* all_x = reinterpret_cast<const uint8_t*>(p.x);
+      int slab = 0;
+      bool second = false;
       auto begin_tile = [&](int t) {
         const Tile tile = my_tile<kCluster>(p, t, peer);
         w = p.weights + static_cast<int64_t>(tile.row) * kBlocks * tile128_bytes +
             work.begin * (2 * kBlockBytes);
         // Tiles of 32 tokens are for M <= 32: one token tile, the front of the only slab.
-        const int slab = tile.token * kTokens / cuda_x::kSlabTokens;
-        x = reinterpret_cast<const uint8_t*>(p.x) +
-            cuda_x::Shape{p.tokens, p.k}.slab_offset(slab, work.begin);
+        slab = tile.token * kTokens / cuda_x::kSlabTokens;
+        x = all_x + shape.slab_offset(slab, work.begin);
         // A tile may reach past the last slab: then that one is loaded again, and nobody stores it.
-        next_slab = slab + 1 < slabs ? p.groups * cuda_x::kSlabBytes : 0;
+        second = slab + 1 < slabs;
       };
-      auto load_w = [&](int stage) {
-        ptx::mbarrier_expect(full + stage * 8, C::kCopied);
+      auto load_w = [&](int stage, int g) {
+        ptx::mbarrier_expect(full + stage * 8,
+                             C::kXBytes + C::kWBytes + (brings_sums(work, g) ? C::kSumBytes : 0));
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
           ptx::bulk_load(base + stage * C::kStageBytes + C::kWOffset + b * 2 * kBlockBytes,
@@ -151,51 +164,60 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         }
         w += 2 * kBlockBytes;
       };
-      auto load_x = [&](int stage) {
+      auto load_x = [&](int stage, int g) {
         const uint32_t to = base + stage * C::kStageBytes, bar = full + stage * 8;
-        constexpr int kPart = kTokens < cuda_x::kSlabTokens ? kTokens : cuda_x::kSlabTokens;
-        auto load_part = [&](int part, const uint8_t* from) {
-          const uint32_t x_to = to + part * kPart * 128;
-          const uint32_t digits_to = to + C::kDigitsOffset + part * kPart * 16;
+        // What is loaded together: a slab's tokens, or in a cluster a CTA's share of them.
+        constexpr int kShare = kTokens / kCluster;
+        constexpr int kPart = kShare < cuda_x::kSlabTokens ? kShare : cuda_x::kSlabTokens;
+        auto load = [&](uint32_t at, const uint8_t* from, uint32_t bytes) {
           if constexpr (kCluster > 1) {
-            constexpr uint16_t kAll = (1 << kCluster) - 1;
-            ptx::bulk_load_multicast(x_to, from, kPart * 128, bar, kAll);
-            ptx::bulk_load_multicast(digits_to, from + cuda_x::kSlabXBytes, kPart * 16, bar, kAll);
+            ptx::bulk_load_multicast(at, from, bytes, bar, (1 << kCluster) - 1);
           } else {
-            ptx::bulk_load(x_to, from, kPart * 128, bar, again);
-            ptx::bulk_load(digits_to, from + cuda_x::kSlabXBytes, kPart * 16, bar, again);
+            ptx::bulk_load(at, from, bytes, bar, again);
           }
         };
-        if constexpr (kCluster > 1) {  // this CTA's slab, for both
-          static_assert(kTokens == kCluster * cuda_x::kSlabTokens);
-          load_part(peer, x + peer * next_slab);
+        auto load_part = [&](int part) {
+          const int next = part * kPart >= cuda_x::kSlabTokens && second ? 1 : 0;
+          const int row = part * kPart % cuda_x::kSlabTokens;
+          load(to + part * kPart * 128, x + next * (p.groups * cuda_x::kSlabBytes) + row * 128,
+               kPart * 128);
+          if (brings_sums(work, g)) {
+            const uint8_t* sums = all_x + shape.sums_offset(slab + next, g) + row * 16;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              load(to + C::kSumsOffset + (half * kTokens + part * kPart) * 16,
+                   sums + half * cuda_x::kSumPartBytes, kPart * 16);
+            }
+          }
+        };
+        if constexpr (kCluster > 1) {  // this CTA's share, for both
+          static_assert(kPart == kShare);
+          load_part(peer);
         } else {
 #pragma unroll
-          for (int part = 0; part < kTokens / kPart; ++part) {
-            load_part(part, x + (part ? next_slab : 0));
-          }
+          for (int part = 0; part < kTokens / kPart; ++part) load_part(part);
         }
         x += cuda_x::kSlabBytes;
       };
       // Weights do not depend on the kernel before: the ring's worth of them is under way first.
       begin_tile(work.first);
       const int early = min(C::kStages, work.end - work.begin);
-      for (int i = 0; i < early; ++i) load_w(i);
+      for (int i = 0; i < early; ++i) load_w(i, work.begin + i);
       ptx::grid_dependency_wait();
-      for (int i = 0; i < early; ++i) load_x(i);
-      int stage = early % C::kStages, left = work.end - work.begin - early;
+      for (int i = 0; i < early; ++i) load_x(i, work.begin + i);
+      int stage = early % C::kStages, g = work.begin + early;
       uint32_t parity = early == C::kStages ? 0 : 1;
       for (int t = work.first;;) {
-        for (; left > 0; --left) {
+        for (; g < work.end; ++g) {
           ptx::mbarrier_wait(empty + stage * 8, parity);
-          load_w(stage);
-          load_x(stage);
+          load_w(stage, g);
+          load_x(stage, g);
           if (++stage == C::kStages) stage = 0, parity ^= 1;
         }
         t += work.step;
         if (t >= work.tiles) break;
         begin_tile(t);
-        left = work.end - work.begin;
+        g = work.begin;
       }
     }
     __syncwarp();
@@ -203,11 +225,10 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
     return;
   }
 
-  ptx::registers_grow<232>();
+  ptx::registers_grow<224>();
   const int wg = warp >> 2, m16 = warp & 3, g8 = lane >> 2;
   float sums[kBlocks][kTokens / 2];
-  uint32_t raw[kBlocks][2][4], offset[4];
-  ptx::offset_operand(offset, lane);
+  uint32_t raw[kBlocks][2][4], next_scales[kBlocks];
   // Of a stage: this thread's weight words and row scales.
   const uint32_t first_block = C::kWOffset + wg * kBlocks * kBlockBytes;
   const uint32_t words_at = first_block + m16 * 1024 + lane * 16;
@@ -221,58 +242,67 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
       ptx::load_shared_16(raw[i / 2][i % 2],
                           stage_at + words_at + i / 2 * kBlockBytes + i % 2 * 512);
     }
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      next_scales[b] = ptx::load_shared_4(stage_at + row_scales_at + b * kBlockBytes);
+    }
   };
 
   const Work work = my_work<kCluster, kSplit>(p);
-  // The warpgroups take turns at the tensor cores: what one has queued lasts while the other adds
-  // up.
-  if (wg == 1) ptx::named_barrier_arrive(3, 256);
+  TRACE(1);
   ptx::grid_dependency_wait();
+  TRACE(2);
   for (int t = work.first; t < work.tiles; t += work.step) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums[b][i] = 0.0f;
-    uint32_t stage_at = base + stage * C::kStageBytes;
+    uint32_t stage_at = base + stage * C::kStageBytes, of_eight[kBlocks][2] = {};
     fetch(stage_at);
-#pragma unroll 1
-    for (int left = work.end - work.begin; left > 0; --left) {
+    TRACE(3);
+    // Group g; if it brings the sums, the offset of it and those before comes off, and the next
+    // group's operands are fetched unless it is the last.
+    auto add_group = [&](int g, auto brings_tag, bool more) {
+      constexpr bool brings = decltype(brings_tag)::value;
+      using Multiply = ptx::Wgmma<kTokens>;
       float temp[kBlocks][kTokens / 2];
-      uint32_t a[kBlocks][4][4], row_scales[kBlocks];  // a: four k32 steps
+      uint32_t a[kBlocks][4][4], row_scales[kBlocks], eight[kBlocks][4];  // a: four k32 steps
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        row_scales[b] = ptx::load_shared_4(stage_at + row_scales_at + b * kBlockBytes);
+        row_scales[b] = next_scales[b];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           ptx::dequant_e4m3(a[b][k], raw[b][k / 2][k % 2 * 2], raw[b][k / 2][k % 2 * 2 + 1]);
         }
+        ptx::collect_scales(of_eight[b], row_scales[b], g, lane);
+        if constexpr (brings) ptx::scales_operand(eight[b], of_eight[b]);
       }
-      ptx::named_barrier(3 + wg, 256);
       ptx::wgmma_fence();
       const uint32_t x_at = ptx::descriptor_address(stage_at);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        using Multiply = ptx::Wgmma<kTokens>;
         Multiply::rs_e4m3_first(temp[b], a[b][0], ptx::descriptor_k_major(x_at));
 #pragma unroll
         for (int k = 1; k < 4; ++k) {
           Multiply::rs_e4m3(temp[b], a[b][k], ptx::descriptor_k_major(x_at + k * 2));
         }
-        Multiply::rs_e4m3(temp[b], offset,
-                          ptx::descriptor_16_bytes(x_at + (C::kDigitsOffset >> 4)));
+        if constexpr (brings) {
+          Multiply::rs_bf16(sums[b], eight[b],
+                            ptx::descriptor_16_bytes(x_at + (C::kSumsOffset >> 4), kTokens));
+        }
         ptx::wgmma_commit();
       }
-      ptx::named_barrier_arrive(3 + (wg ^ 1), 256);
       const uint32_t done = empty + stage * 8;
       if (++stage == C::kStages) stage = 0, parity ^= 1;
       stage_at = base + stage * C::kStageBytes;
-      if (left > 1) fetch(stage_at);
+      if (more) fetch(stage_at);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         if (b + 1 < kBlocks) {
           ptx::wgmma_wait<1>();
         } else {
           ptx::wgmma_wait<0>();
+          __syncwarp();  // lane 0 speaks for what all have read
           if (lane == 0) {
             ptx::mbarrier_arrive(done);
             if constexpr (kCluster == 2) {
@@ -286,15 +316,23 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         for (int i = 0; i < kTokens / 2; ++i) {
           sums[b][i] = fmaf(temp[b][i], i & 2 ? high : low, sums[b][i]);
         }
+        if constexpr (brings) of_eight[b][0] = of_eight[b][1] = 0;
       }
+    };
+    for (int g = work.begin; g < work.end;) {
+#pragma unroll 1
+      for (; !brings_sums(work, g); ++g) add_group(g, std::false_type{}, true);
+      ++g;
+      add_group(g - 1, std::true_type{}, g < work.end);
     }
 
+    TRACE(4);
     // NOTE: opaque copies, or the compiler computes the addresses of exchange and epilogue before
     // the main loop and has no registers left for it.
     constexpr int kOctets = kTokens / 8;
     int cta = static_cast<int>(blockIdx.x), parts = kSplit ? p.split : 1, id = tid;
     asm volatile("" : "+r"(cta), "+r"(parts), "+r"(id));
-    const int part = kSplit ? cta % parts : 0;
+    const int part = kSplit ? cta / kCluster % parts : 0;
     const int group4 = id >> 7, group_id = id & 127;  // consumer warpgroup, thread of it
     const uint32_t scratch = base + C::kScratchOffset + group4 * C::kScratch;
     const int own = kSplit ? part * kOctets / parts : 0;
@@ -307,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
       // pieces: [CTA that owns][CTA that sends][eight of the owner][block][thread][4]
       const int share = (kOctets + parts - 1) / parts;
       auto place = [&](int owner, int sender, int octet, int block) {
-        return p.pieces + (cta + owner - part) * p.piece_stride +
+        return p.pieces + (cta + (owner - part) * kCluster) * p.piece_stride +
                ((sender * share + octet - owner * kOctets / parts) * kBlocks + block) * 1024 +
                id * 4;
       };
@@ -319,60 +357,78 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         for (int b = 0; b < kBlocks; ++b) hand_over(place(owner, part, i, b), vector(b, i));
       }
 #pragma unroll
-      for (int i = 0; i < kOctets; ++i) {
-        if (i < own || i >= own_end) continue;
+      for (int i = 0; i < kOctets; i += 2) {  // two round trips at a time
+        if (i + 2 <= own || i >= own_end) continue;
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
-          take_over_senders(place(part, 0, i, b), share * kBlocks * 1024, part, parts,
-                            vector(b, i));
+          take_over_two(place(part, 0, i, b), kBlocks * 1024, share * kBlocks * 1024, part, parts,
+                        i >= own, i + 1 < own_end, vector(b, i), vector(b, i + 1));
         }
       }
     }
 
-    // Epilogue: K2's, a row block after the other. [token][row] in shared memory, 16 tokens at a
-    // time; then a thread has 8 adjacent rows of one token (gate_up: 4 gates and their ups).
-    const Tile at = my_tile<kCluster>(p, kSplit ? cta / parts : t, cta % kCluster);
+    TRACE(5);
+    // Epilogue: K2's, a row block after the other, with longer passes.
+    constexpr int kPassOctets = C::kPassTokens / 8, kPieces = C::kPassTokens / 16;
+    const Tile at = my_tile<kCluster>(p, kSplit ? cta / kCluster / parts : t, cta % kCluster);
     const bool silu = p.epilogue == static_cast<int>(Epilogue::kSiluMul);
     const bool residual = p.epilogue == static_cast<int>(Epilogue::kResidual);
     const int in = group_id >> 3, chunk = id & 7;
     const auto* x_scales = reinterpret_cast<const float*>(
         reinterpret_cast<const uint8_t*>(p.x) + cuda_x::Shape{p.tokens, p.k}.scales_offset());
+    auto factor = [&](int token) {
+      return token < p.tokens ? x_scales[token] * 512.0f : 0.0f;  // codes: * 2^-9
+    };
     const uint32_t to_shared =
         scratch + ((id & 3) * 2 * C::kOutStride + (group_id >> 5) * 16 + (id >> 2 & 7)) * 4;
-    const uint32_t from =
-        scratch +
-        (in * C::kOutStride + (silu ? (chunk >> 1) * 16 + (chunk & 1) * 4 : chunk * 8)) * 4;
+    const uint32_t from = scratch + (in * C::kOutStride + chunk * 8) * 4;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const int block_row = at.row * C::kRows + (group4 * kBlocks + b) * 64;
-      const int column = silu ? block_row / 2 + chunk * 4 : block_row + chunk * 8;
-      // Where this thread's part of a pass goes, or -1.
-      auto locate = [&](int pass) -> int64_t {
-        const int octet = 2 * pass + (in >> 3), token = at.token * kTokens + 8 * octet + (in & 7);
-        const bool mine =
-            octet >= own && octet < own_end && token < p.tokens && column < p.out_stride;
-        return mine ? static_cast<int64_t>(token) * p.out_stride + column : -1;
-      };
-      // What it reads from global memory is requested a pass ahead.
-      auto request = [&](int pass) {
-        const int64_t to = locate(pass);
-        return residual && to >= 0 ? *reinterpret_cast<const uint4*>(p.residual + to)
-                                   : make_uint4(0, 0, 0, 0);
-      };
-      float4 out_scale = make_float4(1, 1, 1, 1);
-      if (silu && p.out_scale && column < p.out_stride) {
-        out_scale = *reinterpret_cast<const float4*>(p.out_scale + column);
+      if (silu) {
+        store_silu<kOctets, kOctets>(
+            p, scratch, 1 + group4, id, block_row / 2, own, own_end,
+            [&](int octet) -> const float(&)[4] { return vector(b, octet); },
+            [&](int octet) {
+              const int token = at.token * kTokens + 8 * octet + 2 * (id & 3);
+              return make_float2(factor(token), factor(token + 1));
+            },
+            [&](int octet) { return at.token * kTokens + 8 * octet; });
+        continue;
       }
-      uint4 ahead = request(own / 2);
+      const int column = block_row + chunk * 8;
+      // What a thread reads from global memory for a pass, and where its results go (or -1);
+      // requested a pass ahead.
+      struct Ahead {
+        int64_t to[kPieces];
+        uint4 residual[kPieces];
+        float scale[kPieces];
+      };
+      auto request = [&](int pass) {
+        Ahead a;
 #pragma unroll
-      for (int pass = 0; pass < kOctets / 2; ++pass) {
-        if (2 * pass + 1 < own || 2 * pass >= own_end) continue;
-        const uint4 old = ahead;
+        for (int i = 0; i < kPieces; ++i) {
+          const int octet = kPassOctets * pass + 2 * i + (in >> 3);
+          const int token = at.token * kTokens + 8 * octet + (in & 7);
+          const bool mine =
+              octet >= own && octet < own_end && token < p.tokens && column < p.out_stride;
+          a.to[i] = mine ? static_cast<int64_t>(token) * p.out_stride + column : -1;
+          a.residual[i] = mine && residual ? *reinterpret_cast<const uint4*>(p.residual + a.to[i])
+                                           : make_uint4(0, 0, 0, 0);
+          a.scale[i] = factor(token);
+        }
+        return a;
+      };
+      Ahead ahead = request(own / kPassOctets);
+#pragma unroll
+      for (int pass = 0; pass < kOctets / kPassOctets; ++pass) {
+        if (kPassOctets * (pass + 1) <= own || kPassOctets * pass >= own_end) continue;
+        const Ahead now = ahead;
         ahead = request(pass + 1);
         ptx::named_barrier(1 + group4, 128);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float(&four)[4] = vector(b, 2 * pass + e);
+        for (int e = 0; e < kPassOctets; ++e) {
+          const float(&four)[4] = vector(b, kPassOctets * pass + e);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const int token = e * 8 + (j & 1), row = 8 * (j >> 1);
@@ -380,15 +436,18 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
           }
         }
         ptx::named_barrier(1 + group4, 128);
-        const int64_t to = locate(pass);
-        if (to < 0) continue;
-        const int token = at.token * kTokens + 16 * pass + in;
-        store_part(p, to, silu, from, old, out_scale, x_scales[token] * 512.0f);  // codes: * 2^-9
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          if (now.to[i] < 0) continue;
+          store_part(p, now.to[i], from + i * 16 * C::kOutStride * 4, now.residual[i],
+                     now.scale[i]);
+        }
       }
     }
     if constexpr (kSplit) break;  // one tile
   }
-  if (wg == 0) ptx::named_barrier(3, 256);  // the last turn handed over
+  TRACE(6);
+  TRACE_SM();
   __syncwarp();
   if constexpr (kCluster > 1) ptx::cluster_sync();  // nobody leaves while a peer may write here
 }
@@ -400,17 +459,15 @@ int launch(const LinearArgs& args, int split, void* stream) {
   p.token_tiles = (args.tokens + kTokens - 1) / kTokens;
   p.epilogue = static_cast<int>(args.epilogue);
   const int tiles = p.num_tiles / kCluster * p.token_tiles, slots = args.num_sms / kCluster;
-  p.split = kCluster > 1 ? 1 : std::max(1, std::min({split, p.groups, kMaxSplit}));
+  p.split = std::max(1, std::min({split, p.groups, kMaxSplit}));
   while (p.split > 1 && tiles * p.split > slots) --p.split;  // all resident at once
   int clusters = tiles * p.split;
   if (p.split == 1) {
     const int per_cluster = (tiles + slots - 1) / slots;
     clusters = (tiles + per_cluster - 1) / per_cluster;
   }
-  auto* kernel = linear_fp8_kernel<kTokens, kBlocks, kCluster, false>;
-  if constexpr (kCluster == 1) {
-    if (p.split > 1) kernel = linear_fp8_kernel<kTokens, kBlocks, kCluster, true>;
-  }
+  auto* kernel = p.split > 1 ? linear_fp8_kernel<kTokens, kBlocks, kCluster, true>
+                             : linear_fp8_kernel<kTokens, kBlocks, kCluster, false>;
   return launch_linear(kernel, args, clusters * kCluster, kThreads, C::kSmemBytes, stream, kCluster,
                        p);
 }
@@ -437,16 +494,18 @@ int linear_fp8(const LinearArgs& args, void* stream) {
   if (args.tokens < 1 || args.k % 8 || args.rows % 8) return cudaErrorInvalidValue;
   const WgmmaTactic t = args.tactic < 0 ? fp8_tactic(args) : WgmmaTactic::decode(args.tactic);
   const bool even = (args.rows + 127) / 128 % 2 == 0;  // 256 rows: two tiles of 128, or two CTAs
+  const bool tall = t.row_blocks == 4 && even, pairs = t.cluster == 2 && even;
   switch (tile_tokens(args.tokens)) {
     case 32:
-      return t.row_blocks == 4 && even ? launch<32, 2, 1>(args, t.split, stream)
-                                       : launch<64, 1, 1>(args, t.split, stream);
+      if (tall) return launch<32, 2, 1>(args, t.split, stream);
+      [[fallthrough]];
     case 64:
-      return t.row_blocks == 4 && even ? launch<64, 2, 1>(args, t.split, stream)
-                                       : launch<64, 1, 1>(args, t.split, stream);
+      if (tall) return launch<64, 2, 1>(args, t.split, stream);
+      return pairs ? launch<64, 1, 2>(args, t.split, stream)
+                   : launch<64, 1, 1>(args, t.split, stream);
     default:
-      return t.cluster == 2 && even ? launch<128, 1, 2>(args, t.split, stream)
-                                    : launch<128, 1, 1>(args, t.split, stream);
+      return pairs ? launch<128, 1, 2>(args, t.split, stream)
+                   : launch<128, 1, 1>(args, t.split, stream);
   }
 }
 

@@ -41,17 +41,6 @@
 namespace nibble::cuda {
 namespace {
 
-#ifdef NIBBLE_TRACE
-#define TRACE(i)                                                                \
-  do {                                                                          \
-    if (threadIdx.x == 0 && p.trace) p.trace[blockIdx.x * 8 + (i)] = clock64(); \
-  } while (0)
-#else
-#define TRACE(i) \
-  do {           \
-  } while (0)
-#endif
-
 constexpr int kWarps = 12;
 constexpr int kThreads = kWarps * 32;
 constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
@@ -291,13 +280,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_small_kernel(const LinearP
     TRACE(5);
   }
   TRACE(6);
-#ifdef NIBBLE_TRACE
-  if (tid == 0 && p.trace) {
-    uint32_t sm;
-    asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
-    p.trace[blockIdx.x * 8 + 7] = sm;
-  }
-#endif
+  TRACE_SM();
 }
 
 template <int kTokens, int kHalves, Epilogue kEpilogue>

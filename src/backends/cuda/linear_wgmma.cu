@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int first_tile = cluster / split;
   const int g_begin = rank * p.groups / split, g_end = (rank + 1) * p.groups / split;
 
+  TRACE(0);
   ptx::grid_launch_dependents();
   if (tid == 0) {
     for (int i = 0; i < C::kStages; ++i) {
@@ -208,13 +209,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
+  TRACE(1);
   ptx::grid_dependency_wait();
+  TRACE(2);
   for (int t = first_tile; t < num_tiles; t += tile_step) {
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
     int left = stages;
     if (left > 0) {
       arrived(0);
+      TRACE(3);
       fetch_scales(0);
       fetch(0, 0);
       ptx::dequant(a[0][0], raw[0], scales);
@@ -266,6 +270,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       release((stages - 1) * C::kWays % C::kStages);
     }
 
+    TRACE(4);
     // sums[i]: this warpgroup's eights of tokens; eight i is tokens 8i (4 row blocks) or
     // 8 (2i + way).
     float sums[C::kOctets][4];
@@ -322,58 +327,60 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
 
-    // Epilogue: [token][row] in shared memory, 16 tokens at a time; then a thread has 8 adjacent
-    // rows of one token (gate_up: 4 gates and their ups). What it reads from global memory is
-    // requested a pass ahead: the latency of one load a pass was 13 % of gate_up at 128 tokens.
+    TRACE(5);
     const Tile at = find_tile(t, row_tiles, p.token_tiles, kPatchRows / kCluster);
     const int block_row = (at.row * kCluster + peer) * C::kRows + row_block * 64;
-    const bool silu = p.epilogue == static_cast<int>(Epilogue::kSiluMul);
-    const bool residual = p.epilogue == static_cast<int>(Epilogue::kResidual);
-    const int in = (tid & 127) >> 3, chunk = tid & 7;
-    const int column = silu ? block_row / 2 + chunk * 4 : block_row + chunk * 8;
-    const uint32_t from =
-        scratch +
-        (in * C::kOutStride + (silu ? (chunk >> 1) * 16 + (chunk & 1) * 4 : chunk * 8)) * 4;
-    // Where this thread's part of a pass goes, or -1.
-    auto locate = [&](int pass) -> int64_t {
-      const int octet = 2 * pass + (in >> 3);
-      const int token =
-          at.token * kTokens + (in & 7) + 8 * (kRowBlocks == 4 ? octet : 2 * octet + way);
-      const bool mine =
-          octet >= own && octet < own_end && token < p.tokens && column < p.out_stride;
-      return mine ? static_cast<int64_t>(token) * p.out_stride + column : -1;
+    auto first_token = [&](int octet) {
+      return at.token * kTokens + 8 * (kRowBlocks == 4 ? octet : 2 * octet + way);
     };
-    auto request = [&](int pass) {
-      const int64_t to = locate(pass);
-      return residual && to >= 0 ? *reinterpret_cast<const uint4*>(p.residual + to)
-                                 : make_uint4(0, 0, 0, 0);
-    };
-    float4 out_scale = make_float4(1, 1, 1, 1);
-    if (silu && p.out_scale && column < p.out_stride) {
-      out_scale = *reinterpret_cast<const float4*>(p.out_scale + column);
-    }
-    uint4 ahead = request(own / 2);
+    if (p.epilogue == static_cast<int>(Epilogue::kSiluMul)) {
+      store_silu<C::kOctets, (C::kOctets < 8 ? C::kOctets : 8)>(
+          p, scratch, 1 + wg, tid, block_row / 2, own, own_end,
+          [&](int octet) -> const float(&)[4] { return sums[octet]; },
+          [](int) { return make_float2(ptx::kDequantUndo, ptx::kDequantUndo); }, first_token);
+    } else {
+      // [token][row] in shared memory, 16 tokens at a time; then a thread has 8 adjacent rows of
+      // one token. The residual is requested a pass ahead: the latency of one load a pass was 13 %
+      // of gate_up at 128 tokens.
+      const bool residual = p.epilogue == static_cast<int>(Epilogue::kResidual);
+      const int in = (tid & 127) >> 3, chunk = tid & 7, column = block_row + chunk * 8;
+      const uint32_t from = scratch + (in * C::kOutStride + chunk * 8) * 4;
+      // Where this thread's part of a pass goes, or -1.
+      auto locate = [&](int pass) -> int64_t {
+        const int octet = 2 * pass + (in >> 3), token = first_token(octet) + (in & 7);
+        const bool mine =
+            octet >= own && octet < own_end && token < p.tokens && column < p.out_stride;
+        return mine ? static_cast<int64_t>(token) * p.out_stride + column : -1;
+      };
+      auto request = [&](int pass) {
+        const int64_t to = locate(pass);
+        return residual && to >= 0 ? *reinterpret_cast<const uint4*>(p.residual + to)
+                                   : make_uint4(0, 0, 0, 0);
+      };
+      uint4 ahead = request(own / 2);
 #pragma unroll
-    for (int pass = 0; pass < (C::kOctets + 1) / 2; ++pass) {
-      if (2 * pass + 1 < own || 2 * pass >= own_end) continue;
-      const uint4 old = ahead;
-      ahead = request(pass + 1);
-      ptx::named_barrier(1 + wg, 128);
+      for (int pass = 0; pass < (C::kOctets + 1) / 2; ++pass) {
+        if (2 * pass + 1 < own || 2 * pass >= own_end) continue;
+        const uint4 old = ahead;
+        ahead = request(pass + 1);
+        ptx::named_barrier(1 + wg, 128);
 #pragma unroll
-      for (int e = 0; e < 2 && 2 * pass + e < C::kOctets; ++e)
+        for (int e = 0; e < 2 && 2 * pass + e < C::kOctets; ++e)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int token = e * 8 + 2 * t4 + (j & 1), row = m16 * 16 + g8 + 8 * (j >> 1);
-          ptx::store_shared_f32(scratch + (token * C::kOutStride + row) * 4,
-                                sums[2 * pass + e][j] * ptx::kDequantUndo);
-        }
-      ptx::named_barrier(1 + wg, 128);
-      const int64_t to = locate(pass);
-      if (to < 0) continue;
-      store_part(p, to, silu, from, old, out_scale);
+          for (int j = 0; j < 4; ++j) {
+            const int token = e * 8 + 2 * t4 + (j & 1), row = m16 * 16 + g8 + 8 * (j >> 1);
+            ptx::store_shared_f32(scratch + (token * C::kOutStride + row) * 4,
+                                  sums[2 * pass + e][j] * ptx::kDequantUndo);
+          }
+        ptx::named_barrier(1 + wg, 128);
+        const int64_t to = locate(pass);
+        if (to >= 0) store_part(p, to, from, old);
+      }
     }
     if constexpr (kRowBlocks == 2) ptx::named_barrier(5 + row_block, 256);  // before next exchange
   }
+  TRACE(6);
+  TRACE_SM();
   __syncwarp();
   if constexpr (kCluster == 2) ptx::cluster_sync();  // nobody leaves while a peer may write here
 }

@@ -11,6 +11,7 @@ struct NormParts {
   void* next = nullptr;
   const float* next_weight = nullptr;
   bool scales = false;
+  const float* weight = nullptr;  // the whole norm before it, where its x is rounded to e4m3
   float eps = 0;
 };
 
@@ -31,13 +32,14 @@ struct ResidualLinear {
   int rows;
   void* y;
 };
-/// An RMSNorm of which the multiplication by 1/rms is left to the linear that reads it.
-struct HalfNormed {
+/// An RMSNorm that is left to the linear that reads it: the multiplication by 1/rms, or all of it.
+struct PutOffNorm {
   const void* x;
   const float* weight;
   float eps;
   int rows, hidden;
   void* y;
+  bool whole;
 };
 
 }  // namespace nibble::cuda

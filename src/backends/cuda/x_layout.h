@@ -1,18 +1,16 @@
 // What linear_fp8.cu multiplies by: x as e4m3 with one scale per token, in the order its wgmma
 // wants. Plain C++, no CUDA: the tests walk it on machines without a GPU.
 //
-// Slabs of 64 tokens x 128 channels, outermost first: [tokens / 64][k / 128], each 9216 bytes:
-//   0    .. 8191  e4m3: 64 rows of 128 bytes. Byte 16c + 2i + h of a row is channel 16c + 8h + i (i
-//   < 8,
-//                 h < 2), the order of k in a weight word (ptx/dequant.cuh); 16-byte chunk c lies
-//                 at chunk c ^ (row % 8): wgmma's 128-byte swizzle.
-//   8192 .. 9215  e4m3: 64 rows of 16 bytes, eight *digits* and eight zeros: 32 * (digits 0 .. 3) +
-//                 (digits 4 .. 7) = -(sum of the row's 128 values).
-// Then f32 [tokens]: the scales.
+// Slabs of 64 tokens x 128 channels, outermost first: [tokens / 64][k / 128], each 8192 bytes of
+// e4m3: 64 rows of 128 bytes. Byte 16c + 2i + h of a row is channel 16c + 8h + i (i < 8, h < 2),
+// the order of k in a weight word (ptx/dequant.cuh); 16-byte chunk c lies at chunk c ^ (row % 8):
+// wgmma's 128-byte swizzle. Then the sums, [tokens / 64][k / 1024], each 2048 bytes of bf16: [high,
+// low][64 rows][8 groups], high + low = -2^-6 * (sum of the row's 128 values of the group), to 16
+// bits. Groups past the last: 0. Then f32 [tokens]: the scales.
 //
-// The digits take off what the offset of the weights adds (u = q + 8): multiplied by the constants
-// 32 * 8 and 8 in one more k step, they make the sum of u * x that of q * x. So nothing is left to
-// do per token and group but to multiply by the weights' scale.
+// The sums take off what the offset of the weights adds: a code u = q + 8 reads as u * 2^-9, so
+// that sum of u * x is 2^-9 * (sum of q * x) + 2^-6 * (sum of x). Multiplied by the weights'
+// scales, which are bf16, they are one bf16 k16 step for eight groups.
 //
 // scale = absmax / 448 of the token, x = e4m3(value * (448 / absmax)) to nearest even: e4m3 has 15
 // octaves of full precision, so that channels 2^14 below the largest lose nothing by a scale per
@@ -29,9 +27,11 @@
 namespace nibble::cuda_x {
 
 inline constexpr int kSlabTokens = 64;
-inline constexpr int kSlabXBytes = kSlabTokens * 128;
-inline constexpr int kSlabBytes = kSlabXBytes + kSlabTokens * 16;
-inline constexpr float kDigitBase = 32.0f;  // 4 * 448 * 32 = 128 * 448: no sum is too large
+inline constexpr int kSlabBytes = kSlabTokens * 128;
+inline constexpr int kSumGroups = 8;                                // of a block of sums
+inline constexpr int kSumPartBytes = kSlabTokens * kSumGroups * 2;  // high or low
+inline constexpr int kSumBytes = 2 * kSumPartBytes;
+inline constexpr float kSumUnit = -0x1p-6f;
 
 struct Shape {
   int64_t tokens, k;
@@ -40,7 +40,11 @@ struct Shape {
   NIBBLE_HOST_DEVICE int64_t slab_offset(int64_t slab, int64_t group) const {
     return (slab * groups() + group) * kSlabBytes;
   }
-  NIBBLE_HOST_DEVICE int64_t scales_offset() const { return slab_offset(slabs(), 0); }
+  NIBBLE_HOST_DEVICE int64_t sum_blocks() const { return (groups() + kSumGroups - 1) / kSumGroups; }
+  NIBBLE_HOST_DEVICE int64_t sums_offset(int64_t slab, int64_t group) const {
+    return slab_offset(slabs(), 0) + (slab * sum_blocks() + group / kSumGroups) * kSumBytes;
+  }
+  NIBBLE_HOST_DEVICE int64_t scales_offset() const { return sums_offset(slabs(), 0); }
   NIBBLE_HOST_DEVICE int64_t bytes() const { return scales_offset() + slabs() * kSlabTokens * 4; }
 };
 /// Where the 16 bytes of channels 16 * chunk ... of a row lie in the slab.
@@ -51,6 +55,9 @@ NIBBLE_HOST_DEVICE inline int chunk_byte(int row, int chunk) {
 NIBBLE_HOST_DEVICE inline int channel_of(int chunk, int i) {
   return chunk * 16 + (i & 1) * 8 + (i >> 1);
 }
-NIBBLE_HOST_DEVICE inline int digits_byte(int row) { return kSlabXBytes + row * 16; }
+/// Where a row's sum of a group lies in the block of sums; part 0 is high, 1 low.
+NIBBLE_HOST_DEVICE inline int sum_byte(int part, int row, int64_t group) {
+  return part * kSumPartBytes + row * kSumGroups * 2 + static_cast<int>(group % kSumGroups) * 2;
+}
 
 }  // namespace nibble::cuda_x

@@ -49,8 +49,9 @@ __device__ __forceinline__ void dequant(uint32_t (&a)[4], uint32_t word, const R
 
 // int4 -> e4m3 in 3 instructions per 8 weights (2 LOP3, 1 SHF), exact: a byte 0 .. 15 read as e4m3
 // is u * 2^-9 (below 8 a subnormal, from 8 on the first normal binade, which has the same step). So
-// the product is with u = q + 8, and whoever scales it takes off 8 times the sum of x. Two words
-// (the k16 steps of one k32 step) -> operand A of wgmma.m64nNk32: slot 4t + i of each 16 is k = 2t
+// the product is with u = q + 8, and 8 times the sum of x has to come off (collect_scales() below).
+// Two words (the k16 steps of one k32 step) -> operand A of wgmma.m64nNk32: slot 4t + i of each 16
+// is k = 2t
 // + {0, 8, 1, 9}[i], the order in which quantize_x.cu stores x.
 __device__ __forceinline__ void dequant_e4m3(uint32_t (&a)[4], uint32_t first, uint32_t second) {
   a[0] = first & 0x0f0f0f0fu;
@@ -61,13 +62,18 @@ __device__ __forceinline__ void dequant_e4m3(uint32_t (&a)[4], uint32_t first, u
   asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]));
 }
 
-// Operand A of the k step that takes off what the offset adds: constants for the digits of
-// x_layout.h, 32 * 8 for the first four and 8 for the next, in units of 2^-9; the same for all
-// rows.
-__device__ __forceinline__ void offset_operand(uint32_t (&a)[4], int lane) {
-  const int t = lane & 3;
-  a[0] = a[1] = t == 0 ? 0x30303030u : t == 1 ? 0x08080808u : 0u;
-  a[2] = a[3] = 0;
+// Operand A (bf16, 64 x 16) of the k16 step that takes off what the offset adds: the scales of
+// eight groups, twice. Lane t of four holds those of groups 2t and 2t + 1, of row g in scales[0]
+// and row g + 8 in [1]; `pair` are the two rows' scales of `group` (bf16, row g in the low half).
+__device__ __forceinline__ void collect_scales(uint32_t (&scales)[2], uint32_t pair, int group,
+                                               int lane) {
+  const bool mine = (lane & 3) == (group >> 1 & 3), odd = group & 1;
+  scales[0] = __byte_perm(scales[0], pair, mine ? odd ? 0x5410 : 0x3254 : 0x3210);
+  scales[1] = __byte_perm(scales[1], pair, mine ? odd ? 0x7610 : 0x3276 : 0x3210);
+}
+__device__ __forceinline__ void scales_operand(uint32_t (&a)[4], const uint32_t (&scales)[2]) {
+  a[0] = a[2] = scales[0];
+  a[1] = a[3] = scales[1];
   asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]));  // as above
 }
 

@@ -13,6 +13,21 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) 
                : "r"(address));
 }
 
+// 8x8 matrices of 2-byte values, transposed: lane l has rows 2 (l % 4) and the next of column l
+// / 4. Lane l of the first eight (of each eight in turn, for four matrices) gives the place of row
+// l % 8.
+__device__ __forceinline__ void store_matrix_transposed(uint32_t address, uint32_t r) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address), "r"(r)
+               : "memory");
+}
+__device__ __forceinline__ void store_matrix_transposed_x4(uint32_t address, uint32_t r0,
+                                                           uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+      : "memory");
+}
+
 __device__ __forceinline__ void load_shared_16(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -16,10 +16,10 @@ __device__ __forceinline__ uint32_t descriptor_address(uint32_t smem) {
 __device__ __forceinline__ uint64_t descriptor_k_major(uint32_t address) {
   return uint64_t{0x40000040u} << 32 | (0x10000u + address);
 }
-// Of rows of 16 bytes without a swizzle, eight of them 128 bytes together; both halves of the k
-// step read the same 16 bytes (operand A is 0 in the second).
-__device__ __forceinline__ uint64_t descriptor_16_bytes(uint32_t address) {
-  return uint64_t{8} << 32 | address;
+// Of bf16 rows of 16 bytes without a swizzle, eight of them 128 bytes together: the first eight of
+// a k16 step at `address`, the others `second` further (both in units of 16 bytes).
+__device__ __forceinline__ uint64_t descriptor_16_bytes(uint32_t address, uint32_t second) {
+  return uint64_t{8} << 32 | second << 16 | address;
 }
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
