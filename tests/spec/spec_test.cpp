@@ -157,7 +157,7 @@ TEST(ModelSpec, SpellingVariants) {
        nullptr},
       {"no kv heads (Llama: all)",
        [](json::object& c) {
-         c["architectures"] = {"LlamaForCausalLM"};
+         c["architectures"] = json::array({"LlamaForCausalLM"});
          c["model_type"] = "llama";
          c.erase("num_key_value_heads");
        },
@@ -232,7 +232,7 @@ struct Refusal {
 };
 
 TEST(ModelSpec, RefusalsNameTheKeyAndTheValue) {
-  const auto set = [](const char* key, json::value value) {
+  const auto set = [](const char* key, const json::value& value) {
     return [=](json::object& c) { c[key] = value; };
   };
   const auto quantized = [&](const char* method) {
