@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The Hopper table of docs/performance.md from one command, as text and JSON.
 
-    python3 bench/hopper_table.py --bin DIR --engine E [--out table.json] [--only kernels,model,serve]
+    python3 bench/hopper_table.py --bin DIR --engine E [--fp8-engine F] [--out table.json] [--only kernels,model,serve]
 
 DIR holds nibble, libnibble_cuda.so and nibble_cuda_bench; E is an engine of the 24B shape with room for the
 serving runs:
@@ -9,6 +9,7 @@ serving runs:
     nibble build --synthetic mistral-24b --tokenizer models/nano --target cuda:sm_90 \
         --max-input-len 7000 --max-output-len 300 --out E
 
+F is the same built with --activations fp8, for the cold prefill of that row.
 Every row has its value, the limit measured or computed for the same run, the bar and whether it is met.
 """
 # SPDX-License-Identifier: Apache-2.0
@@ -24,11 +25,13 @@ LAYER_BYTES = 286.6e6  # int4 weights and scales of one layer
 LAYER_FLOPS = 2 * 555.75e6  # per token
 KV_BYTES = 260 * 8  # per token and layer, int8 with scales
 BF16_FLOPS = 750e12  # what cuBLAS gives on random data at this card's power
+E4M3_FLOPS = 1400e12  # the same with e4m3 inputs
 STEP_BYTES = 12.80e9  # weights read by a decode step
 
 # tokens: (must, aim) in us
 LAYER_BARS = {1: (80, 72), 4: (80, 72), 8: (80, 72), 16: (80, 72), 32: (95, 80), 64: (125, 110),
               128: (240, 212), 256: (410, 385), 5525: (9300, 8800)}
+FP8_BARS = {64: (105, 85), 128: (140, 120), 5525: (6000, 4900)}
 
 
 class Table:
@@ -81,6 +84,13 @@ def kernels(table, bench):
         must, aim = LAYER_BARS[int(m)]
         limit = max(LAYER_BYTES / read, int(m) * LAYER_FLOPS / BF16_FLOPS) * 1e6
         table.add(f"int4 linears of one layer, M = {m}", float(us), "us", limit, must, aim)
+    fp8 = run([bench, "linear", "--kernel", "fp8", "--no-check", "--m", ",".join(map(str, FP8_BARS))])
+    for m, what, us in re.findall(r"M=(\d+)\s+tactic\s+-1 (sum|layer)\s+([\d.]+) us", fp8):
+        limit = max(LAYER_BYTES / read, int(m) * LAYER_FLOPS / E4M3_FLOPS) * 1e6
+        if what == "sum":
+            table.add(f"the same with e4m3 inputs, one by one, M = {m}", float(us), "us", limit, *FP8_BARS[int(m)])
+        else:
+            table.add(f"  as a chain, rounding included, M = {m}", float(us), "us", limit)
     for name, batch, length, us in re.findall(
             r"decode (attention|step)\s+(\d+) x\s+(\d+) tokens.*?([\d.]+) us", out):
         bar = (200, 185) if (int(batch), int(length)) == (64, 5600) else (None, None)
@@ -104,7 +114,7 @@ def latency(nibble, engine, batch, prompt, output):
     return json.loads(out.strip().splitlines()[-1])
 
 
-def model(table, nibble, engine):
+def model(table, nibble, engine, fp8_engine):
     for batch, prompt, output, must, aim in [(1, 1024, 128, 3.8, 3.35), (8, 1024, 128, None, None),
                                              (64, 1024, 128, None, None), (64, 5500, 240, 14, 12.3)]:
         got = latency(nibble, engine, batch, prompt, output)
@@ -114,6 +124,9 @@ def model(table, nibble, engine):
         table.add(f"whole model, batch {batch}, context {prompt}", got["decode_step_ms"], "ms", floor, must, aim)
     cold = latency(nibble, engine, 1, 5525, 8)
     table.add("cold prefill, 5525 tokens", cold["time_to_first_token_s"] * 1e3, "ms", 365, 430, 385)
+    if fp8_engine:
+        cold = latency(nibble, fp8_engine, 1, 5525, 8)
+        table.add("the same, fp8", cold["time_to_first_token_s"] * 1e3, "ms", 200, 260, 215)
 
 
 def serve(table, nibble, engine, port):
@@ -151,6 +164,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bin", type=pathlib.Path, default=pathlib.Path("build/release"))
     parser.add_argument("--engine", type=pathlib.Path, help="needed for model and serve")
+    parser.add_argument("--fp8-engine", type=pathlib.Path)
     parser.add_argument("--out", type=pathlib.Path, help="JSON file")
     parser.add_argument("--only", default="kernels,model,serve")
     parser.add_argument("--port", type=int, default=8123)
@@ -162,7 +176,7 @@ def main():
     if "kernels" in parts:
         kernels(table, flags.bin / "nibble_cuda_bench")
     if "model" in parts:
-        model(table, flags.bin / "nibble", flags.engine)
+        model(table, flags.bin / "nibble", flags.engine, flags.fp8_engine)
     if "serve" in parts:
         serve(table, flags.bin / "nibble", flags.engine, flags.port)
     print(table.text())

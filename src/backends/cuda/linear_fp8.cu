@@ -1,4 +1,4 @@
-// K6: out[M, N] = x[M, K] W4[N, K]^T with x in e4m3, for M from 17 up. Weights are operand A of
+// K6: out[M, N] = x[M, K] W4[N, K]^T with x in e4m3, for M from 33 up. Weights are operand A of
 // wgmma.m64nNk32 e4m3, unpacked in registers as the offset integers they are (ptx/dequant.cuh);
 // tokens are its N.
 //
@@ -148,7 +148,6 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         const Tile tile = my_tile<kCluster>(p, t, peer);
         w = p.weights + static_cast<int64_t>(tile.row) * kBlocks * tile128_bytes +
             work.begin * (2 * kBlockBytes);
-        // Tiles of 32 tokens are for M <= 32: one token tile, the front of the only slab.
         slab = tile.token * kTokens / cuda_x::kSlabTokens;
         x = all_x + shape.slab_offset(slab, work.begin);
         // A tile may reach past the last slab: then that one is loaded again, and nobody stores it.
@@ -472,7 +471,7 @@ int launch(const LinearArgs& args, int split, void* stream) {
                        p);
 }
 
-int tile_tokens(int tokens) { return tokens <= 32 ? 32 : tokens <= 64 ? 64 : 128; }
+int tile_tokens(int tokens) { return tokens <= 64 ? 64 : 128; }
 
 }  // namespace
 
@@ -494,19 +493,13 @@ int linear_fp8(const LinearArgs& args, void* stream) {
   if (args.tokens < 1 || args.k % 8 || args.rows % 8) return cudaErrorInvalidValue;
   const WgmmaTactic t = args.tactic < 0 ? fp8_tactic(args) : WgmmaTactic::decode(args.tactic);
   const bool even = (args.rows + 127) / 128 % 2 == 0;  // 256 rows: two tiles of 128, or two CTAs
-  const bool tall = t.row_blocks == 4 && even, pairs = t.cluster == 2 && even;
-  switch (tile_tokens(args.tokens)) {
-    case 32:
-      if (tall) return launch<32, 2, 1>(args, t.split, stream);
-      [[fallthrough]];
-    case 64:
-      if (tall) return launch<64, 2, 1>(args, t.split, stream);
-      return pairs ? launch<64, 1, 2>(args, t.split, stream)
-                   : launch<64, 1, 1>(args, t.split, stream);
-    default:
-      return pairs ? launch<128, 1, 2>(args, t.split, stream)
-                   : launch<128, 1, 1>(args, t.split, stream);
+  const bool pairs = t.cluster == 2 && even;
+  if (tile_tokens(args.tokens) == 128) {
+    return pairs ? launch<128, 1, 2>(args, t.split, stream)
+                 : launch<128, 1, 1>(args, t.split, stream);
   }
+  if (t.row_blocks == 4 && even) return launch<64, 2, 1>(args, t.split, stream);
+  return pairs ? launch<64, 1, 2>(args, t.split, stream) : launch<64, 1, 1>(args, t.split, stream);
 }
 
 }  // namespace nibble::cuda
