@@ -43,7 +43,8 @@ class CudaBackend final : public Backend {
     for (void*& mark : marks_) check(event_create(&mark), "making an event");
     const size_t linear = int4_workspace_bytes(device_.num_sms);
     linear_workspace_ = own(linear);
-    squares_ = static_cast<float*>(own(size_t{8} * 512 * sizeof(float)));
+    squares_ = static_cast<float*>(
+        own(size_t{kMaxNormTokens} * (kMaxNormRows / kNormTileRows) * sizeof(float)));
     check(memory_fill(linear_workspace_, 0xff, linear, stream_), "clearing a workspace");
     const size_t decode = attention_workspace_bytes(device_.num_sms);
     decode_workspace_ = own(decode);
@@ -279,7 +280,8 @@ class CudaBackend final : public Backend {
     if (rows == 0) return;
     if (w.layout == WeightLayout::kCudaInt4) {
       const NormParts norm = take_norm(x, w, rows);  // flushes
-      if (!kPortable && add && w.pre_scale == nullptr && linear_fuses_norm(rows, w.out_features)) {
+      if (!kPortable && add && w.pre_scale == nullptr && !rounds_inputs(rows) &&
+          linear_fuses_norm(rows, w.out_features)) {
         put_off_linear_ = {x, w, rows, y};
         return;
       }
@@ -784,7 +786,7 @@ class CudaBackend final : public Backend {
   std::optional<RopeStore> put_off_;
   std::optional<ResidualLinear> put_off_linear_;
   std::optional<PutOffNorm> put_off_norm_;
-  float* squares_ = nullptr;                         // [8, tiles of the widest row that fuses]
+  float* squares_ = nullptr;                         // LinearArgs::next_squares of any that fuses
   std::unique_ptr<WeightLoader> loader_;             // while weights are loaded
   std::unique_ptr<CudaCalibrationOps> calibration_;  // when quantizing
   std::vector<void*> owned_;  // weights and workspaces, freed with the backend

@@ -45,8 +45,8 @@ int linear(const LinearArgs& args, void* stream) {
   a.tactic = -1;
   const bool wide = args.rows >= 32768, long_k = args.k >= 16384;
   if (args.tokens <= 8 || (args.tokens <= 16 && !wide && !long_k)) {
-    // What fits into the rings is requested before the dependency is met.
-    a.early = args.tokens > 8 ? 1 : long_k ? 2 : 3;
+    // Half a ring is requested before the dependency is met: x would wait behind a whole one.
+    a.early = 1;
     return linear_small(a, stream);
   }
   return linear_wgmma(a, stream);

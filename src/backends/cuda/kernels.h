@@ -41,7 +41,7 @@ struct LinearArgs {
   // the sum of the squares it wrote; the linear that takes `next` as its x multiplies by 1/rms.
   void* next;                // bf16 [tokens, rows], or null
   const float* next_weight;  // [rows]
-  float* next_squares;       // [tokens, ceil(rows / kNormTileRows)]
+  float* next_squares;       // [ceil(rows / kNormTileRows), tokens up to a multiple of 8]
   const float* squares;      // of x, or null: x is plain
   float eps;
   void* workspace;  // linear_workspace_bytes(), every byte 0xff once
@@ -53,8 +53,10 @@ struct LinearArgs {
 };
 
 size_t linear_workspace_bytes(int num_sms);
-inline bool linear_fuses_norm(int tokens, int64_t hidden) { return tokens <= 8 && hidden < 32768; }
-inline constexpr int kNormTileRows = 64;
+inline constexpr int kNormTileRows = 64, kMaxNormTokens = 64, kMaxNormRows = 32768;
+inline bool linear_fuses_norm(int tokens, int64_t hidden) {
+  return tokens <= kMaxNormTokens && hidden <= kMaxNormRows;
+}
 
 // linear_small.cu: M <= 16.
 enum class SmallTactic : int {

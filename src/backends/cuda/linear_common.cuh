@@ -11,6 +11,7 @@
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/layout.h"
 #include "backends/cuda/ptx/barrier.cuh"
+#include "backends/cuda/ptx/copy.cuh"
 #include "backends/cuda/ptx/dequant.cuh"
 #include "backends/cuda/ptx/mma.cuh"
 
@@ -23,12 +24,13 @@ struct LinearParams {
   int token_tiles, split;  // linear_wgmma
   int epilogue;            // linear_wgmma: an Epilogue
   int early_slots;         // linear_small: ring slots requested before the dependency is met
+  int units, units_left;   // linear_small: of a CTA; so many CTAs have one more
   int tokens, rows, k, x_stride, out_stride;
   const __nv_bfloat16* x;
   __nv_bfloat16* out;  // float* for kFloat
   const __nv_bfloat16* residual;
   const float* out_scale;
-  __nv_bfloat16* next;  // linear_small, as in LinearArgs
+  __nv_bfloat16* next;  // as in LinearArgs
   const float* next_weight;
   float* next_squares;
   const float* squares;
@@ -115,6 +117,15 @@ int launch_linear(void (*kernel)(Parameters...), const LinearArgs& args, int gri
   return cudaLaunchKernelEx(&config, kernel, parameters...);
 }
 
+// The sums of squares of a norm: [tile of kNormTileRows][token], tokens rounded up.
+__device__ __forceinline__ int norm_stride(const LinearParams& p) { return (p.tokens + 7) / 8 * 8; }
+__device__ __forceinline__ int norm_tiles(int rows) {
+  return (rows + kNormTileRows - 1) / kNormTileRows;
+}
+__device__ __forceinline__ float norm_factor(const LinearParams& p, float squares) {
+  return rsqrtf(squares / static_cast<float>(p.k) + p.eps);
+}
+
 // Undo the dequantizer's 2^-13, apply the epilogue and store kPer consecutive packed rows
 // (tile_row + row ...) of one token, times `factor`. Called by whole warps: lane l holds rows kPer
 // * l ...
@@ -184,18 +195,22 @@ __device__ __forceinline__ void store_rows(const LinearParams& p, int token, int
           squares += __shfl_xor_sync(0xffffffffu, squares, offset);
         }
         if (row == 0) {
-          const int tiles = (p.rows + kNormTileRows - 1) / kNormTileRows;
-          p.next_squares[token * tiles + tile_row / kNormTileRows] = squares;
+          p.next_squares[tile_row / kNormTileRows * norm_stride(p) + token] = squares;
         }
       }
     }
   }
 }
 
+__device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_bf16(uint32_t pair) {
+  return __uint_as_float(pair & 0xffff0000u);
+}
+
 // The end of the wgmma kernels' epilogue for a thread: eight adjacent rows of one token from shared
-// memory at `from`, times factor, to p.out + to.
-__device__ __forceinline__ void store_part(const LinearParams& p, int64_t to, uint32_t from,
-                                           const uint4& residual, float factor = 1.0f) {
+// memory at `from`, times factor, to p.out + to. Returns the bf16 it wrote.
+__device__ __forceinline__ uint4 store_part(const LinearParams& p, int64_t to, uint32_t from,
+                                            const uint4& residual, float factor = 1.0f) {
   float v[4], w[4];
   ptx::load_shared_f32x4(v, from);
   ptx::load_shared_f32x4(w, from + 16);
@@ -205,15 +220,71 @@ __device__ __forceinline__ void store_part(const LinearParams& p, int64_t to, ui
     float4* out = reinterpret_cast<float4*>(reinterpret_cast<float*>(p.out) + to);
     out[0] = make_float4(v[0], v[1], v[2], v[3]);
     out[1] = make_float4(w[0], w[1], w[2], w[3]);
-    return;
+    return make_uint4(0, 0, 0, 0);
   }
-  auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
-  auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
-  *reinterpret_cast<uint4*>(p.out + to) =
-      make_uint4(ptx::pack_bf16(v[0] + low(residual.x), v[1] + high(residual.x)),
-                 ptx::pack_bf16(v[2] + low(residual.y), v[3] + high(residual.y)),
-                 ptx::pack_bf16(w[0] + low(residual.z), w[1] + high(residual.z)),
-                 ptx::pack_bf16(w[2] + low(residual.w), w[3] + high(residual.w)));
+  const uint4 sum =
+      make_uint4(ptx::pack_bf16(v[0] + low_bf16(residual.x), v[1] + high_bf16(residual.x)),
+                 ptx::pack_bf16(v[2] + low_bf16(residual.y), v[3] + high_bf16(residual.y)),
+                 ptx::pack_bf16(w[0] + low_bf16(residual.z), w[1] + high_bf16(residual.z)),
+                 ptx::pack_bf16(w[2] + low_bf16(residual.w), w[3] + high_bf16(residual.w)));
+  *reinterpret_cast<uint4*>(p.out + to) = sum;
+  return sum;
+}
+
+// What the next norm gets of the residual stream (LinearArgs::next) from a thread with eight
+// adjacent rows, `column` and on; eight neighbouring lanes have the 64 rows of one token.
+class NextNorm {
+ public:
+  NextNorm() = default;
+  __device__ __forceinline__ NextNorm(const LinearParams& p, int column) {
+    if (p.next && column < p.out_stride) {
+      a_ = *reinterpret_cast<const float4*>(p.next_weight + column);
+      b_ = *reinterpret_cast<const float4*>(p.next_weight + column + 4);
+    }
+  }
+  // By whole warps. x: what was written to p.out + to; 0 where to is -1.
+  __device__ __forceinline__ void store(const LinearParams& p, int64_t to, int column,
+                                        const uint4& x) const {
+    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      squares = fmaf(low_bf16(words[i]), low_bf16(words[i]), squares);
+      squares = fmaf(high_bf16(words[i]), high_bf16(words[i]), squares);
+    }
+#pragma unroll
+    for (int offset = 4; offset; offset /= 2) {
+      squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+    }
+    if (to < 0) return;
+    *reinterpret_cast<uint4*>(p.next + to) =
+        make_uint4(ptx::pack_bf16(low_bf16(x.x) * a_.x, high_bf16(x.x) * a_.y),
+                   ptx::pack_bf16(low_bf16(x.y) * a_.z, high_bf16(x.y) * a_.w),
+                   ptx::pack_bf16(low_bf16(x.z) * b_.x, high_bf16(x.z) * b_.y),
+                   ptx::pack_bf16(low_bf16(x.w) * b_.z, high_bf16(x.w) * b_.w));
+    if (column % kNormTileRows == 0) {
+      const auto token = static_cast<int>(to / p.out_stride);
+      p.next_squares[column / kNormTileRows * norm_stride(p) + token] = squares;
+    }
+  }
+
+ private:
+  float4 a_ = {}, b_ = {};
+};
+
+// What the epilogue of packed rows [begin, end) multiplies by comes from device memory once a step:
+// into L2 ahead of it, by `threads` threads.
+__device__ __forceinline__ void prefetch_epilogue(const LinearParams& p, Epilogue epilogue,
+                                                  int begin, int end, int thread, int threads) {
+  const bool silu = epilogue == Epilogue::kSiluMul;
+  const float* scale = silu                              ? p.out_scale
+                       : epilogue == Epilogue::kResidual ? p.next_weight
+                                                         : nullptr;
+  if (!scale) return;
+  if (silu) begin /= 2, end /= 2;
+  for (int i = begin + thread * 32; i < min(end, p.out_stride); i += threads * 32) {
+    ptx::prefetch_l2(scale + i);
+  }
 }
 
 // The epilogue of a warpgroup for SiLU(gate) * up: its block of 64 packed rows (32 columns of out,

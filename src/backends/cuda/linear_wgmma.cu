@@ -43,8 +43,10 @@ namespace nibble::cuda {
 namespace {
 
 constexpr int kConsumerWarps = 16;
-// The producer has a warpgroup to itself for the sake of setmaxnreg; one of its warps works.
+// The producer has a warpgroup to itself for the sake of setmaxnreg; its other three warps work out
+// what the epilogue multiplies by.
 constexpr int kThreads = (kConsumerWarps + 4) * 32;
+constexpr int kIdleWarps = 3;
 constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
 constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 constexpr int kSmemLimit = 232448;
@@ -60,13 +62,19 @@ struct Config {
   static constexpr int kStagingBytes = 16 * kOutStride * 4;  // per warpgroup: 16 tokens
   static constexpr int kExchangeBytes = kRowBlocks == 4 ? 0 : kOctets * 4 * 128 * 4;
   static constexpr int kScratch = kStagingBytes > kExchangeBytes ? kStagingBytes : kExchangeBytes;
-  static constexpr int kFit = (kSmemLimit - 4 * kScratch - 256) / (kXBytes + kWBytes);
+  // Behind the barriers: by what the epilogue multiplies each token, 1/rms of a norm included; as
+  // many again for each warp that adds up squares.
+  static constexpr int kFactorBytes = kTokens <= kMaxNormTokens ? kIdleWarps * kTokens * 4 : 0;
+  static constexpr int kFit =
+      (kSmemLimit - 4 * kScratch - kFactorBytes - 256) / (kXBytes + kWBytes);
   static constexpr int kWays = 4 / kRowBlocks;  // warpgroups that share a row block
   static constexpr int kStages = (kFit < 8 ? kFit : 8) / kWays * kWays;
   static constexpr int kWOffset = kStages * kXBytes;
   static constexpr int kScratchOffset = kWOffset + kStages * kWBytes;
   static constexpr int kBarOffset = kScratchOffset + 4 * kScratch;
-  static constexpr int kSmemBytes = kBarOffset + 2 * kStages * 8;
+  static constexpr int kFactorBarOffset = kBarOffset + 2 * kStages * 8;
+  static constexpr int kFactorOffset = kFactorBarOffset + 8;
+  static constexpr int kSmemBytes = kFactorOffset + kFactorBytes;
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 3);
 };
 
@@ -76,7 +84,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   using C = Config<kTokens, kRowBlocks>;
   extern __shared__ __align__(1024) uint8_t smem[];
   const uint32_t base = ptx::smem_address(smem);
+  constexpr bool kNorms = kTokens <= kMaxNormTokens;
   const uint32_t full = base + C::kBarOffset, empty = full + C::kStages * 8;
+  const uint32_t factors_done = base + C::kFactorBarOffset, factors = base + C::kFactorOffset;
   const int tid = threadIdx.x, lane = tid & 31;
   const int warp = __shfl_sync(0xffffffffu, tid >> 5, 0);
   const int peer = kCluster == 2 ? static_cast<int>(blockIdx.x & 1) : 0;
@@ -95,6 +105,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::mbarrier_init(full + i * 8, 1);
       ptx::mbarrier_init(empty + i * 8, kConsumerWarps / C::kWays * kCluster);
     }
+    ptx::mbarrier_init(factors_done, 32);
     ptx::mbarrier_init_fence();
   }
   if constexpr (kCluster == 2) {
@@ -167,6 +178,42 @@ __global__ void __launch_bounds__(kThreads, 1)
         y = at.token * kTokens;
         stage = 0;
       }
+    } else if (kNorms && warp > kConsumerWarps) {  // one token tile, so tile t has the rows of t
+      const int idle = warp - kConsumerWarps - 1;
+      for (int t = first_tile; t < num_tiles; t += tile_step) {
+        const int row = (t * kCluster + peer) * C::kRows;
+        prefetch_epilogue(p, static_cast<Epilogue>(p.epilogue), row, row + C::kRows,
+                          idle * 32 + lane, kIdleWarps * 32);
+      }
+      ptx::grid_dependency_wait();
+      // A lane has two tokens and a third of their sums of squares.
+      const uint32_t to = factors + idle * kTokens * 4 + lane * 8;
+      const int stride = norm_stride(p);
+      if (p.squares && 2 * lane < stride && 2 * lane < kTokens) {
+        float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll 8
+        for (int i = idle; i < norm_tiles(p.k); i += kIdleWarps) {
+          const float2 v = *reinterpret_cast<const float2*>(p.squares + i * stride + 2 * lane);
+          sum.x += v.x, sum.y += v.y;
+        }
+        ptx::store_shared_f32x2(to, sum);
+      }
+      ptx::named_barrier(7, kIdleWarps * 32);
+      if (idle == 0 && 2 * lane < kTokens) {
+        float2 by = make_float2(1.0f, 1.0f);
+        if (p.squares) {
+          by = make_float2(0.0f, 0.0f);
+#pragma unroll
+          for (int i = 0; i < kIdleWarps; ++i) {
+            const float2 v = ptx::load_shared_f32x2(to + i * kTokens * 4);
+            by.x += v.x, by.y += v.y;
+          }
+          by = make_float2(norm_factor(p, by.x), norm_factor(p, by.y));
+        }
+        ptx::store_shared_f32x2(to,
+                                make_float2(by.x * ptx::kDequantUndo, by.y * ptx::kDequantUndo));
+      }
+      if (idle == 0) ptx::mbarrier_arrive(factors_done);
     }
     __syncwarp();
     if constexpr (kCluster == 2) ptx::cluster_sync();
@@ -177,9 +224,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int wg = warp >> 2, m16 = warp & 3, g8 = lane >> 2, t4 = lane & 3;
   const int row_block = kRowBlocks == 4 ? wg : wg & 1, way = kRowBlocks == 4 ? 0 : wg >> 1;
   const uint32_t scratch = base + C::kScratchOffset + wg * C::kScratch;
-  // This warpgroup's stages are way, way + kWays, ... A group is 32 k: two wgmma from one of the
-  // two operand buffers; four a stage, so the buffers alternate statically.
-  uint32_t a[2][2][4], raw[4];
+  // This warpgroup's stages are way, way + kWays, ... A group is kSteps wgmma of 16 k from one of
+  // the two operand buffers; two or four a stage, so the buffers alternate statically.
+  constexpr int kSteps = kTokens <= kMaxNormTokens && kRowBlocks == 4 && kSplit ? 4 : 2;
+  uint32_t a[2][kSteps][4], raw[4];
   ptx::RowScales scales;
   float acc[kTokens / 2];
   uint32_t parities = 0;  // of the full barriers, one bit a stage
@@ -221,8 +269,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       TRACE(3);
       fetch_scales(0);
       fetch(0, 0);
-      ptx::dequant(a[0][0], raw[0], scales);
-      ptx::dequant(a[0][1], raw[1], scales);
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) ptx::dequant(a[0][k], raw[k], scales);
+      if constexpr (kSteps == 4) fetch(0, 1);
 
       // The stages are unrolled: every address below is a register plus a constant. (With the stage
       // in a register, a third of the loop's instructions were address arithmetic.)
@@ -235,31 +284,42 @@ __global__ void __launch_bounds__(kThreads, 1)
           const int next = s == kLast ? 0 : s + C::kWays;
           const int previous = s == 0 ? kLast : s - C::kWays;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
+          for (int i = 0; i < 8 / kSteps; ++i) {
             ptx::wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
+            for (int k = 0; k < kSteps; ++k) {
+              const int k16 = i * kSteps + k;
               ptx::Wgmma<kTokens>::rs_bf16(
                   acc, a[i & 1][k],
-                  ptx::descriptor_k_major(x_at + ((s * C::kXBytes + (i / 2) * kTokens * 128) >> 4) +
-                                          ((i & 1) * 2 + k) * 2));
+                  ptx::descriptor_k_major(x_at + ((s * C::kXBytes + k16 / 4 * kTokens * 128) >> 4) +
+                                          k16 % 4 * 2));
             }
             ptx::wgmma_commit();
             ptx::wgmma_wait<1>();  // the group before: its operand buffer and its stage are free
             if (i == 0 && (s > 0 || !first)) release(previous);
-            if (i % 2 == 0) {
-              ptx::dequant(a[1][0], raw[2], scales);
-              ptx::dequant(a[1][1], raw[3], scales);
+            uint32_t(&next_a)[kSteps][4] = a[~i & 1];
+            // After the last group of the tile what follows is unused.
+            if constexpr (kSteps == 4) {
+#pragma unroll
+              for (int k = 0; k < 4; ++k) ptx::dequant(next_a[k], raw[k], scales);
+              if (left > 1) {
+                if (i == 0) {
+                  arrived(next);
+                  fetch_scales(next);
+                }
+                fetch(next, i);
+              }
+            } else {
+              const int half = ~i & 1;  // of raw
+#pragma unroll
+              for (int k = 0; k < 2; ++k) ptx::dequant(next_a[k], raw[2 * half + k], scales);
               if (i == 0) {
                 fetch(s, 1);
-              } else if (left > 1) {
+              } else if (i == 2 && left > 1) {
                 arrived(next);
                 fetch_scales(next);
                 fetch(next, 0);
               }
-            } else {  // after the last group of the tile these are unused
-              ptx::dequant(a[0][0], raw[0], scales);
-              ptx::dequant(a[0][1], raw[1], scales);
             }
           }
           if (--left == 0) break;
@@ -333,11 +393,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     auto first_token = [&](int octet) {
       return at.token * kTokens + 8 * (kRowBlocks == 4 ? octet : 2 * octet + way);
     };
+    if constexpr (kNorms) ptx::mbarrier_wait(factors_done, 0);
+    auto factor = [&](int octet) {  // of the tokens 2 t4 and the next of an eight
+      if constexpr (!kNorms) return make_float2(ptx::kDequantUndo, ptx::kDequantUndo);
+      return ptx::load_shared_f32x2(factors + (first_token(octet) + 2 * t4) * 4);
+    };
     if (p.epilogue == static_cast<int>(Epilogue::kSiluMul)) {
       store_silu<C::kOctets, (C::kOctets < 8 ? C::kOctets : 8)>(
           p, scratch, 1 + wg, tid, block_row / 2, own, own_end,
-          [&](int octet) -> const float(&)[4] { return sums[octet]; },
-          [](int) { return make_float2(ptx::kDequantUndo, ptx::kDequantUndo); }, first_token);
+          [&](int octet) -> const float(&)[4] { return sums[octet]; }, factor, first_token);
     } else {
       // [token][row] in shared memory, 16 tokens at a time; then a thread has 8 adjacent rows of
       // one token. The residual is requested a pass ahead: the latency of one load a pass was 13 %
@@ -358,6 +422,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                                    : make_uint4(0, 0, 0, 0);
       };
       uint4 ahead = request(own / 2);
+      NextNorm next;
+      if constexpr (kNorms) next = NextNorm(p, column);
 #pragma unroll
       for (int pass = 0; pass < (C::kOctets + 1) / 2; ++pass) {
         if (2 * pass + 1 < own || 2 * pass >= own_end) continue;
@@ -365,16 +431,22 @@ __global__ void __launch_bounds__(kThreads, 1)
         ahead = request(pass + 1);
         ptx::named_barrier(1 + wg, 128);
 #pragma unroll
-        for (int e = 0; e < 2 && 2 * pass + e < C::kOctets; ++e)
+        for (int e = 0; e < 2 && 2 * pass + e < C::kOctets; ++e) {
+          const float2 by = factor(2 * pass + e);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const int token = e * 8 + 2 * t4 + (j & 1), row = m16 * 16 + g8 + 8 * (j >> 1);
             ptx::store_shared_f32(scratch + (token * C::kOutStride + row) * 4,
-                                  sums[2 * pass + e][j] * ptx::kDequantUndo);
+                                  sums[2 * pass + e][j] * (j & 1 ? by.y : by.x));
           }
+        }
         ptx::named_barrier(1 + wg, 128);
         const int64_t to = locate(pass);
-        if (to >= 0) store_part(p, to, from, old);
+        uint4 stored = make_uint4(0, 0, 0, 0);
+        if (to >= 0) stored = store_part(p, to, from, old);
+        if constexpr (kNorms) {
+          if (p.next) next.store(p, to, column, stored);
+        }
       }
     }
     if constexpr (kRowBlocks == 2) ptx::named_barrier(5 + row_block, 256);  // before next exchange

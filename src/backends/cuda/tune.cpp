@@ -15,7 +15,8 @@ namespace nibble::cuda {
 namespace {
 
 constexpr const char *kSmall = "small", *kWgmma = "wgmma";
-constexpr int kMaxSmallRows = 16, kMaxEarly = 3;
+constexpr int kMaxSmallRows = 16, kMaxEarly = 2;
+constexpr int kMinWgmmaRows = 9;  // its tiles of tokens begin at 16: never faster below
 // Weights that take turns: more than L2 holds (50 ... 60 MB), unless the whole model would fit
 // there.
 constexpr int64_t kTurnBytes = int64_t{256} << 20, kMaxCopies = 32;
@@ -85,8 +86,7 @@ class Bench {
         for (int early = 1; early <= kMaxEarly; ++early) consider(kSmall, encode(tactic, early));
       }
     }
-    // Up to 8 rows norms may be left to the linears around them, which only the small kernel does.
-    if (!linear_fuses_norm(rows, 0)) {
+    if (rows >= kMinWgmmaRows) {
       for (const WgmmaTactic& tactic : wgmma_tactics(args(rows, 0))) {
         consider(kWgmma, tactic.encode());
       }
@@ -203,7 +203,7 @@ void TacticTable::set(std::span<const LinearTactic> tactics) {
                            ? t.max_rows <= kMaxSmallRows && t.tactic % 10 >= 1 &&
                                  t.tactic % 10 <= kMaxEarly &&
                                  t.tactic / 10 <= static_cast<int>(SmallTactic::kStream128)
-                           : t.kernel == kWgmma && !linear_fuses_norm(t.max_rows, 0) &&
+                           : t.kernel == kWgmma && t.max_rows >= kMinWgmmaRows &&
                                  (w.row_blocks == 2 || w.row_blocks == 4) &&
                                  (w.cluster == 1 || w.cluster == 2) && w.split >= 1 && w.split <= 8;
     if (!known) {
