@@ -1,6 +1,8 @@
 // The int4 linears: correctness against a float64 reference, then time per shape and per layer.
 //   linear [--m 1,8,16] [--kernel auto|small|wgmma|portable|fp8] [--tactic N,N] [--early N]
-//          [--no-check] [--no-shapes] [--no-layer] [--odd-only] [--trace]
+//          [--no-check] [--no-shapes] [--no-layer] [--odd-only] [--trace] [--cached]
+// --cached: weights that repeat every 16 MB and so come out of L2 (not checked): how fast the
+// kernels are where memory is not what binds, as on a device with faster memory.
 // fp8: x is quantized by quantize_x, which has rows of its own and is part of the layer; the
 // reference quantizes by itself, in plain loops. Time: CUDA graph of calls that walk through
 // separate copies of the weights (more than L2 holds), each call depending on the one before
@@ -10,11 +12,13 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <string>
 
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/layout.h"
 #include "common.cuh"
+#include "repeated_memory.cuh"
 
 namespace nibble::bench {
 namespace {
@@ -147,6 +151,7 @@ struct Weights {  // device copies of one matrix
   uint8_t* nibbles = nullptr;
   float* scales = nullptr;
   std::vector<uint8_t*> packed;
+  std::unique_ptr<RepeatedMemory> repeated;  // where all of packed are
 };
 
 struct Options {
@@ -154,7 +159,7 @@ struct Options {
   std::string kernel = "auto";
   bool check = true, layer = true, shapes = true;
   std::vector<int> tactics{-1};
-  bool trace = false, odd_only = false;
+  bool trace = false, odd_only = false, cached = false;
   int early = 0;
 };
 
@@ -212,11 +217,32 @@ Weights make_weights(const Matrix& matrix, int copies, bool keep_source, uint64_
   return w;
 }
 
+// Words that are two bf16 of about 1/64: blocks do not begin alike in every repetition, so that any
+// word may be read as scales.
+__global__ void fill_scales(uint32_t* out, size_t count) {
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count;
+       i += size_t{gridDim.x} * blockDim.x) {
+    out[i] = (mix(i) & 0x007f007fu) | 0x3c803c80u;
+  }
+}
+
+Weights make_cached_weights(const Matrix& matrix, int copies, cudaStream_t stream) {
+  Weights w;
+  w.repeated = std::make_unique<RepeatedMemory>(static_cast<size_t>(matrix.shape.packed_bytes()));
+  w.packed.assign(static_cast<size_t>(copies), w.repeated->data());
+  fill_scales<<<1056, 256, 0, stream>>>(reinterpret_cast<uint32_t*>(w.packed[0]),
+                                        RepeatedMemory::kBytes / 4);
+  BENCH_CHECK(cudaGetLastError());
+  BENCH_CHECK(cudaStreamSynchronize(stream));
+  return w;
+}
+
 void free_weights(Weights& w) {
   if (w.nibbles) {
     BENCH_CHECK(cudaFree(w.nibbles));
     BENCH_CHECK(cudaFree(w.scales));
   }
+  if (w.repeated) return;
   for (auto* p : w.packed) BENCH_CHECK(cudaFree(p));
 }
 
@@ -424,6 +450,9 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
       o.odd_only = true;
     } else if (flag == "--trace") {
       o.trace = true;
+    } else if (flag == "--cached") {
+      o.cached = true;
+      o.check = false;
     } else if (flag == "--no-layer") {
       o.layer = false;
     } else {
@@ -460,7 +489,8 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
   constexpr int kLayers = 6;
   Weights weights[4];
   for (int i = 0; i < 4; ++i) {
-    weights[i] = make_weights(matrices[i], kLayers, true, 100 * i, stream);
+    weights[i] = o.cached ? make_cached_weights(matrices[i], kLayers, stream)
+                          : make_weights(matrices[i], kLayers, true, 100 * i, stream);
     if (o.check) {
       for (int tokens : o.tokens) {
         if (tokens > 512 && i >= 2) continue;  // the float64 reference would take minutes

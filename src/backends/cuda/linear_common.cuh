@@ -22,9 +22,10 @@ struct LinearParams {
   int num_tiles;           // row tiles, as the kernel cuts them
   int groups;              // K / 128
   int token_tiles, split;  // linear_wgmma
+  int split_inverse;       // 2^16 / split, rounded up
   int epilogue;            // linear_wgmma: an Epilogue
   int early_slots;         // linear_small: ring slots requested before the dependency is met
-  int units, units_left;   // linear_small: of a CTA; so many CTAs have one more
+  int units, units_left;   // of a CTA (linear_small) or groups of a part; so many have one more
   int tokens, rows, k, x_stride, out_stride;
   const __nv_bfloat16* x;
   __nv_bfloat16* out;  // float* for kFloat
@@ -351,6 +352,21 @@ __device__ __forceinline__ void store_silu(const LinearParams& p, uint32_t stagi
   }
 }
 
+// Dividing costs a kernel's first request for weights 150 clocks, so the host does it where it can.
+inline void set_split(LinearParams& p, int split) {
+  p.split = split;
+  p.split_inverse = (65536 + split - 1) / split;
+  p.units = p.groups / split;
+  p.units_left = p.groups % split;
+}
+// x / split, x below 2^12.
+__device__ __forceinline__ int over_split(const LinearParams& p, int x) {
+  return x * p.split_inverse >> 16;
+}
+__device__ __forceinline__ int first_unit(const LinearParams& p, int part) {
+  return part * p.units + min(part, p.units_left);
+}
+
 // Tile t of a list for wgmma kernels: row tiles of a patch are the fastest index, then its token
 // tiles, so that the tiles in flight share both operands in L2.
 inline constexpr int kPatchRows = 12;  // row tiles of a patch
@@ -358,6 +374,7 @@ struct Tile {
   int row, token;
 };
 __device__ __forceinline__ Tile find_tile(int t, int row_tiles, int token_tiles, int patch) {
+  if (token_tiles == 1) return {t, 0};
   const int base = t / (patch * token_tiles) * patch;
   const int in = t - base * token_tiles, width = min(patch, row_tiles - base);
   return {base + in % width, in / width};

@@ -86,9 +86,8 @@ __device__ __forceinline__ Work my_work(const LinearParams& p) {
   if constexpr (!kSplit) {
     return {cluster, static_cast<int>(gridDim.x) / kCluster, tiles, 0, p.groups};
   }
-  const int rank = cluster % p.split;
-  return {cluster / p.split, tiles, tiles, rank * p.groups / p.split,
-          (rank + 1) * p.groups / p.split};
+  const int tile = over_split(p, cluster), part = cluster - tile * p.split;
+  return {tile, tiles, tiles, first_unit(p, part), first_unit(p, part + 1)};
 }
 
 // Whether the sums of eight groups come with group g, the last of them that a CTA has.
@@ -458,8 +457,9 @@ int launch(const LinearArgs& args, int split, void* stream) {
   p.token_tiles = (args.tokens + kTokens - 1) / kTokens;
   p.epilogue = static_cast<int>(args.epilogue);
   const int tiles = p.num_tiles / kCluster * p.token_tiles, slots = args.num_sms / kCluster;
-  p.split = std::max(1, std::min({split, p.groups, kMaxSplit}));
-  while (p.split > 1 && tiles * p.split > slots) --p.split;  // all resident at once
+  split = std::max(1, std::min({split, p.groups, kMaxSplit}));
+  while (split > 1 && tiles * split > slots) --split;  // all resident at once
+  set_split(p, split);
   int clusters = tiles * p.split;
   if (p.split == 1) {
     const int per_cluster = (tiles + slots - 1) / slots;

@@ -92,8 +92,7 @@ __global__ void __launch_bounds__(Config<kTokens, kHalves>::kThreads, 1)
   const int half = warp % kHalves, team = warp / kHalves;
   const int groups = p.groups;
   const int cta = static_cast<int>(blockIdx.x);
-  const int u_begin = cta * p.units + min(cta, p.units_left);
-  const int u_end = u_begin + p.units + (cta < p.units_left);
+  const int u_begin = first_unit(p, cta), u_end = first_unit(p, cta + 1);
 
   const uint32_t x_ring = ptx::smem_address(smem) + team * kHalves * C::kXBytes;
   const uint32_t ring = ptx::smem_address(smem) + C::kRingOffset + warp * C::kSlots * kBlockBytes;

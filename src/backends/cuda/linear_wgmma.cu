@@ -93,10 +93,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int cluster = blockIdx.x / kCluster, num_clusters = gridDim.x / kCluster;
   // A cluster works on kCluster adjacent row tiles at a time; with split > 1 on one part of one.
   const int row_tiles = p.num_tiles / kCluster;
-  const int split = kSplit ? p.split : 1, rank = kSplit ? cluster % split : 0;
+  const int split = kSplit ? p.split : 1;
+  const int first_tile = kSplit ? over_split(p, cluster) : cluster;
+  const int rank = kSplit ? cluster - first_tile * split : 0;
   const int tile_step = kSplit ? 1 << 29 : num_clusters, num_tiles = row_tiles * p.token_tiles;
-  const int first_tile = cluster / split;
-  const int g_begin = rank * p.groups / split, g_end = (rank + 1) * p.groups / split;
+  const int g_begin = kSplit ? first_unit(p, rank) : 0;
+  const int g_end = kSplit ? first_unit(p, rank + 1) : p.groups;
 
   TRACE(0);
   ptx::grid_launch_dependents();
@@ -151,17 +153,17 @@ __global__ void __launch_bounds__(kThreads, 1)
                g_begin * (2 * kBlockBytes);
       };
       ptx::prefetch_tensor_map(&x_map);
-      // Weights do not depend on the kernel before: the ring's worth of them is under way first.
+      // Weights do not depend on the kernel before: half a ring of them is under way first. A whole
+      // ring would be in x's way.
       const Tile tile = find_tile(first_tile, row_tiles, p.token_tiles, kPatchRows / kCluster);
       const uint8_t* from = weights_of(tile);
       int x = g_begin * 128, y = tile.token * kTokens, stage = 0;
-      const int early = min(C::kStages, g_end - g_begin);
+      const int early = min(C::kStages / 2, g_end - g_begin);
       for (; stage < early; ++stage, from += 2 * kBlockBytes) load_w(from, stage);
       ptx::grid_dependency_wait();
       for (stage = 0; stage < early; ++stage, x += 128) load_x(x, y, stage);
       // A tile starts at stage 0, so barriers have parities of their own.
       uint32_t parities = ~0u << early;
-      if (stage == C::kStages) stage = 0;
       for (int t = first_tile;;) {
         for (; x < g_end * 128; x += 128, from += 2 * kBlockBytes) {
           ptx::mbarrier_wait(empty + stage * 8, parities >> stage & 1);
@@ -464,8 +466,9 @@ int launch(const LinearArgs& args, int split, void* stream) {
   p.token_tiles = (args.tokens + kTokens - 1) / kTokens;
   p.epilogue = static_cast<int>(args.epilogue);
   const int tiles = p.num_tiles / kCluster * p.token_tiles, slots = args.num_sms / kCluster;
-  p.split = std::max(1, std::min({split, p.groups, kMaxSplit}));
-  while (p.split > 1 && tiles * p.split > slots) --p.split;  // all resident at once
+  split = std::max(1, std::min({split, p.groups, kMaxSplit}));
+  while (split > 1 && tiles * split > slots) --split;  // all resident at once
+  set_split(p, split);
   int clusters = tiles * p.split;
   if (p.split == 1) {
     const int per_cluster = (tiles + slots - 1) / slots;
