@@ -4,8 +4,9 @@
 // Work split: one warp per (token, head of q, k or v); lane l has d 2l, 2l + 1 and their partners
 // 64 on. Bytes: qkv once in, q and k once out, and 130 (int8) or 256 (f16) bytes per token and K or
 // V head. k is quantized from the unrounded rotation. Scales are f16: 2^-11 coarser than the
-// specification's, and values are rounded against the scale as stored. V is stored transposed, one
-// byte at a time: L2 merges what a prompt writes; not worth more while prefill is GEMM-bound.
+// specification's, and values are rounded against the scale as stored. V is stored transposed. In
+// int8, where eight tokens of a prompt begin at a multiple of eight, the first one's warp stores
+// all eight, eight bytes at a time instead of one.
 //
 // Block 0 also leaves the pages' prefix sums that attention_decode.cu wants.
 // SPDX-License-Identifier: Apache-2.0
@@ -28,6 +29,7 @@ namespace {
 using namespace kv_layout;
 
 constexpr int kThreads = 256;
+constexpr int kRun = 8;  // tokens whose V one warp stores
 
 __device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
@@ -46,6 +48,11 @@ __device__ void write_page_starts(const GenericRopeArgs& p, int lane) {
     total += __shfl_sync(0xffffffffu, sum, 31);
   }
   if (lane == 0) p.page_starts[0] = 0;
+}
+
+__device__ __forceinline__ void load_head(const uint32_t* at, float (&x)[4]) {
+  const uint32_t first = at[0], second = at[32];
+  x[0] = low(first), x[1] = high(first), x[2] = low(second), x[3] = high(second);
 }
 
 // x: d 2l, 2l + 1, 2l + 64, 2l + 65 of one token's K or V head.
@@ -70,6 +77,30 @@ __device__ void store_int8(uint8_t* pair, int row, bool is_v, int lane, float fi
   }
 }
 
+// The same for V of kRun tokens from `row`, a multiple of kRun, on; `stride` words from token to
+// token.
+__device__ void store_int8_v_run(uint8_t* pair, int row, int lane, float fixed_scale,
+                                 const uint32_t* at, int64_t stride) {
+  uint32_t words[4][kRun / 4] = {};
+  __half own_scale{};
+#pragma unroll
+  for (int t = 0; t < kRun; ++t) {
+    float x[4];
+    uint32_t u[4];
+    load_head(at + t * stride, x);
+    const __half scale = quantize_head(x, fixed_scale, u);
+    if (lane == t) own_scale = scale;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i][t / 4] |= u[i] << t % 4 * 8;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    *reinterpret_cast<uint2*>(pair + v_byte(row, 2 * lane + (i & 1) + 64 * (i >> 1))) =
+        make_uint2(words[i][0], words[i][1]);
+  }
+  if (lane < kRun) *reinterpret_cast<__half*>(pair + v_scale_byte(row + lane)) = own_scale;
+}
+
 __device__ void store_f16(__half* pair, int row, bool is_v, int lane, const float (&x)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -90,8 +121,8 @@ __global__ void __launch_bounds__(kThreads) rope_store_kernel(const GenericRopeA
   const int token = static_cast<int>(item / heads), head = static_cast<int>(item % heads);
   const bool is_q = head < p.heads, is_v = head >= p.heads + p.kv_heads;
   uint32_t* at = static_cast<uint32_t*>(p.qkv) + item * (kHeadDim / 2) + lane;
-  const uint32_t first = at[0], second = at[32];
-  float x[4] = {low(first), high(first), low(second), high(second)};
+  float x[4];
+  load_head(at, x);
   const int position = p.positions[token];
   if (!is_v) {
     const float2 c = reinterpret_cast<const float2*>(p.cos)[int64_t{position} * 32 + lane];
@@ -119,6 +150,15 @@ __global__ void __launch_bounds__(kThreads) rope_store_kernel(const GenericRopeA
   const int kv_head = (head - p.heads) % p.kv_heads, row = position % kPageTokens;
   auto* pages = static_cast<uint8_t*>(p.pages);
   if (p.format == PageFormat::kInt8) {
+    // Positions of a sequence are consecutive, so these eight tokens lie in one page.
+    const int leader = token - row % kRun;
+    if (is_v && leader >= p.seq_starts[begin] && leader + kRun <= p.seq_starts[begin + 1]) {
+      if (token == leader) {
+        store_int8_v_run(pages + pair_offset(page, p.kv_heads, kv_head), row, lane, p.v_scale, at,
+                         int64_t{heads} * (kHeadDim / 2));
+      }
+      return;
+    }
     store_int8(pages + pair_offset(page, p.kv_heads, kv_head), row, is_v, lane,
                is_v ? p.v_scale : p.k_scale, x);
   } else {

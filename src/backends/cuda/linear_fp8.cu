@@ -197,14 +197,14 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         }
         x += cuda_x::kSlabBytes;
       };
-      // Weights do not depend on the kernel before: the ring's worth of them is under way first.
+      // Weights do not depend on the kernel before: half a ring of them is under way first, as in K2.
       begin_tile(work.first);
-      const int early = min(C::kStages, work.end - work.begin);
+      const int early = min(C::kStages / 2, work.end - work.begin);
       for (int i = 0; i < early; ++i) load_w(i, work.begin + i);
       ptx::grid_dependency_wait();
       for (int i = 0; i < early; ++i) load_x(i, work.begin + i);
-      int stage = early % C::kStages, g = work.begin + early;
-      uint32_t parity = early == C::kStages ? 0 : 1;
+      int stage = early, g = work.begin + early;
+      uint32_t parity = 1;
       for (int t = work.first;;) {
         for (; g < work.end; ++g) {
           ptx::mbarrier_wait(empty + stage * 8, parity);

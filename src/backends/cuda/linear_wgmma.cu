@@ -499,10 +499,10 @@ WgmmaTactic wgmma_tactic(const LinearArgs& args) {
   if (tiles128 / 2 * token_tiles >= slots * 9 / 10) return {4, 2, 1};
   // Narrow: k shared by as many CTAs as there are SMs, where a long k pays for the exchange.
   const bool fits = tiles128 * token_tiles * 2 <= slots, long_k = args.k >= 16384;
-  const int row_blocks = long_k && (tokens <= 64 || !fits) ? 4 : 2;
+  const int row_blocks = long_k && (tokens <= 32 || !fits) ? 4 : 2;
   const int64_t tiles = tiles128 * 2 / row_blocks * token_tiles;
   const auto split = static_cast<int>(std::max<int64_t>(1, slots / tiles));
-  return {row_blocks, 1, split};
+  return {row_blocks, long_k && tokens == 64 ? 2 : 1, split};
 }
 
 std::vector<WgmmaTactic> wgmma_tactics(const LinearArgs& args) {
