@@ -375,7 +375,7 @@ TEST_F(EndToEnd, TokenizeAndRender) {
 TEST_F(EndToEnd, Bench) {
   const json::object latency =
       must_json({"bench", "latency", "--synthetic", "nano-like", "--prompt-tokens", "32",
-                 "--output-tokens", "6", "--batch", "2", "--json"});
+                 "--output-tokens", "100", "--batch", "2", "--json"});
   EXPECT_EQ(latency.at("batch").as_int64(), 2);
   for (const char* key : {"decode_tokens_per_s", "prefill_tokens_per_s", "weight_gb_per_s",
                           "read_bandwidth_gb_per_s"}) {

@@ -62,8 +62,9 @@ inline bool linear_fuses_norm(int tokens, int64_t hidden) {
 enum class SmallTactic : int {
   kWhole64 = 0,  // 64-row tiles, each CTA whole tiles
   kStream64,     // 64-row tiles, equal bytes per CTA, cut tiles handed over
-  kStream128,    // the same, 128-row tiles
+  kStream128,    // the same, 128-row tiles; up to 8 tokens
 };
+inline constexpr int kMaxStream128Tokens = 8;
 int linear_small(const LinearArgs& args, void* stream);
 
 // linear_wgmma.cu: any M, made for 9 and more. A tactic as one printable number: row blocks of 64

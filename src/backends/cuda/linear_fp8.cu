@@ -197,7 +197,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         }
         x += cuda_x::kSlabBytes;
       };
-      // Weights do not depend on the kernel before: half a ring of them is under way first, as in K2.
+      // Weights do not depend on the kernel before: half a ring of them is under way first, as in
+      // K2.
       begin_tile(work.first);
       const int early = min(C::kStages / 2, work.end - work.begin);
       for (int i = 0; i < early; ++i) load_w(i, work.begin + i);

@@ -54,6 +54,7 @@ struct Config {
   static constexpr int kWarps = kTokens == 8 ? 16 : 12, kThreads = kWarps * 32;
   static constexpr int kTeams = kWarps / kHalves;  // of warps that have one unit
   static constexpr int kSlots = 2;                 // blocks in a warp's ring
+  static_assert(kTeams >= 8, "a team stores one of eight tokens");
   // 128 k of every token. A team of two warps has two such slots; a single warp one, which holds
   // two units of half as many tokens.
   static constexpr int kXBytes = kTokens * 256;
@@ -283,17 +284,16 @@ __global__ void __launch_bounds__(Config<kTokens, kHalves>::kThreads, 1)
               acc[m][n][i];
         }
       __syncthreads();
-      for (int of = warp; of < 8 * kHalves; of += C::kWarps) {
-        const int its_half = of % kHalves, in = of / kHalves, token = n * 8 + in;
-        if (token >= p.tokens) break;
+      const int token = n * 8 + team;
+      if (team < 8 && token < p.tokens) {
         float sum[kPer] = {};
 #pragma unroll
         for (int t = 0; t < C::kTeams; ++t) {
           const float2 v = *reinterpret_cast<const float2*>(
-              red + ((t * kHalves + its_half) * 8 + in) * C::kRedStride + lane * kPer);
+              red + ((t * kHalves + half) * 8 + team) * C::kRedStride + lane * kPer);
           sum[0] += v.x, sum[1] += v.y;
         }
-        const int row = its_half * 64 + lane * kPer;
+        const int row = half * 64 + lane * kPer;
         float* piece = p.pieces + blockIdx.x * p.piece_stride + token * C::kRows + row;
         if (head) {
           hand_over(piece, sum);
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(Config<kTokens, kHalves>::kThreads, 1)
           for (int other = 1; other <= others; ++other) {
             take_over<kPer, 1>(piece + other * p.piece_stride, 0, sum);
           }
-          store_rows<kEpilogue, kPer>(p, token, tile * C::kRows + its_half * 64, lane * kPer, sum,
+          store_rows<kEpilogue, kPer>(p, token, tile * C::kRows + half * 64, lane * kPer, sum,
                                       factors[token]);
         }
       }
@@ -345,7 +345,8 @@ int launch_tactic(const LinearArgs& args, SmallTactic tactic, void* stream) {
       return launch_epilogue<kTokens, 1>(args, (tiles + per_cta - 1) / per_cta, stream);
     }
     case SmallTactic::kStream64: return launch_epilogue<kTokens, 1>(args, args.num_sms, stream);
-    case SmallTactic::kStream128: return launch_epilogue<kTokens, 2>(args, args.num_sms, stream);
+    case SmallTactic::kStream128:
+      if constexpr (kTokens == 8) return launch_epilogue<8, 2>(args, args.num_sms, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -361,9 +362,10 @@ int linear_small(const LinearArgs& args, void* stream) {
     const cuda_layout::Shape shape{args.rows, args.k};
     const bool little = shape.num_tiles() * 2 * shape.num_groups() < 4 * args.num_sms;
     const bool fills = shape.num_tiles() * 4 >= args.num_sms;
-    tactic = args.rows >= 32768 || args.k >= 16384 ? SmallTactic::kStream128
-             : little || fills                     ? SmallTactic::kWhole64
-                                                   : SmallTactic::kStream64;
+    const bool large = args.rows >= 32768 || args.k >= 16384;
+    tactic = large && args.tokens <= kMaxStream128Tokens ? SmallTactic::kStream128
+             : !large && (little || fills)               ? SmallTactic::kWhole64
+                                                         : SmallTactic::kStream64;
   }
   return args.tokens <= 8 ? launch_tactic<8>(args, tactic, stream)
                           : launch_tactic<16>(args, tactic, stream);

@@ -26,6 +26,10 @@ constexpr int kReplays = 7;
 // A small kernel's number: SmallTactic, then how much it asks for before its dependency is met.
 int encode(SmallTactic tactic, int early) { return static_cast<int>(tactic) * 10 + early; }
 
+bool small_takes(SmallTactic tactic, int rows) {
+  return rows <= (tactic == SmallTactic::kStream128 ? kMaxStream128Tokens : kMaxSmallRows);
+}
+
 void choose(LinearArgs& args, const LinearTactic& t) {
   const bool small = t.kernel == kSmall;
   args.tactic = small ? t.tactic / 10 : t.tactic;
@@ -83,6 +87,7 @@ class Bench {
     if (rows <= kMaxSmallRows) {
       for (const SmallTactic tactic :
            {SmallTactic::kWhole64, SmallTactic::kStream64, SmallTactic::kStream128}) {
+        if (!small_takes(tactic, rows)) continue;
         for (int early = 1; early <= kMaxEarly; ++early) consider(kSmall, encode(tactic, early));
       }
     }
@@ -200,9 +205,9 @@ void TacticTable::set(std::span<const LinearTactic> tactics) {
   for (const LinearTactic& t : tactics) {
     const WgmmaTactic w = WgmmaTactic::decode(t.tactic);
     const bool known = t.kernel == kSmall
-                           ? t.max_rows <= kMaxSmallRows && t.tactic % 10 >= 1 &&
-                                 t.tactic % 10 <= kMaxEarly &&
-                                 t.tactic / 10 <= static_cast<int>(SmallTactic::kStream128)
+                           ? t.tactic % 10 >= 1 && t.tactic % 10 <= kMaxEarly &&
+                                 t.tactic / 10 <= static_cast<int>(SmallTactic::kStream128) &&
+                                 small_takes(static_cast<SmallTactic>(t.tactic / 10), t.max_rows)
                            : t.kernel == kWgmma && t.max_rows >= kMinWgmmaRows &&
                                  (w.row_blocks == 2 || w.row_blocks == 4) &&
                                  (w.cluster == 1 || w.cluster == 2) && w.split >= 1 && w.split <= 8;
