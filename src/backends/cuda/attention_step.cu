@@ -56,8 +56,8 @@ struct alignas(128) Shared {
   uint64_t bars[kStages];
 };
 
-__device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+using ptx::high_bf16;
+using ptx::low_bf16;
 __device__ __forceinline__ uint32_t half2_bits(__half2 h) {
   return *reinterpret_cast<const uint32_t*>(&h);
 }
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
         reinterpret_cast<const uint32_t*>(qkv + ((is_v ? 5 : 4) * p.kv_heads + head) * kHeadDim) +
         lane;
     const uint32_t first = from[0], second = from[32];
-    float x[4] = {low(first), high(first), low(second), high(second)};
+    float x[4] = {low_bf16(first), high_bf16(first), low_bf16(second), high_bf16(second)};
     if (!is_v) {
       const float2 c = reinterpret_cast<const float2*>(shared.angles[0])[lane];
       const float2 s = reinterpret_cast<const float2*>(shared.angles[1])[lane];
@@ -176,12 +176,13 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
       const float2 c = *reinterpret_cast<const float2*>(&shared.angles[0][32 * (t & 1) + 2 * i]);
       const float2 s = *reinterpret_cast<const float2*>(&shared.angles[1][32 * (t & 1) + 2 * i]);
       const bool second = t >= 2;
-      const float a0 = second ? ptx::rope_second(low(other), low(words[i]), c.x, s.x)
-                              : ptx::rope_first(low(words[i]), low(other), c.x, s.x);
-      const float a1 = second ? ptx::rope_second(high(other), high(words[i]), c.y, s.y)
-                              : ptx::rope_first(high(words[i]), high(other), c.y, s.y);
+      const float a0 = second ? ptx::rope_second(low_bf16(other), low_bf16(words[i]), c.x, s.x)
+                              : ptx::rope_first(low_bf16(words[i]), low_bf16(other), c.x, s.x);
+      const float a1 = second ? ptx::rope_second(high_bf16(other), high_bf16(words[i]), c.y, s.y)
+                              : ptx::rope_first(high_bf16(words[i]), high_bf16(other), c.y, s.y);
       const uint32_t rounded = ptx::pack_bf16(a0, a1);
-      q[i / 2][i % 2] = real ? half2_bits(__floats2half2_rn(low(rounded), high(rounded))) : 0;
+      q[i / 2][i % 2] =
+          real ? half2_bits(__floats2half2_rn(low_bf16(rounded), high_bf16(rounded))) : 0;
     }
   }
   __syncthreads();  // the new token's bytes

@@ -16,8 +16,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kColumnWarps = 32, kColumns = 64;  // of a CTA of column_abs_kernel: 2 columns a lane
 
-__device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+using ptx::high_bf16;
+using ptx::low_bf16;
 
 unsigned blocks_for(int64_t items) {
   return static_cast<unsigned>(std::min<int64_t>((items + kThreads - 1) / kThreads, 8192));
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kColumnWarps * 32)
       float a, b;
       if constexpr (kBf16) {
         const uint32_t pair = static_cast<const uint32_t*>(x)[(r * columns + column) / 2];
-        a = fabsf(low(pair));
-        b = fabsf(high(pair));
+        a = fabsf(low_bf16(pair));
+        b = fabsf(high_bf16(pair));
       } else {
         const float2 pair = static_cast<const float2*>(x)[(r * columns + column) / 2];
         a = fabsf(pair.x);
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     widen_kernel(const uint32_t* from, float2* to, int64_t pairs) {
   for (int64_t i = first_item(); i < pairs; i += item_stride()) {
-    to[i] = make_float2(low(from[i]), high(from[i]));
+    to[i] = make_float2(low_bf16(from[i]), high_bf16(from[i]));
   }
 }
 

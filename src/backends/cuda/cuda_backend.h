@@ -5,7 +5,7 @@
 // Where it keeps the seam's invariant (a row depends on its own sequence only, bit for bit), and
 // where not: embed, rms_norm, rope_store_kv, sample, logits, bf16 linears and portable attention
 // keep it. int4 linears sum over k in an order that depends on the number of rows in the step
-// (kernel and tile by M), and up to 8 rows they take part in the norms around them. With an int8
+// (kernel and tile by M), and up to 64 rows they take part in the norms around them. With an int8
 // cache and 4 query heads per KV head, one-token rows and prompt chunks run different attention
 // kernels; a one-token row's order of summation depends on the number of sequences, in mixed steps
 // on all their lengths. All of it is run-to-run deterministic.

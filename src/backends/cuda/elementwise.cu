@@ -13,8 +13,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+using ptx::high_bf16;
+using ptx::low_bf16;
 
 template <typename... Parameters>
 int launch(void (*kernel)(Parameters...), dim3 grid, bool dependent, void* stream,
@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const NormParams p) {
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      sum = fmaf(low(words[j]), low(words[j]), sum);
-      sum = fmaf(high(words[j]), high(words[j]), sum);
+      sum = fmaf(low_bf16(words[j]), low_bf16(words[j]), sum);
+      sum = fmaf(high_bf16(words[j]), high_bf16(words[j]), sum);
     }
   };
 #pragma unroll
@@ -98,10 +98,10 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const NormParams p) {
         const float4 s = p.pre_scale[at * 2 + h];
         w = make_float4(w.x * s.x, w.y * s.y, w.z * s.z, w.w * s.w);
       }
-      out[h * 2] =
-          ptx::pack_bf16(low(words[h * 2]) * inverse * w.x, high(words[h * 2]) * inverse * w.y);
-      out[h * 2 + 1] = ptx::pack_bf16(low(words[h * 2 + 1]) * inverse * w.z,
-                                      high(words[h * 2 + 1]) * inverse * w.w);
+      out[h * 2] = ptx::pack_bf16(low_bf16(words[h * 2]) * inverse * w.x,
+                                  high_bf16(words[h * 2]) * inverse * w.y);
+      out[h * 2 + 1] = ptx::pack_bf16(low_bf16(words[h * 2 + 1]) * inverse * w.z,
+                                      high_bf16(words[h * 2 + 1]) * inverse * w.w);
     }
     for (int copy = 0; copy < p.copies; ++copy) {
       y[at + copy * p.chunks] = make_uint4(out[0], out[1], out[2], out[3]);

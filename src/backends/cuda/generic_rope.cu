@@ -31,8 +31,8 @@ using namespace kv_layout;
 constexpr int kThreads = 256;
 constexpr int kRun = 8;  // tokens whose V one warp stores
 
-__device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+using ptx::high_bf16;
+using ptx::low_bf16;
 
 __device__ void write_page_starts(const GenericRopeArgs& p, int lane) {
   int total = 0;
@@ -52,7 +52,8 @@ __device__ void write_page_starts(const GenericRopeArgs& p, int lane) {
 
 __device__ __forceinline__ void load_head(const uint32_t* at, float (&x)[4]) {
   const uint32_t first = at[0], second = at[32];
-  x[0] = low(first), x[1] = high(first), x[2] = low(second), x[3] = high(second);
+  x[0] = low_bf16(first), x[1] = high_bf16(first), x[2] = low_bf16(second),
+  x[3] = high_bf16(second);
 }
 
 // x: d 2l, 2l + 1, 2l + 64, 2l + 65 of one token's K or V head.

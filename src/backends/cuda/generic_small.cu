@@ -15,8 +15,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+using ptx::high_bf16;
+using ptx::low_bf16;
 
 // y[r, c] = f(a[r, c], b[r, c]) * scale[c], b null for the plain product.
 __global__ void __launch_bounds__(kThreads)
@@ -30,10 +30,10 @@ __global__ void __launch_bounds__(kThreads)
     uint32_t out[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      float v[2] = {low(wa[j]), high(wa[j])};
+      float v[2] = {low_bf16(wa[j]), high_bf16(wa[j])};
       if (b) {
-        v[0] = v[0] / (1.0f + __expf(-v[0])) * low(wb[j]);
-        v[1] = v[1] / (1.0f + __expf(-v[1])) * high(wb[j]);
+        v[0] = v[0] / (1.0f + __expf(-v[0])) * low_bf16(wb[j]);
+        v[1] = v[1] / (1.0f + __expf(-v[1])) * high_bf16(wb[j]);
       }
       if (scale) {
         v[0] *= scale[column + 2 * j];

@@ -203,11 +203,6 @@ __device__ __forceinline__ void store_rows(const LinearParams& p, int token, int
   }
 }
 
-__device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_bf16(uint32_t pair) {
-  return __uint_as_float(pair & 0xffff0000u);
-}
-
 // The end of the wgmma kernels' epilogue for a thread: eight adjacent rows of one token from shared
 // memory at `from`, times factor, to p.out + to. Returns the bf16 it wrote.
 __device__ __forceinline__ uint4 store_part(const LinearParams& p, int64_t to, uint32_t from,
@@ -223,11 +218,11 @@ __device__ __forceinline__ uint4 store_part(const LinearParams& p, int64_t to, u
     out[1] = make_float4(w[0], w[1], w[2], w[3]);
     return make_uint4(0, 0, 0, 0);
   }
-  const uint4 sum =
-      make_uint4(ptx::pack_bf16(v[0] + low_bf16(residual.x), v[1] + high_bf16(residual.x)),
-                 ptx::pack_bf16(v[2] + low_bf16(residual.y), v[3] + high_bf16(residual.y)),
-                 ptx::pack_bf16(w[0] + low_bf16(residual.z), w[1] + high_bf16(residual.z)),
-                 ptx::pack_bf16(w[2] + low_bf16(residual.w), w[3] + high_bf16(residual.w)));
+  const uint4 sum = make_uint4(
+      ptx::pack_bf16(v[0] + ptx::low_bf16(residual.x), v[1] + ptx::high_bf16(residual.x)),
+      ptx::pack_bf16(v[2] + ptx::low_bf16(residual.y), v[3] + ptx::high_bf16(residual.y)),
+      ptx::pack_bf16(w[0] + ptx::low_bf16(residual.z), w[1] + ptx::high_bf16(residual.z)),
+      ptx::pack_bf16(w[2] + ptx::low_bf16(residual.w), w[3] + ptx::high_bf16(residual.w)));
   *reinterpret_cast<uint4*>(p.out + to) = sum;
   return sum;
 }
@@ -250,8 +245,8 @@ class NextNorm {
     float squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      squares = fmaf(low_bf16(words[i]), low_bf16(words[i]), squares);
-      squares = fmaf(high_bf16(words[i]), high_bf16(words[i]), squares);
+      squares = fmaf(ptx::low_bf16(words[i]), ptx::low_bf16(words[i]), squares);
+      squares = fmaf(ptx::high_bf16(words[i]), ptx::high_bf16(words[i]), squares);
     }
 #pragma unroll
     for (int offset = 4; offset; offset /= 2) {
@@ -259,10 +254,10 @@ class NextNorm {
     }
     if (to < 0) return;
     *reinterpret_cast<uint4*>(p.next + to) =
-        make_uint4(ptx::pack_bf16(low_bf16(x.x) * a_.x, high_bf16(x.x) * a_.y),
-                   ptx::pack_bf16(low_bf16(x.y) * a_.z, high_bf16(x.y) * a_.w),
-                   ptx::pack_bf16(low_bf16(x.z) * b_.x, high_bf16(x.z) * b_.y),
-                   ptx::pack_bf16(low_bf16(x.w) * b_.z, high_bf16(x.w) * b_.w));
+        make_uint4(ptx::pack_bf16(ptx::low_bf16(x.x) * a_.x, ptx::high_bf16(x.x) * a_.y),
+                   ptx::pack_bf16(ptx::low_bf16(x.y) * a_.z, ptx::high_bf16(x.y) * a_.w),
+                   ptx::pack_bf16(ptx::low_bf16(x.z) * b_.x, ptx::high_bf16(x.z) * b_.y),
+                   ptx::pack_bf16(ptx::low_bf16(x.w) * b_.z, ptx::high_bf16(x.w) * b_.w));
     if (column % kNormTileRows == 0) {
       const auto token = static_cast<int>(to / p.out_stride);
       p.next_squares[column / kNormTileRows * norm_stride(p) + token] = squares;
@@ -353,11 +348,14 @@ __device__ __forceinline__ void store_silu(const LinearParams& p, uint32_t stagi
 }
 
 // Dividing costs a kernel's first request for weights 150 clocks, so the host does it where it can.
+inline void set_shares(LinearParams& p, int units, int parts) {
+  p.units = units / parts;
+  p.units_left = units % parts;
+}
 inline void set_split(LinearParams& p, int split) {
   p.split = split;
   p.split_inverse = (65536 + split - 1) / split;
-  p.units = p.groups / split;
-  p.units_left = p.groups % split;
+  set_shares(p, p.groups, split);
 }
 // x / split, x below 2^12.
 __device__ __forceinline__ int over_split(const LinearParams& p, int x) {

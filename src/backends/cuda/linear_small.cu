@@ -323,8 +323,7 @@ template <int kTokens, int kHalves>
 int launch_epilogue(const LinearArgs& args, int grid, void* stream) {
   LinearParams p = make_linear_params(args, 64 * kHalves);
   p.early_slots = args.early > 0 ? args.early : 16;
-  p.units = p.num_tiles * p.groups / grid;
-  p.units_left = p.num_tiles * p.groups % grid;
+  set_shares(p, p.num_tiles * p.groups, grid);
   switch (args.epilogue) {
     case Epilogue::kPlain: return launch<kTokens, kHalves, Epilogue::kPlain>(args, p, grid, stream);
     case Epilogue::kResidual:

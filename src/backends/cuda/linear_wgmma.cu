@@ -502,6 +502,7 @@ WgmmaTactic wgmma_tactic(const LinearArgs& args) {
   const int row_blocks = long_k && (tokens <= 32 || !fits) ? 4 : 2;
   const int64_t tiles = tiles128 * 2 / row_blocks * token_tiles;
   const auto split = static_cast<int>(std::max<int64_t>(1, slots / tiles));
+  // Pairs of CTAs where measured to be faster (docs/kernels.md).
   return {row_blocks, long_k && tokens == 64 ? 2 : 1, split};
 }
 
