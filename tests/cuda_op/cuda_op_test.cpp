@@ -539,36 +539,41 @@ TEST_P(CudaOps, AttentionMatchesReference) {
   }
 }
 
-TEST_P(CudaOps, DecodeStepsOfOneToEightSequencesMatchReference) {
-  for (const KvFormat format : {KvFormat::kInt8Dynamic, KvFormat::kInt8Static}) {
-    const AttentionShape shape{32, 8, 128, 64, format};
-    AttentionRun want(*reference_, shape, 9, 1500, 3, true), got(*cuda_, shape, 9, 1500, 5, true);
-    // Around page borders, and more pages than a CTA has in flight.
-    const int lengths[9] = {1, 63, 64, 65, 127, 300, 1400, 513, 16};
-    const auto decode = [&](int first, int count) {
+// Every number of CTAs a sequence and an SM that attention_step.cu has, and more sequences than
+// the device takes at once.
+TEST_P(CudaOps, DecodeStepsMatchReference) {
+  struct Case {
+    KvFormat format;
+    std::vector<int> lengths;
+    std::vector<std::pair<int, int>> steps;  // first sequence, count
+  };
+  std::vector<int> many;
+  for (int s = 0; s < 72; ++s) many.push_back(s * 37 % 400 + 1);
+  // Around page borders, and more pages than a CTA has in flight.
+  const std::vector<int> few = {1, 63, 64, 65, 127, 300, 1400, 513, 16};
+  const std::vector<std::pair<int, int>> few_steps = {
+      {6, 1}, {0, 1}, {1, 2}, {5, 2}, {2, 4}, {4, 5}, {0, 8}, {0, 8}, {1, 8}, {0, 9}, {8, 1}};
+  for (const Case& c :
+       {Case{KvFormat::kInt8Dynamic, few, few_steps}, Case{KvFormat::kInt8Static, few, few_steps},
+        Case{KvFormat::kInt8Dynamic,
+             many,
+             {{0, 17}, {1, 33}, {2, 34}, {0, 64}, {6, 66}, {0, 72}}}}) {
+    const AttentionShape shape{32, 8, 128, 64, c.format};
+    const int sequences = static_cast<int>(c.lengths.size());
+    const int most = *std::max_element(c.lengths.begin(), c.lengths.end()) + 100;
+    AttentionRun want(*reference_, shape, sequences, most, 3, true),
+        got(*cuda_, shape, sequences, most, 5, true);
+    for (int s = 0; s < sequences; ++s) {
+      want.step({{s, c.lengths[static_cast<size_t>(s)]}});
+      got.step({{s, c.lengths[static_cast<size_t>(s)]}});
+    }
+    for (const auto& [first, count] : c.steps) {
       std::vector<Chunk> step;
       for (int s = first; s < first + count; ++s) step.push_back({s, 1});
       const std::vector<float> expected = want.step(step), result = got.step(step);
       EXPECT_LT(rms_error(result, expected), 1e-2) << count << " from " << first;
       EXPECT_LT(element_error(result, expected, size_t{32} * 128), 0.08)
           << count << " from " << first;
-    };
-    for (int s = 0; s < 9; ++s) {
-      want.step({{s, lengths[s]}});
-      got.step({{s, lengths[s]}});
-    }
-    for (const auto& [first, count] : std::vector<std::pair<int, int>>{{6, 1},
-                                                                       {0, 1},
-                                                                       {1, 2},
-                                                                       {5, 2},
-                                                                       {2, 4},
-                                                                       {4, 5},
-                                                                       {0, 8},
-                                                                       {0, 8},
-                                                                       {1, 8},
-                                                                       {0, 9},
-                                                                       {8, 1}}) {
-      decode(first, count);
     }
   }
 }

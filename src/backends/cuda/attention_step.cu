@@ -11,14 +11,17 @@
 // tokens; they meet in shared memory, then each CTA sends the slices of its sums to their owners'
 // shared memory, and an owner adds them in rank order: deterministic, and one cluster barrier.
 //
-// The fragments are K3's with 16 tokens instead of 64: column 2t + e of score tile j is token
-// 4t + 2j + e, so that the scores' accumulators are operand A of P V.
+// Scores are q K^T as in K3, with 16 tokens instead of 64: column 2t + e of score tile j is token
+// 4t + 2j + e. O is V^T P^T, whose operand B the scores' accumulators are: half the registers and
+// half the instructions of P V, where 12 of the 16 rows of a product would be no head.
 //
 // Limits: head_dim 128, 4 heads per KV head, length >= 1; sm_90.
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <type_traits>
 
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/kv_layout.h"
@@ -35,8 +38,7 @@ namespace {
 
 using namespace kv_layout;
 
-constexpr int kWarps = 8, kThreads = (kWarps + 2) * 32;  // two more for the new token's k and v
-constexpr int kGroup = 4;                                // query heads per KV head
+constexpr int kGroup = 4;  // query heads per KV head
 constexpr int kOutputs = kGroup * kHeadDim;
 constexpr int kPart = 2 * kGroup + kOutputs;  // floats: (max, sum) of each head, then O
 
@@ -45,15 +47,26 @@ struct NewToken {  // as the page wants it
   __half scales[2];
 };
 
-template <int kStages>
+// How a CTA is made: warps that multiply, four a page; pages in flight; CTAs an SM. The last two
+// warps make the new token's k and v, and are two more where there is room.
+template <int kMultiply, int kPages, int kCtas>
+struct Config {
+  static constexpr int kWarps = kMultiply, kStages = kPages, kCtasPerSm = kCtas;
+  static constexpr int kThreads = (kWarps + (kWarps == 8 ? 2 : 0)) * 32;
+};
+
+template <int kCluster, typename C>
 struct alignas(128) Shared {
-  uint8_t ring[kStages][kPairBytes];
-  float parts[kWarps][kPart];
-  float inbox[kPart * 2];  // [source][2 kGroup + slice], at most 8 (2 kGroup + kOutputs / 8)
+  union {
+    uint8_t ring[C::kStages][kPairBytes];
+    float parts[C::kWarps][kPart];  // when all pages have been read
+  };
+  // [source][2 kGroup + slice], at most 8 (2 kGroup + kOutputs / 8)
+  float inbox[kCluster > 1 ? kPart * 2 : 1];
   alignas(16) float angles[2][kHeadDim / 2];  // cos, sin of the new token
   NewToken token;
-  int table[kThreads];  // the page table's first entries
-  uint64_t bars[kStages];
+  int table[C::kThreads];  // the page table's first entries
+  uint64_t bars[C::kStages];
 };
 
 using ptx::high_bf16;
@@ -68,11 +81,13 @@ __device__ __forceinline__ void load_shared_8(uint32_t (&r)[2], uint32_t address
   asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address));
 }
 
-// kStages: pages in flight.
-template <int kCluster, int kStages>
-__global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionArgs p) {
+template <int kCluster, typename C>
+__global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
+    step_kernel(const StepAttentionArgs p) {
+  constexpr int kWarps = C::kWarps, kThreads = C::kThreads, kStages = C::kStages;
+  constexpr int kTokenWarps = kThreads / 32 - 2;  // the first of the two with the new token
   extern __shared__ __align__(128) uint8_t smem[];
-  auto& shared = *reinterpret_cast<Shared<kStages>*>(smem);
+  auto& shared = *reinterpret_cast<Shared<kCluster, C>*>(smem);
   const int tid = threadIdx.x, lane = tid & 31, g = lane >> 2, t = lane & 3;
   const int warp = __shfl_sync(0xffffffffu, tid >> 5, 0);
   const int rank = blockIdx.x % kCluster, item = blockIdx.x / kCluster;
@@ -102,25 +117,30 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
   }
   __syncthreads();
   if (tid < min(kStages, count)) request(tid);
-  if (tid >= 64 && tid < 192) {
-    const int at = tid - 64;
+  if (const int at = tid - (kThreads - 128); at >= 0) {
     (&shared.angles[0][0])[at] = (at < 64 ? p.cos : p.sin)[int64_t{position} * 64 + at % 64];
   }
-  // Thread: outputs 2 tid and 2 tid + 1 of the slice this CTA writes in the end.
-  constexpr int kSlice = kOutputs / kCluster;
-  const int output = rank * kSlice + 2 * tid;
-  float2 out_scale = make_float2(1.0f, 1.0f);
-  if (p.out_scale && 2 * tid < kSlice) {
-    out_scale = *reinterpret_cast<const float2*>(p.out_scale + head * kOutputs + output);
+  // Thread: outputs 2 tid and 2 tid + 1 of the slice this CTA writes in the end; with few threads
+  // also those kStride further on.
+  constexpr int kSlice = kOutputs / kCluster, kStride = 2 * kThreads;
+  constexpr int kPairs = kSlice > kStride ? kSlice / kStride : 1;
+  float2 out_scale[kPairs];
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const int of_slice = 2 * tid + i * kStride;
+    out_scale[i] = p.out_scale && of_slice < kSlice
+                       ? *reinterpret_cast<const float2*>(p.out_scale + head * kOutputs +
+                                                          rank * kSlice + of_slice)
+                       : make_float2(1.0f, 1.0f);
   }
   __syncthreads();
   if constexpr (kCluster > 1) ptx::cluster_sync();  // its inboxes exist from here on
   ptx::grid_dependency_wait();
 
   const auto* qkv = static_cast<const __nv_bfloat16*>(p.qkv) + sequence * p.qkv_stride;
-  if (rank == kCluster - 1 && warp >= kWarps) {
+  if (rank == kCluster - 1 && warp >= kTokenWarps) {
     // The new token's k, and its v. Lane l has d 2l, 2l + 1 and their partners 64 on.
-    const bool is_v = warp > kWarps;
+    const bool is_v = warp > kTokenWarps;
     const auto* from =
         reinterpret_cast<const uint32_t*>(qkv + ((is_v ? 5 : 4) * p.kv_heads + head) * kHeadDim) +
         lane;
@@ -188,14 +208,15 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
   __syncthreads();  // the new token's bytes
 
   const float scale_log2 = p.softmax_scale * 1.44269504f;
-  const int slot = warp >> 2, quarter = warp & 3;  // of the two pages in work; of the page
-  float o[16][4];
+  constexpr int kSlots = kWarps / 4;               // pages in work at a time
+  const int slot = warp >> 2, quarter = warp & 3;  // of them; of the page
+  float o[8][4];  // d 16 n + g and 8 more, heads 2t and 2t + 1 (t < 2)
 #pragma unroll
-  for (int i = 0; i < 16; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.0f;
+  for (int n = 0; n < 8; ++n) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0.0f;
   float m = -1e30f, l = 0.0f;  // of row g, in log2 units; l is this lane's part
 
 #pragma unroll 1
-  for (int i = slot; warp < kWarps && i < count; i += 2) {
+  for (int i = slot; warp < kWarps && i < count; i += kSlots) {
     const int stage = i % kStages, first_token = (begin + i) * kPageTokens + 16 * quarter;
     const uint32_t k_tile = ring + stage * kPairBytes, v_tile = k_tile + kTileBytes;
     ptx::mbarrier_wait(bars + stage * 8, i / kStages & 1);
@@ -249,8 +270,12 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
       const float m_new = fmaxf(m, peak), factor = ptx::exp2_fast(m - m_new);
       m = m_new;
       l *= factor;
+      const float factors[2] = {__shfl_sync(0xffffffffu, factor, 8 * t),
+                                __shfl_sync(0xffffffffu, factor, 8 * t + 4)};
 #pragma unroll
-      for (int n = 0; n < 16; ++n) o[n][0] *= factor, o[n][1] *= factor;
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) o[n][i] *= factors[i & 1];
       uint32_t prob[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
@@ -263,13 +288,12 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
         prob[j] = half2_bits(__floats2half2_rn(v0, v1));
       }
 #pragma unroll
-      for (int n = 0; n < 16; ++n) {
-        const uint32_t w =
-            ptx::load_shared_4(v_tile + (n * 8 + g) * kPageTokens + 16 * quarter + 4 * t);
-        uint32_t b0, b1;
-        ptx::bytes_to_half(w, b0, b1);
-        const uint32_t a[4] = {prob[0], 0, prob[1], 0};
-        ptx::mma_f16(o[n], a, b0, b1);
+      for (int n = 0; n < 8; ++n) {
+        const uint32_t from = v_tile + (n * 16 + g) * kPageTokens + 16 * quarter + 4 * t;
+        uint32_t a[4];
+        ptx::bytes_to_half(ptx::load_shared_4(from), a[0], a[2]);
+        ptx::bytes_to_half(ptx::load_shared_4(from + 8 * kPageTokens), a[1], a[3]);
+        ptx::mma_f16(o[n], a, prob[0], prob[1]);
       }
     }
     if (i + kStages < count) {
@@ -281,87 +305,100 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const StepAttentionAr
   // This CTA's sums.
   l += __shfl_xor_sync(0xffffffffu, l, 1);
   l += __shfl_xor_sync(0xffffffffu, l, 2);
-  if (g < kGroup && warp < kWarps) {
+  __syncthreads();  // the pages have been read
+  if (warp < kWarps) {
     float* part = shared.parts[warp];
-    if (t == 0) part[2 * g] = m, part[2 * g + 1] = l;
-    float2* to = reinterpret_cast<float2*>(part + 2 * kGroup + g * kHeadDim) + t;
+    if (g < kGroup && t == 0) part[2 * g] = m, part[2 * g + 1] = l;
+    if (t < kGroup / 2) {
+      float* to = part + 2 * kGroup + 2 * t * kHeadDim + g;
 #pragma unroll
-    for (int n = 0; n < 16; ++n) to[n * 4] = make_float2(o[n][0], o[n][1]);
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to[n * 16 + (i & 1) * kHeadDim + (i >> 1) * 8] = o[n][i];
+    }
   }
   __syncthreads();
-  // Thread: outputs 2 tid and 2 tid + 1, of head tid / 64. The last two warps have none.
-  const bool has_outputs = 2 * tid < kOutputs;
-  const int of_head = has_outputs ? tid >> 6 : 0;
-  float peak = -1e30f;
+  // The CTA's (max, sum, O) of outputs `at` and at + 1, or of all ranks' entries: the same sums.
+  struct Sums {
+    float peak, total, first, second;
+  };
+  auto add_up = [](const float* entry, int stride, auto count, int of_head, int at) {
+    Sums s{-1e30f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, shared.parts[w][2 * of_head]);
-  float total = 0.0f, sum0 = 0.0f, sum1 = 0.0f;
+    for (int i = 0; i < count.value; ++i) {
+      s.peak = fmaxf(s.peak, entry[i * stride + 2 * of_head]);
+    }
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    const float factor = ptx::exp2_fast(shared.parts[w][2 * of_head] - peak);
-    const float2 v =
-        *reinterpret_cast<const float2*>(shared.parts[w] + 2 * kGroup + 2 * tid % kOutputs);
-    total = fmaf(shared.parts[w][2 * of_head + 1], factor, total);
-    sum0 = fmaf(v.x, factor, sum0);
-    sum1 = fmaf(v.y, factor, sum1);
-  }
-  if constexpr (kCluster > 1) {
+    for (int i = 0; i < count.value; ++i) {
+      const float* from = entry + i * stride;
+      const float factor = ptx::exp2_fast(from[2 * of_head] - s.peak);
+      const float2 v = *reinterpret_cast<const float2*>(from + 2 * kGroup + at);
+      s.total = fmaf(from[2 * of_head + 1], factor, s.total);
+      s.first = fmaf(v.x, factor, s.first);
+      s.second = fmaf(v.y, factor, s.second);
+    }
+    return s;
+  };
+  auto store = [&](int of_slice, const Sums& s, float2 scale) {
+    const float norm = 1.0f / (256.0f * s.total);
+    *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.out) +
+                                       sequence * p.out_stride + head * kOutputs + rank * kSlice +
+                                       of_slice) =
+        __floats2bfloat162_rn(s.first * norm * scale.x, s.second * norm * scale.y);
+  };
+  using Warps = std::integral_constant<int, kWarps>;
+  if constexpr (kCluster == 1) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int at = 2 * tid + i * kStride;
+      if (at < kOutputs) {
+        store(at, add_up(shared.parts[0], kPart, Warps{}, at / kHeadDim, at), out_scale[i]);
+      }
+    }
+  } else {
     // To the owner of the slice: outputs [rank * kSlice, (rank + 1) * kSlice).
     constexpr int kEntry = 2 * kGroup + kSlice;
-    static_assert(kCluster * kEntry <= 2 * kPart);
-    if (has_outputs) {
-      const int owner = 2 * tid / kSlice;
+    static_assert(kCluster * kEntry <= 2 * kPart && kStride >= kOutputs);
+    const int at = 2 * tid;
+    if (at < kOutputs) {
+      const Sums s = add_up(shared.parts[0], kPart, Warps{}, at / kHeadDim, at);
       const uint32_t mine = ptx::smem_address(shared.inbox) + rank * kEntry * 4;
-      const uint32_t theirs = ptx::cluster_address(mine, owner);
-      ptx::store_cluster_f32x2(theirs + (2 * kGroup + 2 * tid % kSlice) * 4, sum0, sum1);
-      if (2 * tid % kSlice == 0 || tid % 64 == 0) {
-        ptx::store_cluster_f32x2(theirs + 2 * of_head * 4, peak, total);
+      const uint32_t theirs = ptx::cluster_address(mine, at / kSlice);
+      ptx::store_cluster_f32x2(theirs + (2 * kGroup + at % kSlice) * 4, s.first, s.second);
+      if (at % kSlice == 0 || at % kHeadDim == 0) {
+        ptx::store_cluster_f32x2(theirs + 2 * (at / kHeadDim) * 4, s.peak, s.total);
       }
     }
     ptx::cluster_sync();
-    if (2 * tid >= kSlice) return;
-    const int out_head = output / kHeadDim;
-    peak = -1e30f;
-#pragma unroll
-    for (int r = 0; r < kCluster; ++r) {
-      peak = fmaxf(peak, shared.inbox[r * kEntry + 2 * out_head]);
-    }
-    total = sum0 = sum1 = 0.0f;
-#pragma unroll
-    for (int r = 0; r < kCluster; ++r) {
-      const float* entry = shared.inbox + r * kEntry;
-      const float factor = ptx::exp2_fast(entry[2 * out_head] - peak);
-      const float2 v = *reinterpret_cast<const float2*>(entry + 2 * kGroup + 2 * tid);
-      total = fmaf(entry[2 * out_head + 1], factor, total);
-      sum0 = fmaf(v.x, factor, sum0);
-      sum1 = fmaf(v.y, factor, sum1);
+    if (at < kSlice) {
+      using Ranks = std::integral_constant<int, kCluster>;
+      store(at, add_up(shared.inbox, kEntry, Ranks{}, (rank * kSlice + at) / kHeadDim, at),
+            out_scale[0]);
     }
   }
-  if (!has_outputs) return;
-  const float norm = 1.0f / (256.0f * total);
-  const float v0 = sum0 * norm * out_scale.x, v1 = sum1 * norm * out_scale.y;
-  *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.out) + sequence * p.out_stride +
-                                     head * kOutputs + output) = __floats2bfloat162_rn(v0, v1);
 }
 
-template <int kCluster, int kStages>
+template <int kCluster, typename C>
 int launch(const StepAttentionArgs& args, void* stream) {
   LinearArgs common{};
   common.dependent = args.dependent;
-  return launch_linear(step_kernel<kCluster, kStages>, common,
-                       args.sequences * args.kv_heads * kCluster, kThreads, sizeof(Shared<kStages>),
-                       stream, kCluster, args);
+  return launch_linear(step_kernel<kCluster, C>, common, args.sequences * args.kv_heads * kCluster,
+                       C::kThreads, sizeof(Shared<kCluster, C>), stream, kCluster, args);
 }
 
 }  // namespace
 
 int step_attention(const StepAttentionArgs& args, void* stream) {
+  // A CTA has an SM, as far as there are pages to share. NOTE: its shared memory keeps a second one
+  // away: with room for two, 128 CTAs met on fewer SMs (16 x 5600 tokens 65.5 -> 70.6 us).
+  using Alone = Config<8, 7, 1>;
   const int items = args.sequences * args.kv_heads;
-  // At most one CTA an SM, as far as there are pages to share.
-  if (items * 8 <= args.num_sms) return launch<8, 6>(args, stream);
-  if (items * 4 <= args.num_sms) return launch<4, 6>(args, stream);
-  if (items * 2 <= args.num_sms) return launch<2, 6>(args, stream);
-  return launch<1, 4>(args, stream);  // two CTAs an SM
+  if (items * 8 <= args.num_sms) return launch<8, Alone>(args, stream);
+  if (items * 4 <= args.num_sms) return launch<4, Alone>(args, stream);
+  if (items * 2 <= args.num_sms) return launch<2, Alone>(args, stream);
+  if (items <= args.num_sms) return launch<1, Alone>(args, stream);
+  if (items <= 2 * args.num_sms) return launch<1, Config<8, 4, 2>>(args, stream);
+  return launch<1, Config<4, 3, 4>>(args, stream);
 }
 
 }  // namespace nibble::cuda
