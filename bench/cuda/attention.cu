@@ -316,6 +316,7 @@ void bench_step(const Case& c, int batch, int length, const std::vector<uint8_t*
                                         .v_scale = 0,
                                         .softmax_scale = 1.0f / std::sqrt(128.0f),
                                         .out_scale = nullptr,
+                                        .rounded = nullptr,
                                         .num_sms = sms,
                                         .dependent = i > 0},
                                        stream));

@@ -3,11 +3,13 @@
 //          [--no-check] [--no-shapes] [--no-layer] [--odd-only] [--trace] [--cached]
 // --cached: weights that repeat every 16 MB and so come out of L2 (not checked): how fast the
 // kernels are where memory is not what binds, as on a device with faster memory.
-// fp8: x is quantized by quantize_x, which has rows of its own and is part of the layer; the
-// reference quantizes by itself, in plain loops. Time: CUDA graph of calls that walk through
-// separate copies of the weights (more than L2 holds), each call depending on the one before
-// (programmatic dependent launch, as in a real step), median of 21 replays. Rates count packed
-// weight bytes (0.515625 per weight) and 2*M*N*K flops. SPDX-License-Identifier: Apache-2.0
+// fp8: x is quantized by quantize_x, which has rows of its own; the reference quantizes by itself,
+// in plain loops. In the layer it comes before every linear, up to 64 tokens before o only, where a
+// step's attention does it: gate_up, o and down round for the next, norms included. Time: CUDA
+// graph of calls that walk through separate copies of the weights (more than L2 holds), each call
+// depending on the one before (programmatic dependent launch, as in a real step), median of 21
+// replays. Rates count packed weight bytes (0.515625 per weight) and 2*M*N*K flops.
+// SPDX-License-Identifier: Apache-2.0
 #include <cuda_fp8.h>
 
 #include <cmath>
@@ -65,15 +67,17 @@ __global__ void pack_kernel(Shape shape, bool interleave, const uint8_t* nibbles
   }
 }
 
-// What the linear multiplies by: x, or x rounded to e4m3 with a scale per token. One thread a
-// (token, group).
+// What the linear multiplies by: x, or x rounded to e4m3 with a scale per token or, `grouped`, per
+// token and group. One thread a (token, group).
 __global__ void expand_kernel(const __nv_bfloat16* x, int64_t k, int64_t groups, int64_t pairs,
-                              bool fp8, float* out) {
+                              bool fp8, bool grouped, float* out) {
   const int64_t pair = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   if (pair >= pairs) return;
   const int64_t row = pair / groups * k, first = pair % groups * 128, end = min(first + 128, k);
   float most = 0;
-  for (int64_t i = 0; fp8 && i < k; ++i) most = fmaxf(most, fabsf(__bfloat162float(x[row + i])));
+  for (int64_t i = grouped ? first : 0; fp8 && i < (grouped ? end : k); ++i) {
+    most = fmaxf(most, fabsf(__bfloat162float(x[row + i])));
+  }
   for (int64_t i = first; i < end; ++i) {
     float v = __bfloat162float(x[row + i]);
     if (fp8) {
@@ -316,6 +320,7 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
                                   .eps = 0,
                                   .pre_scale = nullptr,
                                   .out = quantized,
+                                  .squares = nullptr,
                                   .tokens = tokens,
                                   .k = static_cast<int>(s.k),
                                   .dependent = false},
@@ -338,7 +343,8 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
   auto* expanded = device_alloc<float>(static_cast<size_t>(tokens * s.k));
   const int64_t pairs = tokens * s.num_groups();
   expand_kernel<<<static_cast<unsigned>((pairs + 255) / 256), 256, 0, stream>>>(
-      x, s.k, s.num_groups(), pairs, o.kernel == "fp8", expanded);
+      x, s.k, s.num_groups(), pairs, o.kernel == "fp8", tokens <= cuda::kFp8GroupedTokens,
+      expanded);
   reference_kernel<<<static_cast<unsigned>((s.rows * 32 + 255) / 256), 256, 0, stream>>>(
       s, w.nibbles, w.scales, expanded, tokens, y);
   double host[3] = {}, slack = 1e300;
@@ -510,6 +516,11 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
   const bool fp8 = o.kernel == "fp8";
   const double fp8_tflops = fp8 ? measure_fp8_tflops(stream, sizes.sms) : 0;
   auto* quantized = device_alloc<uint8_t>(fp8 ? cuda::quantized_x_bytes(max_tokens, 32768) : 1);
+  // What a linear rounds for the next, and what goes with a norm.
+  auto* rounded = device_alloc<uint8_t>(fp8 ? cuda::quantized_x_bytes(64, 32768) : 1);
+  auto* norm_weight = device_alloc<float>(5120);
+  auto* squares = device_alloc<float>(size_t{64} * 5120 / cuda::kNormTileRows);
+  fill_uniform<<<16, 256, 0, stream>>>(norm_weight, 5120, 0.5f, 2.0f, 19);
   auto quantize = [&](const void* from, int64_t stride, int tokens, int64_t k, bool dependent) {
     BENCH_CHECK(cuda::quantize_x({.x = from,
                                   .x_stride = stride,
@@ -517,6 +528,7 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
                                   .eps = 0,
                                   .pre_scale = nullptr,
                                   .out = quantized,
+                                  .squares = nullptr,
                                   .tokens = tokens,
                                   .k = static_cast<int>(k),
                                   .dependent = dependent},
@@ -606,9 +618,19 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
                 args.out = outputs[i], args.residual = h;
                 args.epilogue = matrices[i].epilogue, args.weights = weights[i].packed[layer];
                 args.dependent = layer + i > 0;
-                if (fp8) {
+                const bool fused = fp8 && tactic < 0 && tokens <= cuda::kFp8GroupedTokens;
+                if (fp8 && (!fused || i == 1 || layer + i == 0)) {
                   quantize(args.x, args.x_stride, tokens, args.k, args.dependent);
                   args.x = quantized, args.dependent = true;
+                }
+                if (fused) {  // qkv and gate_up read what down and o left in `rounded`
+                  const bool reads = (i == 0 && layer > 0) || i == 2;
+                  if (reads) args.x = rounded;
+                  if (i == 3) args.x = quantized;
+                  args.squares = reads ? squares : nullptr, args.eps = 1e-5f;
+                  args.next = i % 2 ? rounded : nullptr, args.next_weight = norm_weight;
+                  args.next_squares = squares;
+                  args.rounded = i == 2 ? quantized : nullptr;
                 }
                 BENCH_CHECK(run(o, args, stream));
               }
@@ -624,7 +646,8 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
     }
   for (auto& w : weights) free_weights(w);
   for (auto* p : {x, h, qkv, act, out}) BENCH_CHECK(cudaFree(p));
-  BENCH_CHECK(cudaFree(quantized));
+  for (auto* p : {quantized, rounded}) BENCH_CHECK(cudaFree(p));
+  for (auto* p : {norm_weight, squares}) BENCH_CHECK(cudaFree(p));
   BENCH_CHECK(cudaFree(sizes.workspace));
   return failures;
 }

@@ -78,6 +78,7 @@ class AttentionRun {
   void prepare(const std::vector<Chunk>& chunks);
   void store();
   void attend();
+  const void* result() const { return y_.data(); }  // of attend()
   double attend_flops() const;
   double attend_bytes() const;
 

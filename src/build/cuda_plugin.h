@@ -15,7 +15,7 @@ std::string resolve_cuda_target(const std::string& target);
 
 /// Looks for the plugin beside the running program, then in ../lib, then on the library path.
 /// Throws Error{kDevice} that says what is missing: plugin, driver, GPU, or the right GPU.
-/// precision: kBf16, or for cuda:sm_90 kE4m3Token.
+/// precision: kBf16, or for cuda:sm_90 kE4m3.
 std::unique_ptr<Backend> open_cuda_backend(const std::string& target,
                                            ActivationPrecision precision);
 

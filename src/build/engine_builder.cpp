@@ -62,7 +62,7 @@ void plan_cuda(EnginePlan& plan, const BuildOptions& options) {
   if (spec.ffn_size % 8 != 0) refuse("the ffn size", spec.ffn_size, "a multiple of 8");
   if (plan.linear_layout == WeightLayout::kCudaInt4 && plan.group_size != kGroup)
     refuse("the quantization group", plan.group_size, "128 (nibble quantize --group-size 128)");
-  const bool fp8 = options.activation_precision == ActivationPrecision::kE4m3Token;
+  const bool fp8 = options.activation_precision == ActivationPrecision::kE4m3;
   if (options.activation_precision && !fp8) {
     fail(ErrorKind::kUsage,
          "--activations {} is a choice of the cpu targets; {} computes with bf16 activations: "
@@ -78,7 +78,7 @@ void plan_cuda(EnginePlan& plan, const BuildOptions& options) {
     fail(ErrorKind::kUsage, "--kv-cache f32: {} keeps an int8, int8-static or f16 cache",
          plan.target);
   }
-  plan.activation_precision = fp8 ? ActivationPrecision::kE4m3Token : ActivationPrecision::kBf16;
+  plan.activation_precision = fp8 ? ActivationPrecision::kE4m3 : ActivationPrecision::kBf16;
   plan.kv_block_tokens = kPageTokens;
   plan.dense_layout = WeightLayout::kBf16Rows;
   if (!is_int4(plan.lm_head_layout) && !is_int8(plan.lm_head_layout)) {

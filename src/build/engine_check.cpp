@@ -83,7 +83,7 @@ std::string build_flags(const json::object& plan, bool for_cpu = false) {
       flags += " --activations " + activations;
     }
   }
-  if (!on_cpu && activations == activation_precision_name(ActivationPrecision::kE4m3Token)) {
+  if (!on_cpu && activations == activation_precision_name(ActivationPrecision::kE4m3)) {
     flags += " --activations " + activations;
   }
   return flags;

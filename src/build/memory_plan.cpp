@@ -28,10 +28,11 @@ uint64_t arena_bytes(const EnginePlan& plan, uint64_t act_bytes) {
   // K and V of one sequence as f16, for the prompt kernel.
   const uint64_t expanded =
       static_cast<uint64_t>(limits.max_seq_len()) * static_cast<uint64_t>(spec.kv_size()) * 4;
-  // The widest input of a linear in e4m3, in slabs of 64 tokens x 128 channels (x_layout.h).
+  // The widest input of a linear in e4m3, in slabs of 64 tokens x 128 channels (x_layout.h), and
+  // that of 64 tokens once more: a kernel reads one and writes the other.
   const uint64_t quantized =
-      plan.activation_precision == ActivationPrecision::kE4m3Token
-          ? (rows + 64) *
+      plan.activation_precision == ActivationPrecision::kE4m3
+          ? (rows + 128) *
                 (static_cast<uint64_t>(std::max({spec.ffn_size, spec.hidden_size, spec.q_size()})) +
                  128) *
                 9 / 8

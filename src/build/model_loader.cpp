@@ -26,7 +26,7 @@ std::string resolve_target(const std::string& target) {
 }
 
 void check_activation_precision(const std::string& target, ActivationPrecision precision) {
-  if (precision != ActivationPrecision::kE4m3Token || target == "cuda:sm_90" || target == "ref") {
+  if (precision != ActivationPrecision::kE4m3 || target == "cuda:sm_90" || target == "ref") {
     return;
   }
   fail(ErrorKind::kUsage,

@@ -104,7 +104,7 @@ int run_eval(const EvalFlags& flags) {
   EvalFlags parent_flags = flags;
   // What the model is compared with stays exact, and is unquantized as a rule: nothing that could
   // read e4m3.
-  if (flags.activations == activation_precision_name(ActivationPrecision::kE4m3Token)) {
+  if (flags.activations == activation_precision_name(ActivationPrecision::kE4m3)) {
     parent_flags.activations.clear();
   }
   const LoadedModel parent = load(flags.against, parent_flags);

@@ -20,7 +20,7 @@ inline constexpr const char* kPluginOpenSymbol = "nibble_plugin_open";
 
 /// Returns a backend, to be deleted by the caller, or null with a sentence in `message`. Does not
 /// throw. `target` is "cuda:sm_90" or "cuda:portable"; `precision` kBf16, or for cuda:sm_90
-/// kE4m3Token.
+/// kE4m3.
 using PluginOpenFn = Backend*(const char* abi, const char* target, ActivationPrecision precision,
                               char* message, size_t message_bytes);
 

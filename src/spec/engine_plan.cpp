@@ -30,7 +30,7 @@ constexpr Names<WeightLayout, 9> kLayouts = {{{WeightLayout::kF32Rows, "f32-rows
 constexpr Names<ActivationPrecision, 4> kActivations = {{{ActivationPrecision::kF32, "f32"},
                                                          {ActivationPrecision::kInt8Group, "int8"},
                                                          {ActivationPrecision::kBf16, "bf16"},
-                                                         {ActivationPrecision::kE4m3Token, "fp8"}}};
+                                                         {ActivationPrecision::kE4m3, "fp8"}}};
 
 template <typename Enum, size_t N>
 const char* name_of(const Names<Enum, N>& names, Enum value) {

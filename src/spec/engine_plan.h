@@ -41,10 +41,13 @@ enum class ActivationPrecision : uint8_t {
   kF32,        // exact path: fp32 activations, fp32 accumulation
   kInt8Group,  // int8 per group of at most 128 channels, exact integer dot products per group
   kBf16,       // cuda: all activations are bf16, sums f32
-  // What int4 linears read is rounded to e4m3 with a scale per token. cuda:sm_90: steps of enough
-  // tokens only (docs/cuda-backend.md), the rest as kBf16. ref: every step, the rest as kF32.
-  kE4m3Token,
+  // What int4 linears read is rounded to e4m3, with a scale per token and kE4m3Group channels in
+  // steps of up to kE4m3GroupedRows rows and one per token in larger ones. cuda:sm_90: steps of
+  // enough tokens only (docs/cuda-backend.md), the rest as kBf16. ref: every step, the rest as
+  // kF32.
+  kE4m3,
 };
+inline constexpr int kE4m3Group = 128, kE4m3GroupedRows = 64;
 const char* activation_precision_name(ActivationPrecision precision);       // f32, int8, bf16, fp8
 ActivationPrecision activation_precision_from_name(std::string_view name);  // throws Error{kInput}
 

@@ -172,7 +172,7 @@ TEST_F(EngineDirectory, HoldsThePlanAndTheTokenizer) {
 TEST_F(EngineDirectory, Fp8ActivationsAreForTargetsThatHaveThem) {
   BuildOptions options;
   options.limits.max_input_len = options.limits.max_output_len = 8;
-  options.activation_precision = ActivationPrecision::kE4m3Token;
+  options.activation_precision = ActivationPrecision::kE4m3;
   for (const char* target : {"cpu:generic", "cuda:portable"}) {
     options.target = target;
     EXPECT_THAT(catch_error([&] { plan_engine(*open_checkpoint(checkpoint_), options); }).message,
@@ -181,7 +181,7 @@ TEST_F(EngineDirectory, Fp8ActivationsAreForTargetsThatHaveThem) {
   options.target = "ref";
   const EnginePlan plan = plan_engine(*open_checkpoint(checkpoint_), options);
   EXPECT_EQ(EnginePlan::from_json(plan.to_json(), "plan").activation_precision,
-            ActivationPrecision::kE4m3Token);
+            ActivationPrecision::kE4m3);
 }
 
 TEST_F(EngineDirectory, EveryCpuTargetAgreesWithTheReference) {

@@ -75,7 +75,11 @@ Weights make_weights(int k) {
   return w;
 }
 
-// x [64, k] in e4m3 already, as quantize_x.cu writes it: slabs and sums.
+// A scale, exact in bf16 with every sum.
+float factor_of(int row, int group) { return std::ldexp(1.0f, (row * 7 + group) % 5 - 2); }
+
+// x [64, k] in e4m3 already and to be multiplied by factor_of(), as quantize_x.cu writes it: slabs,
+// sums and scales.
 std::vector<uint8_t> make_slabs(const std::vector<float>& x, int k) {
   const cuda_x::Shape shape{64, k};
   std::vector<uint8_t> out(static_cast<size_t>(shape.bytes()));
@@ -90,7 +94,9 @@ std::vector<uint8_t> make_slabs(const std::vector<float>& x, int k) {
                                   i)] = float_to_e4m3(value);
           sum += value;
         }
-      sum *= cuda_x::kSumUnit;
+      const float factor = factor_of(row, group);
+      std::memcpy(out.data() + shape.factors_offset(group) + cuda_x::factor_byte(row), &factor, 4);
+      sum *= cuda_x::kSumUnit * factor;
       const uint16_t high = float_to_bf16(sum), low = float_to_bf16(sum - bf16_to_float(high));
       uint8_t* sums = out.data() + shape.sums_offset(0, group);
       std::memcpy(sums + cuda_x::sum_byte(0, row, group), &high, 2);
@@ -146,7 +152,12 @@ void expect_product(int k) {
         collect(collected[lane], pair, group, lane);
         for (int r = 0; r < 32; ++r) {
           const auto bits = static_cast<uint16_t>(r / 2 % 2 ? pair >> 16 : pair);
-          sums[lane][r] += temp[lane][r] * double{bf16_to_float(bits)};
+          // The thread's 16 factors: four loads of 16 bytes, 64 bytes apart.
+          const int i = r / 4 * 2 + r % 2;
+          float factor;
+          std::memcpy(&factor, slab + cuda_x::kSlabBytes + i / 4 * 64 + lane % 4 * 16 + i % 4 * 4,
+                      4);
+          sums[lane][r] += temp[lane][r] * double{factor} * double{bf16_to_float(bits)};
         }
       }
       if (group % cuda_x::kSumGroups != cuda_x::kSumGroups - 1 && group + 1 < w.groups) continue;
@@ -176,7 +187,8 @@ void expect_product(int k) {
         double want = 0;
         for (int c = 0; c < k; ++c) {
           const int u = w.nibbles[static_cast<size_t>(row * (k / 2) + c / 2)] >> (c % 2 * 4) & 15;
-          want += double{x[static_cast<size_t>(token * k + c)]} * ((u ^ 8) - 8) *
+          want += double{x[static_cast<size_t>(token * k + c)]} *
+                  double{factor_of(token, c / 128)} * ((u ^ 8) - 8) *
                   double{w.scales[static_cast<size_t>(row * w.groups + c / 128)]};
         }
         ASSERT_EQ(sums[lane][r] * 512, want) << "row " << row << " token " << token;
@@ -208,7 +220,9 @@ TEST(Fp8Linear, PlacesAreEachUsedOnce) {
         for (int i = 0; i < 2; ++i)
           bytes.insert(shape.sums_offset(0, group) + cuda_x::sum_byte(part, row, group) + i);
     }
-    for (int i = 0; i < 4; ++i) bytes.insert(shape.scales_offset() + row * 4 + i);
+    for (int group = 0; group < 16; ++group)
+      for (int i = 0; i < 4; ++i)
+        bytes.insert(shape.factors_offset(group) + cuda_x::factor_byte(row) + i);
   }
   EXPECT_EQ(bytes.size(), static_cast<size_t>(shape.bytes()));
   EXPECT_EQ(*bytes.rbegin(), shape.bytes() - 1);

@@ -153,6 +153,25 @@ TEST(ReferenceLinear, Int4MatchesItsDefinition) {
   EXPECT_FLOAT_EQ(y[1], 2 * (1.0f * (1 * 1 - 8 * 2) + 4.0f * (0 * 6 - 2 * 4)));
 }
 
+// Up to 64 rows 128 channels share a scale, above a row has one.
+TEST(ReferenceLinear, E4m3ScalesAreOfGroupsOrRows) {
+  std::vector<uint8_t> bytes(130, 0x01);  // row 0 is the sum of all channels, row 1 nothing
+  const float scales[2] = {1.0f, 1.0f};
+  const LinearOperand w{.layout = WeightLayout::kInt4Portable,
+                        .out_features = 2,
+                        .in_features = 130,
+                        .group_size = 130,
+                        .weight = bytes.data(),
+                        .scales = scales};
+  for (const int rows : {64, 65}) {
+    std::vector<float> x(static_cast<size_t>(rows) * 130, 0.0f), y(static_cast<size_t>(rows) * 2);
+    x[0] = 448.0f;
+    x[129] = 17.5f;  // the largest of its group; a step is 2 beside 448
+    make_reference_backend(ActivationPrecision::kE4m3)->linear(x.data(), w, rows, false, y.data());
+    EXPECT_FLOAT_EQ(y[0], rows == 64 ? 465.5f : 466.0f);
+  }
+}
+
 TEST(ReferenceLinear, E4m3RoundsPerToken) {
   const uint8_t bytes[2] = {0x01, 0x10};  // row 0 is channel 0, row 1 channel 1
   const float scales[2] = {1.0f, 1.0f};
@@ -164,14 +183,14 @@ TEST(ReferenceLinear, E4m3RoundsPerToken) {
                         .scales = scales};
   // 448 makes the step near 17 one of 2; 2^-101 is too small to have a scale; an infinity spoils
   // its token alone.
-  const float x[8] = {17.1f, 448.0f, 0x1p-101f, 0.0f, 1.0f, INFINITY, 0.3f, -0.6f};
+  const float x[8] = {17.1f, 448.0f, 0x1p-101f, 0.0f, 1.0f, INFINITY, 0x1.cp-3f, -0x1.cp-2f};
   float y[8], exact[8];
-  make_reference_backend(ActivationPrecision::kE4m3Token)->linear(x, w, 4, false, y);
+  make_reference_backend(ActivationPrecision::kE4m3)->linear(x, w, 4, false, y);
   EXPECT_FLOAT_EQ(y[0], 18.0f);
   EXPECT_FLOAT_EQ(y[1], 448.0f);
   EXPECT_EQ(y[2], 0.0f);
   EXPECT_TRUE(std::isnan(y[4]));
-  EXPECT_FLOAT_EQ(y[6], 0.3f);  // 224 of 448
+  EXPECT_FLOAT_EQ(y[6], 0x1.cp-3f);  // 224 of 448
   make_reference_backend()->linear(x, w, 2, false, exact);
   EXPECT_FLOAT_EQ(exact[0], 17.1f);
 }

@@ -32,6 +32,7 @@
 #include "backends/cuda/ptx/copy.cuh"
 #include "backends/cuda/ptx/mma.cuh"
 #include "backends/cuda/ptx/rope.cuh"
+#include "backends/cuda/x_store.cuh"
 
 namespace nibble::cuda {
 namespace {
@@ -341,20 +342,35 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
   };
   auto store = [&](int of_slice, const Sums& s, float2 scale) {
     const float norm = 1.0f / (256.0f * s.total);
+    const __nv_bfloat162 pair =
+        __floats2bfloat162_rn(s.first * norm * scale.x, s.second * norm * scale.y);
     *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.out) +
                                        sequence * p.out_stride + head * kOutputs + rank * kSlice +
-                                       of_slice) =
-        __floats2bfloat162_rn(s.first * norm * scale.x, s.second * norm * scale.y);
+                                       of_slice) = pair;
+    return pair;
   };
   using Warps = std::integral_constant<int, kWarps>;
   if constexpr (kCluster == 1) {
+    static_assert(sizeof shared.parts <= (kStages - 1) * kPairBytes);
+    auto* outputs =
+        reinterpret_cast<__nv_bfloat162*>(shared.ring[kStages - 1]);  // behind the parts
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const int at = 2 * tid + i * kStride;
       if (at < kOutputs) {
-        store(at, add_up(shared.parts[0], kPart, Warps{}, at / kHeadDim, at), out_scale[i]);
+        outputs[at / 2] =
+            store(at, add_up(shared.parts[0], kPart, Warps{}, at / kHeadDim, at), out_scale[i]);
       }
     }
+    if (p.rounded == nullptr) return;
+    __syncthreads();
+    if (warp > 0) return;  // one has 16 channels a lane
+    float v[16];
+    const auto* from = reinterpret_cast<const uint4*>(outputs) + lane * 2;
+    unpack_bf16(v, from[0], from[1]);
+    const int heads = kGroup * p.kv_heads;
+    store_group(static_cast<uint8_t*>(p.rounded), cuda_x::Shape{p.sequences, heads * kHeadDim},
+                sequence, head * kGroup + lane / 8, lane & 7, v, true);
   } else {
     // To the owner of the slice: outputs [rank * kSlice, (rank + 1) * kSlice).
     constexpr int kEntry = 2 * kGroup + kSlice;
@@ -388,7 +404,14 @@ int launch(const StepAttentionArgs& args, void* stream) {
 
 }  // namespace
 
+bool step_attention_rounds(int sequences, int kv_heads, int num_sms) {
+  return sequences <= cuda_x::kSlabTokens && sequences * kv_heads * 2 > num_sms;
+}
+
 int step_attention(const StepAttentionArgs& args, void* stream) {
+  if (args.rounded && !step_attention_rounds(args.sequences, args.kv_heads, args.num_sms)) {
+    return cudaErrorInvalidValue;
+  }
   // A CTA has an SM, as far as there are pages to share. NOTE: its shared memory keeps a second one
   // away: with room for two, 128 CTAs met on fewer SMs (16 x 5600 tokens 65.5 -> 70.6 us).
   using Alone = Config<8, 7, 1>;

@@ -26,6 +26,7 @@ namespace {
 
 constexpr int kHeadDim = 128, kPageTokens = 64, kFastGroup = 4;
 constexpr size_t kActBytes = 2;
+static_assert(kFp8GroupedTokens == kE4m3GroupedRows);
 
 // Programmatic dependent launch of the kernels that know it. The other generic ones are launched
 // plainly and wait for all before them. Portable code has no griddepcontrol and must not use it.
@@ -38,7 +39,7 @@ constexpr bool kDependent = !kPortable;
 class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(ActivationPrecision precision)
-      : device_(open_checked_device()), fp8_(precision == ActivationPrecision::kE4m3Token) {
+      : device_(open_checked_device()), fp8_(precision == ActivationPrecision::kE4m3) {
     check(stream_create(&stream_), "making a stream");
     for (void*& mark : marks_) check(event_create(&mark), "making an event");
     const size_t linear = int4_workspace_bytes(device_.num_sms);
@@ -74,10 +75,11 @@ class CudaBackend final : public Backend {
     page_starts_.get((static_cast<size_t>(limits.max_batch_size) + 1) * sizeof(int), stream_);
     if constexpr (!kPortable) {
       if (fp8_) {
-        quantized_.get(
-            quantized_x_bytes(limits.max_num_tokens,
-                              std::max({spec.hidden_size, spec.q_size(), spec.ffn_size})),
-            stream_);
+        const auto widest_input = std::max({spec.hidden_size, spec.q_size(), spec.ffn_size});
+        for (Scratch& rounded : rounded_bytes_) {
+          rounded.get(quantized_x_bytes(kFp8GroupedTokens, widest_input), stream_);
+        }
+        rounded_bytes_[0].get(quantized_x_bytes(limits.max_num_tokens, widest_input), stream_);
       }
       if (spec.num_heads == kFastGroup * spec.num_kv_heads) {
         prefill_.get(prefill_attention_workspace_bytes(limits.max_seq_len(), spec.num_kv_heads),
@@ -116,6 +118,7 @@ class CudaBackend final : public Backend {
     put_off_.reset();  // whoever frees reads nothing of it any more
     put_off_linear_.reset();
     put_off_norm_.reset();
+    rounded_.reset();
     memory_free(data);
   }
   void upload(void* device, const void* host, size_t bytes) override {
@@ -260,14 +263,15 @@ class CudaBackend final : public Backend {
       // The linear that is still to come writes x; it writes the norm's input to the next one too.
       const ResidualLinear l = *put_off_linear_;
       put_off_linear_.reset();
+      void* rounded = rounds_inputs(rows) ? rounding_buffer(rows, hidden) : nullptr;
       int4(l.x, l.w, hidden, rows, Epilogue::kResidual, nullptr, l.y,
-           {.next = y, .next_weight = weight});
-      put_off_norm_ = {x, weight, eps, rows, hidden, y, false};
+           {.next = rounded ? rounded : y, .next_weight = weight, .x = l.rounded});
+      put_off_norm_ = {x, weight, eps, rows, hidden, y, false, rounded};
       return;
     }
     flush();
     if (rounds_inputs(rows)) {
-      put_off_norm_ = {x, weight, eps, rows, hidden, y, true};
+      put_off_norm_ = {x, weight, eps, rows, hidden, y, true, nullptr};
       return;
     }
     norm(x, weight, eps, nullptr, rows, hidden, y);
@@ -279,14 +283,14 @@ class CudaBackend final : public Backend {
   void linear(const void* x, const LinearOperand& w, int rows, bool add, void* y) override {
     if (rows == 0) return;
     if (w.layout == WeightLayout::kCudaInt4) {
-      const NormParts norm = take_norm(x, w, rows);  // flushes
-      if (!kPortable && add && w.pre_scale == nullptr && !rounds_inputs(rows) &&
-          linear_fuses_norm(rows, w.out_features)) {
-        put_off_linear_ = {x, w, rows, y};
+      const Fused before = take_before(x, w, rows);  // flushes
+      const Epilogue epilogue = add ? Epilogue::kResidual : Epilogue::kPlain;
+      if (!kPortable && add && w.pre_scale == nullptr && linear_fuses_norm(rows, w.out_features) &&
+          (!rounds_inputs(rows) || rounds_output(w.out_features, w, rows, epilogue))) {
+        put_off_linear_ = {x, w, rows, y, before.x};
         return;
       }
-      int4(x, w, w.out_features, rows, add ? Epilogue::kResidual : Epilogue::kPlain, nullptr, y,
-           norm);
+      int4(x, w, w.out_features, rows, epilogue, nullptr, y, before);
     } else {
       flush();
       x = pre_scaled(x, w, rows);
@@ -305,8 +309,13 @@ class CudaBackend final : public Backend {
                  gate.pre_scale == up.pre_scale && gate.layout == up.layout);
     if (rows == 0) return;
     if (gate.layout == WeightLayout::kCudaInt4 && gate.weight == up.weight) {
-      const NormParts norm = take_norm(x, gate, rows);
-      int4(x, gate, 2 * gate.out_features, rows, Epilogue::kSiluMul, out_scale, y, norm);
+      const Fused before = take_before(x, gate, rows);
+      void* rounded = nullptr;
+      if (rounds_output(2 * gate.out_features, gate, rows, Epilogue::kSiluMul)) {
+        rounded = rounding_buffer(rows, gate.out_features);
+      }
+      int4(x, gate, 2 * gate.out_features, rows, Epilogue::kSiluMul, out_scale, y, before, rounded);
+      if (rounded) rounded_ = {y, rows, gate.out_features, rounded};
       return;
     }
     flush();
@@ -418,6 +427,7 @@ class CudaBackend final : public Backend {
   /// what was put off for it.
   void flush() {
     if (loader_) loader_->finish();
+    rounded_.reset();
     if (put_off_) {
       const RopeStore r = *put_off_;
       put_off_.reset();
@@ -426,7 +436,7 @@ class CudaBackend final : public Backend {
     if (put_off_linear_) {
       const ResidualLinear l = *put_off_linear_;
       put_off_linear_.reset();
-      int4(l.x, l.w, l.w.out_features, l.rows, Epilogue::kResidual, nullptr, l.y);
+      int4(l.x, l.w, l.w.out_features, l.rows, Epilogue::kResidual, nullptr, l.y, {.x = l.rounded});
     }
     if (put_off_norm_) {
       const PutOffNorm n = *put_off_norm_;
@@ -435,14 +445,20 @@ class CudaBackend final : public Backend {
     }
   }
 
-  /// What a linear that reads x has left to do of a norm; other work that was put off is done.
-  NormParts take_norm(const void*& x, const LinearOperand& w, int rows) {
+  /// What is left of the op before to a linear that reads x; other work that was put off is done.
+  Fused take_before(const void*& x, const LinearOperand& w, int rows) {
+    if (rounded_ && rounded_->source == x && rounded_->rows == rows &&
+        rounded_->features == w.in_features && w.pre_scale == nullptr) {
+      const void* data = rounded_->data;
+      flush();
+      return {.x = data};
+    }
     if (put_off_norm_ && put_off_norm_->y == x && put_off_norm_->rows == rows &&
         put_off_norm_->hidden == w.in_features &&
         (put_off_norm_->whole || w.pre_scale == nullptr)) {
       const PutOffNorm n = *put_off_norm_;
       put_off_norm_.reset();
-      if (!n.whole) return {.scales = true, .eps = n.eps};
+      if (!n.whole) return {.scales = true, .eps = n.eps, .x = n.rounded};
       x = n.x;
       return {.weight = n.weight, .eps = n.eps};
     }
@@ -453,6 +469,12 @@ class CudaBackend final : public Backend {
   void step(const StepBatch& batch, const void* qkv, const RopeTable& rope, const KvLayer& kv,
             const float* out_scale, void* y) {
     const bool fixed = kv.format == KvFormat::kInt8Static;
+    const int features = kFastGroup * kv.num_kv_heads * kHeadDim;
+    void* rounded = nullptr;
+    if (rounds_inputs(batch.num_seqs) &&
+        step_attention_rounds(batch.num_seqs, kv.num_kv_heads, device_.num_sms)) {
+      rounded = rounding_buffer(batch.num_seqs, features);
+    }
     const StepAttentionArgs args{
         .qkv = qkv,
         .qkv_stride = int64_t{(kFastGroup + 2) * kv.num_kv_heads} * kHeadDim,
@@ -463,16 +485,18 @@ class CudaBackend final : public Backend {
         .page_table_stride = batch.max_blocks_per_seq,
         .lengths = batch.kv_lens,
         .out = y,
-        .out_stride = int64_t{kFastGroup * kv.num_kv_heads} * kHeadDim,
+        .out_stride = features,
         .sequences = batch.num_seqs,
         .kv_heads = kv.num_kv_heads,
         .k_scale = fixed ? kv.k_scale : 0,
         .v_scale = fixed ? kv.v_scale : 0,
         .softmax_scale = 1.0f / std::sqrt(static_cast<float>(kHeadDim)),
         .out_scale = out_scale,
+        .rounded = rounded,
         .num_sms = device_.num_sms,
         .dependent = kDependent};
     check(step_attention(args, stream_), "decode step attention");
+    if (rounded) rounded_ = {y, batch.num_seqs, features, rounded};
   }
 
   void rope_store(const StepBatch& batch, void* qkv, int num_heads, const RopeTable& rope,
@@ -651,7 +675,7 @@ class CudaBackend final : public Backend {
 
   /// An int4 linear, its AWQ pre-scale included.
   void int4(const void* x, const LinearOperand& w, int64_t out_rows, int tokens, Epilogue epilogue,
-            const float* out_scale, void* y, const NormParts& norm = {}) {
+            const float* out_scale, void* y, const Fused& fused = {}, void* rounded = nullptr) {
     if (w.group_size != 128 || w.in_features % 8 != 0 ||
         out_rows % (epilogue == Epilogue::kSiluMul ? 16 : 8) != 0) {
       fail(ErrorKind::kUnsupported,
@@ -662,9 +686,13 @@ class CudaBackend final : public Backend {
     const bool fp8 = rounds_inputs(tokens) && epilogue != Epilogue::kFloat;
     if (!fp8) x = pre_scaled(x, w, tokens);
     TensorMap map;
+    bool scales = fused.scales;
     if constexpr (!kPortable) {
-      if (fp8) {
-        x = quantized(x, w, tokens, norm);
+      if (fp8 && fused.x) {
+        x = fused.x;
+      } else if (fp8) {
+        x = quantized(x, w, tokens, fused);
+        scales = scales || (fused.weight && tokens <= kFp8GroupedTokens);
       } else {
         check(make_tensor_map(&map, x, tokens, w.in_features, int64_t{w.in_features} * 2,
                               linear_wgmma_box_rows(tokens)),
@@ -682,11 +710,12 @@ class CudaBackend final : public Backend {
                           .residual = epilogue == Epilogue::kResidual ? y : nullptr,
                           .out_scale = out_scale,
                           .epilogue = epilogue,
-                          .next = norm.next,
-                          .next_weight = norm.next_weight,
+                          .next = fused.next,
+                          .next_weight = fused.next_weight,
                           .next_squares = squares_,
-                          .squares = norm.scales ? squares_ : nullptr,
-                          .eps = norm.eps,
+                          .squares = scales ? squares_ : nullptr,
+                          .eps = fused.eps,
+                          .rounded = rounded,
                           .workspace = linear_workspace_,
                           .num_sms = device_.num_sms,
                           .dependent = kDependent,
@@ -703,14 +732,42 @@ class CudaBackend final : public Backend {
   /// Whether the int4 linears of a step round what they read to e4m3.
   bool rounds_inputs(int rows) const { return !kPortable && fp8_ && rows >= kFp8MinTokens; }
 
-  const void* quantized(const void* x, const LinearOperand& w, int rows, const NormParts& norm) {
-    void* out = quantized_.get(quantized_x_bytes(rows, w.in_features), stream_);
+  /// Whether an int4 linear of this shape can write its result in e4m3 too.
+  bool rounds_output(int64_t out_rows, const LinearOperand& w, int rows, Epilogue epilogue) const {
+    if constexpr (kPortable) {
+      return false;
+    } else {
+      LinearArgs args{};
+      args.rows = out_rows;
+      args.k = w.in_features;
+      args.tokens = rows;
+      args.epilogue = epilogue;
+      args.num_sms = device_.num_sms;
+      args.tactic = -1;
+      return rounds_inputs(rows) && linear_fp8_rounds(args);
+    }
+  }
+
+  /// Two take turns: a linear reads one and writes the other.
+  void* rounding_buffer(int rows, int64_t k) {
+    if constexpr (kPortable) {
+      return nullptr;
+    } else {
+      next_rounded_ ^= 1;
+      return rounded_bytes_[rows > kFp8GroupedTokens ? 0 : next_rounded_].get(
+          quantized_x_bytes(rows, k), stream_);
+    }
+  }
+
+  const void* quantized(const void* x, const LinearOperand& w, int rows, const Fused& fused) {
+    void* out = rounding_buffer(rows, w.in_features);
     const QuantizeArgs args{.x = x,
                             .x_stride = w.in_features,
-                            .norm_weight = norm.weight,
-                            .eps = norm.eps,
+                            .norm_weight = fused.weight,
+                            .eps = fused.eps,
                             .pre_scale = w.pre_scale,
                             .out = out,
+                            .squares = squares_,
                             .tokens = rows,
                             .k = w.in_features,
                             .dependent = kDependent};
@@ -786,6 +843,7 @@ class CudaBackend final : public Backend {
   std::optional<RopeStore> put_off_;
   std::optional<ResidualLinear> put_off_linear_;
   std::optional<PutOffNorm> put_off_norm_;
+  std::optional<Rounded> rounded_;
   float* squares_ = nullptr;                         // LinearArgs::next_squares of any that fuses
   std::unique_ptr<WeightLoader> loader_;             // while weights are loaded
   std::unique_ptr<CudaCalibrationOps> calibration_;  // when quantizing
@@ -794,7 +852,9 @@ class CudaBackend final : public Backend {
   uint64_t scratch_moves_ = 0, graphs_moves_ = 0;  // now; when the graphs were recorded
   // scratch_: pre-scaled or normed rows; halves_: up's output of an unfused gate_up.
   Scratch scratch_{&scratch_moves_}, halves_{&scratch_moves_}, page_starts_{&scratch_moves_},
-      prefill_{&scratch_moves_}, sampling_{&scratch_moves_}, quantized_{&scratch_moves_};
+      prefill_{&scratch_moves_}, sampling_{&scratch_moves_},
+      rounded_bytes_[2]{Scratch{&scratch_moves_}, Scratch{&scratch_moves_}};
+  int next_rounded_ = 0;
 };
 
 }  // namespace

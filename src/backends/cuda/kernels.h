@@ -39,11 +39,12 @@ struct LinearArgs {
   // RMSNorm without a kernel of its own, for linear_fuses_norm() sizes. The linear that writes the
   // residual stream (kResidual) also writes it times the norm's weight, and of each 64 rows of W
   // the sum of the squares it wrote; the linear that takes `next` as its x multiplies by 1/rms.
-  void* next;                // bf16 [tokens, rows], or null
+  void* next;                // bf16 [tokens, rows] (linear_fp8: e4m3, x_layout.h), or null
   const float* next_weight;  // [rows]
   float* next_squares;       // [ceil(rows / kNormTileRows), tokens up to a multiple of 8]
   const float* squares;      // of x, or null: x is plain
   float eps;
+  void* rounded;    // linear_fp8, kSiluMul: `out` once more, in e4m3 (x_layout.h); or null
   void* workspace;  // linear_workspace_bytes(), every byte 0xff once
   int num_sms;
   bool dependent;  // programmatic dependent launch on the kernel before it in the stream
@@ -80,26 +81,34 @@ std::vector<WgmmaTactic> wgmma_tactics(const LinearArgs& args);
 int linear_wgmma_box_rows(int tokens);  // of x_map
 int linear_wgmma(const LinearArgs& args, void* stream);
 
-// quantize_x.cu: x as linear_fp8 takes it (x_layout.h).
+// quantize_x.cu: x as linear_fp8 takes it (x_layout.h): a scale per token and 128 channels up to
+// kFp8GroupedTokens tokens, above that one per token.
+inline constexpr int kFp8GroupedTokens = 64;
 struct QuantizeArgs {
   const void* x;  // bf16 [tokens, k], rows x_stride elements apart, 16-byte aligned
   int64_t x_stride;
-  const float*
-      norm_weight;         // [k] or null: RMSNorm of x before all else, its result rounded to bf16
+  // [k] or null: RMSNorm of x before all else. With a scale per token its result is rounded to
+  // bf16; with more scales 1/rms is left to the linear, which needs `squares`.
+  const float* norm_weight;
   float eps;               // the norm's
   const float* pre_scale;  // [k] or null: AWQ pre-scale, multiplied in before
   void* out;               // quantized_x_bytes(), 16-byte aligned
+  float* squares;          // as LinearArgs::next_squares; written for a norm left to the linear
   int tokens, k;
   bool dependent;
 };
 size_t quantized_x_bytes(int tokens, int64_t k);
 int quantize_x(const QuantizeArgs& args, void* stream);
 
-// linear_fp8.cu: any M, made for 33 and more. x is what quantize_x wrote; x_stride, x_map and the
-// norm fusions are not used. A tactic as K2's: row blocks of 64 per CTA (2, or 4 up to 64 tokens),
-// CTAs per cluster (1 or 2; 1 with 4 row blocks), CTAs that share a tile's k (1 .. 8).
+// linear_fp8.cu: any M, made for 33 and more. x is what quantize_x wrote, or the same from another
+// kernel; x_stride and x_map are not used. Norms are fused up to kFp8GroupedTokens tokens: `next`
+// and `rounded` are e4m3 for the next linear, where linear_fp8_rounds(). A tactic as K2's: row
+// blocks of 64 per CTA (2, or 4 up to 64 tokens), CTAs per cluster (1 or 2; 1 with 4 row blocks),
+// CTAs that share a tile's k (1 .. 8).
 inline constexpr int kFp8MinTokens = 33;  // fewer are faster in bf16 (docs/kernels.md)
 WgmmaTactic fp8_tactic(const LinearArgs& args);
+// Whether `next` (kResidual) or `rounded` (kSiluMul) can be had: a CTA has whole groups of 128.
+bool linear_fp8_rounds(const LinearArgs& args);
 int linear_fp8(const LinearArgs& args, void* stream);
 
 // By shape, from what was measured on an H200 (docs/kernels.md); x_map has linear_wgmma_box_rows.
@@ -163,9 +172,12 @@ struct StepAttentionArgs {
   float k_scale, v_scale;  // 0: dynamic, per token and head; else static
   float softmax_scale;     // 1 / sqrt(128)
   const float* out_scale;  // as above
+  void* rounded;           // `out` once more, in e4m3 (x_layout.h); or null
   int num_sms;
   bool dependent;
 };
+// Whether `rounded` can be had: a head's outputs are one CTA's.
+bool step_attention_rounds(int sequences, int kv_heads, int num_sms);
 int step_attention(const StepAttentionArgs& args, void* stream);
 
 // attention_prefill.cu: the last `count` tokens of one sequence over its paged KV, causal.

@@ -36,6 +36,7 @@ struct LinearParams {
   float* next_squares;
   const float* squares;
   float eps;
+  uint8_t* rounded;
   float* pieces;  // [CTAs][piece_stride], all kEmpty between calls
   int64_t piece_stride;
   long long* trace;  // [CTAs][8] clock stamps of a NIBBLE_TRACE build, or null
@@ -85,6 +86,7 @@ inline LinearParams make_linear_params(const LinearArgs& args, int tile_rows) {
   p.next_squares = args.next_squares;
   p.squares = args.squares;
   p.eps = args.eps;
+  p.rounded = static_cast<uint8_t*>(args.rounded);
   p.pieces = static_cast<float*>(args.workspace);
   p.piece_stride = kPieceFloats;
   p.trace = static_cast<long long*>(args.trace);
@@ -119,12 +121,46 @@ int launch_linear(void (*kernel)(Parameters...), const LinearArgs& args, int gri
 }
 
 // The sums of squares of a norm: [tile of kNormTileRows][token], tokens rounded up.
-__device__ __forceinline__ int norm_stride(const LinearParams& p) { return (p.tokens + 7) / 8 * 8; }
+__device__ __forceinline__ int norm_stride(int tokens) { return (tokens + 7) / 8 * 8; }
 __device__ __forceinline__ int norm_tiles(int rows) {
   return (rows + kNormTileRows - 1) / kNormTileRows;
 }
 __device__ __forceinline__ float norm_factor(const LinearParams& p, float squares) {
   return rsqrtf(squares / static_cast<float>(p.k) + p.eps);
+}
+
+// By what the results of up to 64 tokens are multiplied, to `factors` in shared memory (f32
+// [kTokens], and as many for each other warp): 1/rms where the linear before left squares, times
+// `undo`. By kWarps warps, of which this is `warp`; the first has the result. Named barrier 7.
+template <int kTokens, int kWarps>
+__device__ __forceinline__ void add_up_squares(const LinearParams& p, uint32_t factors, int warp,
+                                               int lane, float undo) {
+  // A lane has two tokens and its warp's part of their sums of squares.
+  const uint32_t to = factors + warp * kTokens * 4 + lane * 8;
+  const int stride = norm_stride(p.tokens);
+  if (p.squares && 2 * lane < stride && 2 * lane < kTokens) {
+    float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll 8
+    for (int i = warp; i < norm_tiles(p.k); i += kWarps) {
+      const float2 v = *reinterpret_cast<const float2*>(p.squares + i * stride + 2 * lane);
+      sum.x += v.x, sum.y += v.y;
+    }
+    ptx::store_shared_f32x2(to, sum);
+  }
+  ptx::named_barrier(7, kWarps * 32);
+  if (warp == 0 && 2 * lane < kTokens) {
+    float2 by = make_float2(1.0f, 1.0f);
+    if (p.squares) {
+      by = make_float2(0.0f, 0.0f);
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) {
+        const float2 v = ptx::load_shared_f32x2(to + i * kTokens * 4);
+        by.x += v.x, by.y += v.y;
+      }
+      by = make_float2(norm_factor(p, by.x), norm_factor(p, by.y));
+    }
+    ptx::store_shared_f32x2(to, make_float2(by.x * undo, by.y * undo));
+  }
 }
 
 // Undo the dequantizer's 2^-13, apply the epilogue and store kPer consecutive packed rows
@@ -196,7 +232,7 @@ __device__ __forceinline__ void store_rows(const LinearParams& p, int token, int
           squares += __shfl_xor_sync(0xffffffffu, squares, offset);
         }
         if (row == 0) {
-          p.next_squares[tile_row / kNormTileRows * norm_stride(p) + token] = squares;
+          p.next_squares[tile_row / kNormTileRows * norm_stride(p.tokens) + token] = squares;
         }
       }
     }
@@ -260,7 +296,7 @@ class NextNorm {
                    ptx::pack_bf16(ptx::low_bf16(x.w) * b_.z, ptx::high_bf16(x.w) * b_.w));
     if (column % kNormTileRows == 0) {
       const auto token = static_cast<int>(to / p.out_stride);
-      p.next_squares[column / kNormTileRows * norm_stride(p) + token] = squares;
+      p.next_squares[column / kNormTileRows * norm_stride(p.tokens) + token] = squares;
     }
   }
 
@@ -281,6 +317,10 @@ __device__ __forceinline__ void prefetch_epilogue(const LinearParams& p, Epilogu
   for (int i = begin + thread * 32; i < min(end, p.out_stride); i += threads * 32) {
     ptx::prefetch_l2(scale + i);
   }
+}
+
+__device__ __forceinline__ float silu_times(float gate, float up) {
+  return __fdividef(gate, 1.0f + __expf(-gate)) * up;
 }
 
 // The epilogue of a warpgroup for SiLU(gate) * up: its block of 64 packed rows (32 columns of out,
@@ -309,13 +349,8 @@ __device__ __forceinline__ void store_silu(const LinearParams& p, uint32_t stagi
     for (int i = 0; i < kPassOctets; ++i) {
       const float(&v)[4] = four(first + i);
       const float2 f = factor(first + i);
-      float out[2];
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float by = j ? f.y : f.x, gate = v[j] * by, up = v[2 + j] * by;
-        out[j] = __fdividef(gate, 1.0f + __expf(-gate)) * up * scale;
-      }
-      packed[i] = ptx::pack_bf16(out[0], out[1]);
+      packed[i] = ptx::pack_bf16(silu_times(v[0] * f.x, v[2] * f.x) * scale,
+                                 silu_times(v[1] * f.y, v[3] * f.y) * scale);
     }
     ptx::named_barrier(barrier, 128);  // the pass before has been read
     if constexpr (kPassOctets % 4 == 0) {

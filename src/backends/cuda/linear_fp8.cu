@@ -2,18 +2,18 @@
 // wgmma.m64nNk32 e4m3, unpacked in registers as the offset integers they are (ptx/dequant.cuh);
 // tokens are its N.
 //
-// Layouts: W in layout.h's blocks; x in x_layout.h's slabs, which quantize_x.cu writes, by plain
-// bulk copies (the swizzle is in the slab); out bf16 row-major. Bytes: N*K*0.515625 of weights once
-// from device memory; M*K*1.03 of x from L2 once per row tile. Flops: 2*M*N*K at the e4m3 rate, and
-// 1/32 more for the bf16 k step that takes off the weights' offset every eight groups (x_layout.h
-// says how).
+// Layouts: W in layout.h's blocks; x in x_layout.h's slabs, which quantize_x.cu or the kernel
+// before writes, by plain bulk copies (the swizzle is in the slab); out bf16 row-major, and where
+// the next linear takes it e4m3 besides. Bytes: N*K*0.515625 of weights once from device memory;
+// M*K*1.03 of x from L2 once per row tile. Flops: 2*M*N*K at the e4m3 rate, and 1/32 more for the
+// bf16 k step that takes off the weights' offset every eight groups (x_layout.h says how).
 //
 // The weights' scales are per 128 k, so each group is summed by itself (temp) and then added times
-// its scale: one FFMA a value. The scale of a token comes in the epilogue. For 64 rows x 128 tokens
-// x 128 k the tensor cores take 256 clocks and a warp issues 175 instructions, 64 of them FFMA.
-// Nothing per token is read from shared memory in the main loop: the data path to registers is 128
-// bytes a clock, and a first version that loaded factors per token and group was bound by it (705
-// TFLOPS).
+// its scale: one FFMA a value. Tiles of 64 tokens multiply by a token's scale of the group too. In
+// tiles of 128 it would come from shared memory for every value, and the data path to registers is
+// 128 bytes a clock: a first version was bound by that (705 TFLOPS). There a token has one scale,
+// which comes in the epilogue; for 64 rows x 128 tokens x 128 k the tensor cores take 256 clocks
+// and a warp issues 175 instructions, 64 of them FFMA.
 //
 // Work split: two consumer warpgroups and a producer warp. A warpgroup has kBlocks blocks of 64
 // rows; while one multiplies the other adds up. A cluster of two CTAs shares x by multicast.
@@ -38,37 +38,50 @@
 #include "backends/cuda/ptx/mma.cuh"
 #include "backends/cuda/ptx/wgmma.cuh"
 #include "backends/cuda/x_layout.h"
+#include "backends/cuda/x_store.cuh"
 
 namespace nibble::cuda {
 namespace {
 
 constexpr int kConsumerWarps = 8;
-// The producer has a warpgroup to itself for the sake of setmaxnreg; one of its warps works.
-constexpr int kThreads = (kConsumerWarps + 4) * 32;
+// The producer has a warpgroup to itself for the sake of setmaxnreg; its other warps add up
+// squares.
+constexpr int kIdleWarps = 3;
+constexpr int kThreads = (kConsumerWarps + 1 + kIdleWarps) * 32;
 constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
 constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 constexpr int kSmemLimit = 232448;
 constexpr int kMaxSplit = 8;
+constexpr float kCodeUndo = 512.0f;  // codes read as u * 2^-9
 
 // kBlocks: row blocks of 64 of a warpgroup.
 template <int kTokens, int kBlocks>
 struct Config {
   static_assert(kBlocks * kTokens <= 128, "registers for the sums");
+  static constexpr bool kGrouped = kTokens == kFp8GroupedTokens;
   static constexpr int kRows = 128 * kBlocks;  // of a CTA
   static constexpr int kXBytes = kTokens * 128;
   static constexpr int kSumBytes = kTokens * cuda_x::kSumGroups * 2 * 2;
-  static constexpr int kSumsOffset = kXBytes;  // in a stage; filled for the last of eight groups
+  // In a stage: x, the scales of its group, the sums (for the last of eight groups), the weights.
+  static constexpr int kFactorsOffset = kXBytes;
+  static constexpr int kFactorBytes = kGrouped ? cuda_x::kFactorBytes : 0;
+  static constexpr int kSlabBytes = cuda_x::kSlabBytes + kFactorBytes;
+  static constexpr int kSumsOffset = kFactorsOffset + kFactorBytes;
   static constexpr int kWOffset = kSumsOffset + kSumBytes;
   static constexpr int kWBytes = 2 * kBlocks * kBlockBytes;
   static constexpr int kStageBytes = (kWOffset + kWBytes + 1023) / 1024 * 1024;
   static constexpr int kOutStride = 68;  // floats: 64 rows and padding against conflicts
-  static constexpr int kPassTokens = kTokens == 128 ? 32 : 16;   // that are stored together
-  static constexpr int kScratch = kPassTokens * kOutStride * 4;  // of a warpgroup
-  static constexpr int kFit = (kSmemLimit - 2 * kScratch - 256) / kStageBytes;
+  static constexpr int kPassTokens = kBlocks == 1 ? 32 : 16;          // that are stored together
+  static constexpr int kScratch = kPassTokens * kOutStride * 4 + 32;  // of a warpgroup; other banks
+  // By what the epilogue multiplies each token, and as many for each other warp that adds up.
+  static constexpr int kNormBytes = kGrouped ? kIdleWarps * kTokens * 4 : 0;
+  static constexpr int kFit = (kSmemLimit - 2 * kScratch - kNormBytes - 256) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kScratchOffset = kStages * kStageBytes;
   static constexpr int kBarOffset = kScratchOffset + 2 * kScratch;
-  static constexpr int kSmemBytes = kBarOffset + 2 * kStages * 8;
+  static constexpr int kNormBarOffset = kBarOffset + 2 * kStages * 8;
+  static constexpr int kNormOffset = kNormBarOffset + 8;
+  static constexpr int kSmemBytes = kNormOffset + kNormBytes;
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 3);
 };
 
@@ -103,12 +116,113 @@ __device__ __forceinline__ Tile my_tile(const LinearParams& p, int t, int peer) 
   return tile;
 }
 
+// What the next norm and linear get of the residual stream (LinearArgs::next): a thread has rows
+// `column` ... + 15 of a token, eight neighbouring lanes the 128 rows of group `group`.
+class NextGroup {
+ public:
+  NextGroup() = default;
+  __device__ __forceinline__ NextGroup(const LinearParams& p, int column) {
+    if (!p.next) return;
+#pragma unroll
+    for (int i = 0; i < 16; i += 4) {
+      if (column + i >= p.out_stride) continue;
+      const float4 w = *reinterpret_cast<const float4*>(p.next_weight + column + i);
+      weight_[i] = w.x, weight_[i + 1] = w.y, weight_[i + 2] = w.z, weight_[i + 3] = w.w;
+    }
+  }
+  // By whole warps. first, second: what was written to p.out, or 0.
+  __device__ __forceinline__ void store(const LinearParams& p, int token, int group, int chunk,
+                                        const uint4& first, const uint4& second, bool mine) const {
+    float v[16], squares = 0.0f;
+    unpack_bf16(v, first, second);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      squares = fmaf(v[i], v[i], squares);
+      v[i] *= weight_[i];
+    }
+    static_assert(kNormTileRows == 4 * 16);
+    squares += __shfl_xor_sync(0xffffffffu, squares, 1);
+    squares += __shfl_xor_sync(0xffffffffu, squares, 2);
+    mine = mine && token < p.tokens;
+    const int tile = group * 2 + (chunk >> 2);
+    if (mine && chunk % 4 == 0 && tile < norm_tiles(p.out_stride)) {
+      p.next_squares[tile * norm_stride(p.tokens) + token] = squares;
+    }
+    store_group(reinterpret_cast<uint8_t*>(p.next), cuda_x::Shape{p.tokens, p.out_stride}, token,
+                group, chunk, v, mine);
+  }
+
+ private:
+  float weight_[16] = {};
+};
+
+// store_silu() for the 256 packed rows of a CTA with two blocks a warpgroup: 128 columns of out, a
+// group of the next linear, which also go to p.rounded. The rounded bf16 of 32 tokens at a time
+// meet at `staging` (8 KB): 256 bytes a token, 16-byte chunks swizzled.
+template <int kOctets, typename Four, typename Factors>
+__device__ __forceinline__ void store_silu_rounded(const LinearParams& p, uint32_t staging, int id,
+                                                   int group, int own, int own_end, Four four,
+                                                   Factors factors) {
+  constexpr int kPassOctets = 4;
+  const int wg = id >> 7, m16 = id >> 5 & 3, lane = id & 31;
+  float scale[2] = {1.0f, 1.0f};
+  if (p.out_scale) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const int column = group * 128 + wg * 64 + b * 32 + m16 * 8 + (lane >> 2);
+      if (column < p.out_stride) scale[b] = p.out_scale[column];
+    }
+  }
+  auto at = [&](int token, int chunk) {  // of the pass
+    return staging + token * 256 + ((chunk ^ (token & 7)) << 4);
+  };
+  const int in = id >> 3, chunk = id & 7, column = group * 128 + chunk * 16;
+#pragma unroll
+  for (int first = 0; first < kOctets; first += kPassOctets) {
+    if (first + kPassOctets <= own || first >= own_end) continue;
+    ptx::named_barrier(1, kConsumerWarps * 32);  // the pass before has been read
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      uint32_t packed[kPassOctets];
+#pragma unroll
+      for (int i = 0; i < kPassOctets; ++i) {
+        const float(&v)[4] = four(b, first + i);
+        const float2 f = factors(first + i);
+        packed[i] = ptx::pack_bf16(silu_times(v[0] * f.x, v[2] * f.x) * scale[b],
+                                   silu_times(v[1] * f.y, v[3] * f.y) * scale[b]);
+      }
+      ptx::store_matrix_transposed_x4(at(lane, wg * 8 + b * 4 + m16), packed[0], packed[1],
+                                      packed[2], packed[3]);
+    }
+    ptx::named_barrier(1, kConsumerWarps * 32);
+    const int token = 8 * first + in, octet = token / 8;
+    const bool mine = octet >= own && octet < own_end && token < p.tokens;
+    uint4 halves[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t words[4];
+      ptx::load_shared_16(words, at(in, chunk * 2 + h));
+      const bool exists = column + 8 * h < p.out_stride;
+      halves[h] =
+          exists ? make_uint4(words[0], words[1], words[2], words[3]) : make_uint4(0, 0, 0, 0);
+      if (mine && exists) {
+        *reinterpret_cast<uint4*>(p.out + static_cast<int64_t>(token) * p.out_stride + column +
+                                  8 * h) = halves[h];
+      }
+    }
+    float v[16];
+    unpack_bf16(v, halves[0], halves[1]);
+    store_group(p.rounded, cuda_x::Shape{p.tokens, p.out_stride}, token, group, chunk, v, mine);
+  }
+}
+
 template <int kTokens, int kBlocks, int kCluster, bool kSplit>
 __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearParams p) {
   using C = Config<kTokens, kBlocks>;
   extern __shared__ __align__(1024) uint8_t smem[];
   const uint32_t base = ptx::smem_address(smem);
   const uint32_t full = base + C::kBarOffset, empty = full + C::kStages * 8;
+  const uint32_t norms_done = base + C::kNormBarOffset, norms = base + C::kNormOffset;
   const int tid = threadIdx.x, lane = tid & 31;
   const int warp = __shfl_sync(0xffffffffu, tid >> 5, 0);
   const int peer = kCluster > 1 ? static_cast<int>(blockIdx.x) % kCluster : 0;
@@ -119,6 +233,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
       ptx::mbarrier_init(full + i * 8, 1);
       ptx::mbarrier_init(empty + i * 8, kConsumerWarps * kCluster);
     }
+    ptx::mbarrier_init(norms_done, 32);
     ptx::mbarrier_init_fence();
   }
   if constexpr (kCluster > 1) {
@@ -153,8 +268,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         second = slab + 1 < slabs;
       };
       auto load_w = [&](int stage, int g) {
-        ptx::mbarrier_expect(full + stage * 8,
-                             C::kXBytes + C::kWBytes + (brings_sums(work, g) ? C::kSumBytes : 0));
+        ptx::mbarrier_expect(full + stage * 8, C::kXBytes + C::kWBytes + C::kFactorBytes +
+                                                   (brings_sums(work, g) ? C::kSumBytes : 0));
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
           ptx::bulk_load(base + stage * C::kStageBytes + C::kWOffset + b * 2 * kBlockBytes,
@@ -177,8 +292,15 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         auto load_part = [&](int part) {
           const int next = part * kPart >= cuda_x::kSlabTokens && second ? 1 : 0;
           const int row = part * kPart % cuda_x::kSlabTokens;
-          load(to + part * kPart * 128, x + next * (p.groups * cuda_x::kSlabBytes) + row * 128,
-               kPart * 128);
+          // With one CTA a group's scales, which lie behind it, come in the same copy.
+          constexpr bool kOneCopy = C::kGrouped && kCluster == 1;
+          load(to + part * kPart * 128, x + next * (p.groups * C::kSlabBytes) + row * 128,
+               kPart * 128 + (kOneCopy ? C::kFactorBytes : 0));
+          if constexpr (C::kGrouped && !kOneCopy) {
+            constexpr int kBytes = C::kFactorBytes / kCluster;
+            load(to + C::kFactorsOffset + part * kBytes, x + cuda_x::kSlabBytes + part * kBytes,
+                 kBytes);
+          }
           if (brings_sums(work, g)) {
             const uint8_t* sums = all_x + shape.sums_offset(slab + next, g) + row * 16;
 #pragma unroll
@@ -195,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
 #pragma unroll
           for (int part = 0; part < kTokens / kPart; ++part) load_part(part);
         }
-        x += cuda_x::kSlabBytes;
+        x += C::kSlabBytes;
       };
       // Weights do not depend on the kernel before: half a ring of them is under way first, as in
       // K2.
@@ -218,6 +340,17 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         begin_tile(t);
         g = work.begin;
       }
+    } else if (C::kGrouped && warp > kConsumerWarps) {  // one token tile
+      const Work work = my_work<kCluster, kSplit>(p);
+      const int idle = warp - kConsumerWarps - 1;
+      for (int t = work.first; t < work.tiles; t += work.step) {
+        const int row = my_tile<kCluster>(p, t, peer).row * C::kRows;
+        prefetch_epilogue(p, static_cast<Epilogue>(p.epilogue), row, row + C::kRows,
+                          idle * 32 + lane, kIdleWarps * 32);
+      }
+      ptx::grid_dependency_wait();
+      add_up_squares<kTokens, kIdleWarps>(p, norms, idle, lane, kCodeUndo);
+      if (idle == 0) ptx::mbarrier_arrive(norms_done);
     }
     __syncwarp();
     if constexpr (kCluster > 1) ptx::cluster_sync();
@@ -291,6 +424,29 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         }
         ptx::wgmma_commit();
       }
+      auto row_scale = [&](int b, int i) {
+        return __uint_as_float(i & 2 ? row_scales[b] & 0xffff0000u : row_scales[b] << 16);
+      };
+      [[maybe_unused]] float factors[C::kGrouped ? kTokens / 4 : 1];  // of this thread's tokens
+      if constexpr (C::kGrouped) {
+#pragma unroll
+        for (int i = 0; i < kTokens / 4; i += 4) {
+          ptx::load_shared_f32x4(reinterpret_cast<float(&)[4]>(factors[i]),
+                                 stage_at + C::kFactorsOffset + (lane & 3) * 16 + i * 16);
+        }
+      }
+      auto factor = [&](int i) { return factors[i / 4 * 2 + i % 2]; };  // of value i
+      // With one block nothing else hides the products of both scales: they are made while it
+      // multiplies.
+      constexpr bool kAhead = C::kGrouped && kBlocks == 1;
+      [[maybe_unused]] float by[kAhead ? kTokens / 2 : 1];
+      if constexpr (kAhead) {
+#pragma unroll
+        for (int i = 0; i < kTokens / 2; ++i) {
+          by[i] = factor(i) * row_scale(0, i);
+          asm volatile("" : "+f"(by[i]));
+        }
+      }
       const uint32_t done = empty + stage * 8;
       if (++stage == C::kStages) stage = 0, parity ^= 1;
       stage_at = base + stage * C::kStageBytes;
@@ -309,11 +465,15 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
             }
           }
         }
-        const float low = __uint_as_float(row_scales[b] << 16);
-        const float high = __uint_as_float(row_scales[b] & 0xffff0000u);
 #pragma unroll
         for (int i = 0; i < kTokens / 2; ++i) {
-          sums[b][i] = fmaf(temp[b][i], i & 2 ? high : low, sums[b][i]);
+          if constexpr (kAhead) {
+            sums[b][i] = fmaf(temp[b][i], by[i], sums[b][i]);
+          } else {
+            float value = temp[b][i];
+            if constexpr (C::kGrouped) value *= factor(i);
+            sums[b][i] = fmaf(value, row_scale(b, i), sums[b][i]);
+          }
         }
         if constexpr (brings) of_eight[b][0] = of_eight[b][1] = 0;
       }
@@ -367,79 +527,117 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
     }
 
     TRACE(5);
-    // Epilogue: K2's, a row block after the other, with longer passes.
-    constexpr int kPassOctets = C::kPassTokens / 8, kPieces = C::kPassTokens / 16;
+    // Epilogue: K2's, with longer passes. With one block a warpgroup both warpgroups store one tile
+    // together, 16 rows of a token a thread: the next linear's group.
+    constexpr bool kTogether = kBlocks == 1;
+    constexpr int kPassOctets = C::kPassTokens / 8;
     const Tile at = my_tile<kCluster>(p, kSplit ? cta / kCluster / parts : t, cta % kCluster);
     const bool silu = p.epilogue == static_cast<int>(Epilogue::kSiluMul);
     const bool residual = p.epilogue == static_cast<int>(Epilogue::kResidual);
-    const int in = group_id >> 3, chunk = id & 7;
+    if constexpr (C::kGrouped) ptx::mbarrier_wait(norms_done, 0);
     const auto* x_scales = reinterpret_cast<const float*>(
         reinterpret_cast<const uint8_t*>(p.x) + cuda_x::Shape{p.tokens, p.k}.scales_offset());
     auto factor = [&](int token) {
-      return token < p.tokens ? x_scales[token] * 512.0f : 0.0f;  // codes: * 2^-9
-    };
-    const uint32_t to_shared =
-        scratch + ((id & 3) * 2 * C::kOutStride + (group_id >> 5) * 16 + (id >> 2 & 7)) * 4;
-    const uint32_t from = scratch + (in * C::kOutStride + chunk * 8) * 4;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const int block_row = at.row * C::kRows + (group4 * kBlocks + b) * 64;
-      if (silu) {
-        store_silu<kOctets, kOctets>(
-            p, scratch, 1 + group4, id, block_row / 2, own, own_end,
-            [&](int octet) -> const float(&)[4] { return vector(b, octet); },
-            [&](int octet) {
-              const int token = at.token * kTokens + 8 * octet + 2 * (id & 3);
-              return make_float2(factor(token), factor(token + 1));
-            },
-            [&](int octet) { return at.token * kTokens + 8 * octet; });
-        continue;
+      if constexpr (C::kGrouped) {
+        return __uint_as_float(ptx::load_shared_4(norms + token * 4));
+      } else {
+        return token < p.tokens ? x_scales[token] * kCodeUndo : 0.0f;
       }
-      const int column = block_row + chunk * 8;
-      // What a thread reads from global memory for a pass, and where its results go (or -1);
-      // requested a pass ahead.
-      struct Ahead {
-        int64_t to[kPieces];
-        uint4 residual[kPieces];
-        float scale[kPieces];
-      };
-      auto request = [&](int pass) {
-        Ahead a;
+    };
+    auto first_token = [&](int octet) { return at.token * kTokens + 8 * octet; };
+    auto factors_of = [&](int octet) {  // tokens 2 t4 and the next
+      const int token = first_token(octet) + 2 * (id & 3);
+      return make_float2(factor(token), factor(token + 1));
+    };
+    if (silu && C::kGrouped && kBlocks == 2 && p.rounded) {
+      if constexpr (C::kGrouped && kBlocks == 2) {
+        store_silu_rounded<kOctets>(
+            p, base + C::kScratchOffset, id, at.row, own, own_end,
+            [&](int block, int octet) -> const float(&)[4] { return vector(block, octet); },
+            factors_of);
+      }
+    } else {
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          const int octet = kPassOctets * pass + 2 * i + (in >> 3);
-          const int token = at.token * kTokens + 8 * octet + (in & 7);
-          const bool mine =
-              octet >= own && octet < own_end && token < p.tokens && column < p.out_stride;
-          a.to[i] = mine ? static_cast<int64_t>(token) * p.out_stride + column : -1;
-          a.residual[i] = mine && residual ? *reinterpret_cast<const uint4*>(p.residual + a.to[i])
-                                           : make_uint4(0, 0, 0, 0);
-          a.scale[i] = factor(token);
+      for (int b = 0; b < kBlocks; ++b) {
+        const int block_row = at.row * C::kRows + (group4 * kBlocks + b) * 64;
+        if (silu) {
+          store_silu<kOctets, kOctets>(
+              p, scratch, 1 + group4, id, block_row / 2, own, own_end,
+              [&](int octet) -> const float(&)[4] { return vector(b, octet); }, factors_of,
+              first_token);
+          continue;
         }
-        return a;
-      };
-      Ahead ahead = request(own / kPassOctets);
-#pragma unroll
-      for (int pass = 0; pass < kOctets / kPassOctets; ++pass) {
-        if (kPassOctets * (pass + 1) <= own || kPassOctets * pass >= own_end) continue;
-        const Ahead now = ahead;
-        ahead = request(pass + 1);
-        ptx::named_barrier(1 + group4, 128);
-#pragma unroll
-        for (int e = 0; e < kPassOctets; ++e) {
-          const float(&four)[4] = vector(b, kPassOctets * pass + e);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int token = e * 8 + (j & 1), row = 8 * (j >> 1);
-            ptx::store_shared_f32(to_shared + (token * C::kOutStride + row) * 4, four[j]);
+        // A thread has two times eight adjacent rows of a token, or with two blocks eight of one.
+        constexpr int kPieces = kTogether ? 2 : 1;
+        const int in = (kTogether ? id : group_id) >> 3, chunk = id & 7;
+        const int column = kTogether ? at.row * C::kRows + chunk * 16 : block_row + chunk * 8;
+        const uint32_t to_shared =
+            scratch + ((id & 3) * 2 * C::kOutStride + (group_id >> 5) * 16 + (id >> 2 & 7)) * 4;
+        const uint32_t from = kTogether ? base + C::kScratchOffset + (chunk >> 2) * C::kScratch +
+                                              (in * C::kOutStride + (chunk & 3) * 16) * 4
+                                        : scratch + (in * C::kOutStride + chunk * 8) * 4;
+        auto meet = [&] {
+          if constexpr (kTogether) {
+            ptx::named_barrier(1, kConsumerWarps * 32);
+          } else {
+            ptx::named_barrier(1 + group4, 128);
           }
-        }
-        ptx::named_barrier(1 + group4, 128);
+        };
+        // What a thread reads from global memory for a pass, and where its results go (or -1);
+        // requested a pass ahead.
+        struct Ahead {
+          int64_t to[kPieces];
+          uint4 residual[kPieces];
+          float scale;
+        };
+        auto request = [&](int pass) {
+          Ahead a;
+          const int octet = kPassOctets * pass + (in >> 3), token = first_token(octet) + (in & 7);
+          const bool mine = octet >= own && octet < own_end && token < p.tokens;
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          if (now.to[i] < 0) continue;
-          store_part(p, now.to[i], from + i * 16 * C::kOutStride * 4, now.residual[i],
-                     now.scale[i]);
+          for (int i = 0; i < kPieces; ++i) {
+            const int64_t to = static_cast<int64_t>(token) * p.out_stride + column + 8 * i;
+            a.to[i] = mine && column + 8 * i < p.out_stride ? to : -1;
+            a.residual[i] = residual && a.to[i] >= 0
+                                ? *reinterpret_cast<const uint4*>(p.residual + a.to[i])
+                                : make_uint4(0, 0, 0, 0);
+          }
+          a.scale = octet < kOctets ? factor(token) : 0.0f;
+          return a;
+        };
+        Ahead ahead = request(own / kPassOctets);
+        NextGroup next;
+        if constexpr (C::kGrouped && kTogether) next = NextGroup(p, column);
+#pragma unroll
+        for (int pass = 0; pass < kOctets / kPassOctets; ++pass) {
+          if (kPassOctets * (pass + 1) <= own || kPassOctets * pass >= own_end) continue;
+          const Ahead now = ahead;
+          ahead = request(pass + 1);
+          meet();
+#pragma unroll
+          for (int e = 0; e < kPassOctets; ++e) {
+            const float(&four)[4] = vector(b, kPassOctets * pass + e);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const int token = e * 8 + (j & 1), row = 8 * (j >> 1);
+              ptx::store_shared_f32(to_shared + (token * C::kOutStride + row) * 4, four[j]);
+            }
+          }
+          meet();
+          uint4 stored[kPieces];
+#pragma unroll
+          for (int i = 0; i < kPieces; ++i) {
+            stored[i] = now.to[i] < 0
+                            ? make_uint4(0, 0, 0, 0)
+                            : store_part(p, now.to[i], from + i * 32, now.residual[i], now.scale);
+          }
+          if constexpr (C::kGrouped && kTogether) {
+            const int octet = kPassOctets * pass + (in >> 3);
+            if (p.next) {
+              next.store(p, 8 * octet + (in & 7), at.row, chunk, stored[0], stored[1],
+                         octet >= own && octet < own_end);
+            }
+          }
         }
       }
     }
@@ -472,7 +670,13 @@ int launch(const LinearArgs& args, int split, void* stream) {
                        p);
 }
 
-int tile_tokens(int tokens) { return tokens <= 64 ? 64 : 128; }
+int tile_tokens(int tokens) { return tokens <= kFp8GroupedTokens ? kFp8GroupedTokens : 128; }
+
+bool has_even_tiles(const LinearArgs& args) { return (args.rows + 127) / 128 % 2 == 0; }
+
+WgmmaTactic tactic_of(const LinearArgs& args) {
+  return args.tactic < 0 ? fp8_tactic(args) : WgmmaTactic::decode(args.tactic);
+}
 
 }  // namespace
 
@@ -490,10 +694,18 @@ WgmmaTactic fp8_tactic(const LinearArgs& args) {
   return {2, 1, static_cast<int>(std::clamp<int64_t>(slots / tiles128, 1, kMaxSplit))};
 }
 
+bool linear_fp8_rounds(const LinearArgs& args) {
+  const bool two_blocks = tactic_of(args).row_blocks == 4 && has_even_tiles(args);
+  return args.tokens <= kFp8GroupedTokens && two_blocks == (args.epilogue == Epilogue::kSiluMul);
+}
+
 int linear_fp8(const LinearArgs& args, void* stream) {
   if (args.tokens < 1 || args.k % 8 || args.rows % 8) return cudaErrorInvalidValue;
-  const WgmmaTactic t = args.tactic < 0 ? fp8_tactic(args) : WgmmaTactic::decode(args.tactic);
-  const bool even = (args.rows + 127) / 128 % 2 == 0;  // 256 rows: two tiles of 128, or two CTAs
+  const bool fuses = args.next || args.rounded || args.squares;
+  if (fuses && args.tokens > kFp8GroupedTokens) return cudaErrorInvalidValue;
+  if ((args.next || args.rounded) && !linear_fp8_rounds(args)) return cudaErrorInvalidValue;
+  const WgmmaTactic t = tactic_of(args);
+  const bool even = has_even_tiles(args);  // 256 rows: two tiles of 128, or two CTAs
   const bool pairs = t.cluster == 2 && even;
   if (tile_tokens(args.tokens) == 128) {
     return pairs ? launch<128, 1, 2>(args, t.split, stream)

@@ -171,7 +171,8 @@ __global__ void __launch_bounds__(Config<kTokens, kHalves>::kThreads, 1)
     float factor = 1.0f;
     if (p.squares) {
       float sum = 0.0f;
-      for (int i = lane; i < norm_tiles(p.k); i += 32) sum += p.squares[i * norm_stride(p) + token];
+      for (int i = lane; i < norm_tiles(p.k); i += 32)
+        sum += p.squares[i * norm_stride(p.tokens) + token];
 #pragma unroll
       for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
       factor = norm_factor(p, sum);

@@ -188,33 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                           idle * 32 + lane, kIdleWarps * 32);
       }
       ptx::grid_dependency_wait();
-      // A lane has two tokens and a third of their sums of squares.
-      const uint32_t to = factors + idle * kTokens * 4 + lane * 8;
-      const int stride = norm_stride(p);
-      if (p.squares && 2 * lane < stride && 2 * lane < kTokens) {
-        float2 sum = make_float2(0.0f, 0.0f);
-#pragma unroll 8
-        for (int i = idle; i < norm_tiles(p.k); i += kIdleWarps) {
-          const float2 v = *reinterpret_cast<const float2*>(p.squares + i * stride + 2 * lane);
-          sum.x += v.x, sum.y += v.y;
-        }
-        ptx::store_shared_f32x2(to, sum);
-      }
-      ptx::named_barrier(7, kIdleWarps * 32);
-      if (idle == 0 && 2 * lane < kTokens) {
-        float2 by = make_float2(1.0f, 1.0f);
-        if (p.squares) {
-          by = make_float2(0.0f, 0.0f);
-#pragma unroll
-          for (int i = 0; i < kIdleWarps; ++i) {
-            const float2 v = ptx::load_shared_f32x2(to + i * kTokens * 4);
-            by.x += v.x, by.y += v.y;
-          }
-          by = make_float2(norm_factor(p, by.x), norm_factor(p, by.y));
-        }
-        ptx::store_shared_f32x2(to,
-                                make_float2(by.x * ptx::kDequantUndo, by.y * ptx::kDequantUndo));
-      }
+      add_up_squares<kTokens, kIdleWarps>(p, factors, idle, lane, ptx::kDequantUndo);
       if (idle == 0) ptx::mbarrier_arrive(factors_done);
     }
     __syncwarp();

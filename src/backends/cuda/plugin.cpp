@@ -35,7 +35,7 @@ extern "C" __attribute__((visibility("default"))) nibble::Backend* nibble_plugin
     if (std::string_view(target) != cuda::kTarget) {
       fail(ErrorKind::kDevice, "this plugin has code for {}, not for {}", cuda::kTarget, target);
     }
-    if (cuda::kPortable && precision == ActivationPrecision::kE4m3Token) {
+    if (cuda::kPortable && precision == ActivationPrecision::kE4m3) {
       fail(ErrorKind::kDevice, "{} has no e4m3 linears (--activations fp8)", cuda::kTarget);
     }
     return cuda::make_cuda_backend(precision).release();

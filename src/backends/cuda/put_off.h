@@ -6,13 +6,22 @@
 
 namespace nibble::cuda {
 
-/// The parts of a norm that a linear does: for the norm after it, and for the one before it.
-struct NormParts {
-  void* next = nullptr;
+/// What a linear does of the ops around it.
+struct Fused {
+  void* next = nullptr;  // its result times next_weight, for the norm after it
   const float* next_weight = nullptr;
-  bool scales = false;
-  const float* weight = nullptr;  // the whole norm before it, where its x is rounded to e4m3
+  bool scales = false;            // 1/rms of the norm before it
+  const float* weight = nullptr;  // that norm whole, where its x is rounded to e4m3
   float eps = 0;
+  const void* x = nullptr;  // what it reads, in e4m3 already
+};
+
+/// Activations that were rounded to e4m3 by the kernel that made them.
+struct Rounded {
+  const void* source;  // the same in bf16
+  int rows;
+  int64_t features;
+  const void* data;
 };
 
 /// A rope_store_kv() that has not been done yet.
@@ -31,6 +40,7 @@ struct ResidualLinear {
   LinearOperand w;
   int rows;
   void* y;
+  const void* rounded;  // x in e4m3, or null
 };
 /// An RMSNorm that is left to the linear that reads it: the multiplication by 1/rms, or all of it.
 struct PutOffNorm {
@@ -40,6 +50,7 @@ struct PutOffNorm {
   int rows, hidden;
   void* y;
   bool whole;
+  const void* rounded;  // x times weight in e4m3, or null
 };
 
 }  // namespace nibble::cuda

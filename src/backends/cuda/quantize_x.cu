@@ -1,37 +1,36 @@
-// x [tokens, k] bf16 -> e4m3 with a scale per token, laid out for linear_fp8.cu (x_layout.h); with
-// an RMSNorm before it, where one comes before. Reads 2 (of k above 8192 again, from L2 or L1) and
-// writes 1.03 bytes a value. A block a token: the norm's sum of squares, then the largest
-// magnitude, then eight threads a group of 128 channels, 16 channels each: two 16-byte loads, one
-// 16-byte store. SPDX-License-Identifier: Apache-2.0
+// x [tokens, k] bf16 -> e4m3 as linear_fp8.cu reads it (x_layout.h), with an RMSNorm before it
+// where one comes before. Reads 2 and writes 1.03 bytes a value.
+//
+// Up to 64 tokens eight threads have the 128 channels that share a scale, 16 each, and need no
+// others: 1/rms is left to the linear (LinearArgs::squares). Above, a block a token: the norm's sum
+// of squares, then the largest magnitude, then the same chunks; k above 8192 is read again, from
+// L2 or L1.
+// SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "backends/cuda/kernels.h"
+#include "backends/cuda/linear_common.cuh"
 #include "backends/cuda/ptx/barrier.cuh"
-#include "backends/cuda/ptx/convert.cuh"
 #include "backends/cuda/x_layout.h"
+#include "backends/cuda/x_store.cuh"
 
 namespace nibble::cuda {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr float kMaxE4m3 = 448.0f, kLeast = 0x1p-100f;
+constexpr int kThreads = 512, kGroupThreads = 256;
 
 // Channels first ... first + 15 of x; zeros past the end.
 __device__ __forceinline__ void load_piece(float (&v)[16], const __nv_bfloat16* x, int first,
                                            int k) {
+  uint4 halves[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const uint4 bits = first + 8 * h < k ? *reinterpret_cast<const uint4*>(x + first + 8 * h)
-                                         : make_uint4(0, 0, 0, 0);
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[8 * h + 2 * i] = __uint_as_float(words[i] << 16);
-      v[8 * h + 2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    }
+    halves[h] = first + 8 * h < k ? *reinterpret_cast<const uint4*>(x + first + 8 * h)
+                                  : make_uint4(0, 0, 0, 0);
   }
+  unpack_bf16(v, halves[0], halves[1]);
 }
 
 // v times `factor` and a vector over the channels, rounded to bf16 as the kernel is that does only
@@ -95,78 +94,90 @@ __global__ void __launch_bounds__(kThreads) quantize_x_kernel(const QuantizeArgs
     if constexpr (kNorm) multiply_piece(v, inverse_rms, args.norm_weight, piece * 16, args.k);
     if constexpr (kPreScale) multiply_piece(v, 1.0f, args.pre_scale, piece * 16, args.k);
   };
-  // Magnitudes compare as integers, and so a NaN is more than everything.
   uint32_t most = 0;
-  auto compare = [&](const float(&v)[16]) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) most = max(most, __float_as_uint(v[i]) & 0x7fffffffu);
-  };
   if (begin < pieces) finish(kept, begin);
-  compare(kept);
+  most = max(most, absmax_bits(kept));
   for (int piece = begin + kThreads; piece < pieces; piece += kThreads) {
     float v[16];
     load_piece(v, x, piece * 16, args.k);
     finish(v, piece);
-    compare(v);
+    most = max(most, absmax_bits(v));
   }
   most = __reduce_max_sync(0xffffffffu, most);
   if (tid % 32 == 0) most_of_warp[tid / 32] = most;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kThreads / 32; ++i) most = max(most, most_of_warp[i]);
-  const float absmax = __uint_as_float(most);
-  const bool usable = absmax >= kLeast && most < 0x7f800000u;
-  const float inverse = usable ? __fdiv_rn(kMaxE4m3, absmax) : 0.0f;
+  const E4m3Scale by(most);
 
   auto* out = static_cast<uint8_t*>(args.out);
   const int slab = token / cuda_x::kSlabTokens;
-  auto store_sum = [&](int group, float sum) {
-    uint8_t* block = out + shape.sums_offset(slab, group);
-    const __nv_bfloat16 high = __float2bfloat16_rn(sum * cuda_x::kSumUnit);
-    const __nv_bfloat16 low = __float2bfloat16_rn(sum * cuda_x::kSumUnit - __bfloat162float(high));
-    *reinterpret_cast<__nv_bfloat16*>(block + cuda_x::sum_byte(0, row, group)) = high;
-    *reinterpret_cast<__nv_bfloat16*>(block + cuda_x::sum_byte(1, row, group)) = low;
-  };
   for (int piece = tid; piece < pieces; piece += kThreads) {  // whole groups of threads
     float v[16] = {};
-    if (usable && piece == tid) {
+    if (by.usable && piece == tid) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) v[i] = kept[i];
-    } else if (usable) {
+    } else if (by.usable) {
       load_piece(v, x, piece * 16, args.k);
       finish(v, piece);
     }
-    uint32_t packed[4];
     float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {  // bytes 4i ...: channels 2i, 8 + 2i, 2i + 1, 9 + 2i
-      const uint32_t low = ptx::e4m3x2(v[2 * i] * inverse, v[8 + 2 * i] * inverse);
-      const uint32_t high = ptx::e4m3x2(v[2 * i + 1] * inverse, v[9 + 2 * i] * inverse);
-      packed[i] = low | high << 16;
-#pragma unroll
-      for (const uint32_t pair : {low, high}) {
-        const uint32_t halves = ptx::e4m3x2_to_half2(pair);
-        const float2 exact = __half22float2(reinterpret_cast<const __half2&>(halves));
-        sum += exact.x + exact.y;
-      }
-    }
+    const uint4 packed = round_chunk(v, by.inverse, sum);
 #pragma unroll
     for (int offset = 4; offset; offset /= 2) {
       sum += __shfl_xor_sync(0xffu << (threadIdx.x & 24), sum, offset);
     }
     *reinterpret_cast<uint4*>(out + shape.slab_offset(slab, piece / 8) +
-                              cuda_x::chunk_byte(row, lane8)) =
-        make_uint4(packed[0], packed[1], packed[2], packed[3]);
-    if (lane8 == 0) store_sum(piece / 8, sum);
+                              cuda_x::chunk_byte(row, lane8)) = packed;
+    if (lane8 == 0) store_sum(out, shape, token, piece / 8, sum);
   }
   const int groups = static_cast<int>(shape.groups());
   const int past = groups + tid;
-  if (past < shape.sum_blocks() * cuda_x::kSumGroups) store_sum(past, 0.0f);
-  if (tid == 0) {
-    float scale = usable ? __fdiv_rn(absmax, kMaxE4m3) : 0.0f;
-    if (most >= 0x7f800000u) scale = __uint_as_float(0x7fffffffu);
-    reinterpret_cast<float*>(out + shape.scales_offset())[token] = scale;
+  if (past < shape.sum_blocks() * cuda_x::kSumGroups) store_sum(out, shape, token, past, 0.0f);
+  if (tid == 0) reinterpret_cast<float*>(out + shape.scales_offset())[token] = by.scale;
+}
+
+// Up to 64 tokens. by[channel]: the norm's weight and the AWQ pre-scale, either or both.
+__global__ void __launch_bounds__(kGroupThreads) quantize_groups_kernel(const QuantizeArgs args) {
+  ptx::grid_launch_dependents();
+  const cuda_x::Shape shape{args.tokens, args.k};
+  const int groups = static_cast<int>(shape.groups());
+  const int pair = static_cast<int>(blockIdx.x * kGroupThreads + threadIdx.x) / 8;
+  const int token = pair / groups, group = pair - token * groups, chunk = threadIdx.x & 7;
+  const int first = group * 128 + chunk * 16;
+  const bool mine = token < args.tokens;
+  float by[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) by[i] = 1.0f;
+  for (const float* vector : {args.norm_weight, args.pre_scale}) {
+#pragma unroll
+    for (int i = 0; i < 16; i += 4) {
+      if (vector == nullptr || first + i >= args.k) continue;
+      const float4 four = *reinterpret_cast<const float4*>(vector + first + i);
+      by[i] *= four.x, by[i + 1] *= four.y, by[i + 2] *= four.z, by[i + 3] *= four.w;
+    }
   }
+  ptx::grid_dependency_wait();
+  float v[16] = {};
+  if (mine) {
+    const auto* x = static_cast<const __nv_bfloat16*>(args.x) + token * args.x_stride;
+    load_piece(v, x, first, args.k);
+  }
+  if (args.norm_weight != nullptr) {
+    static_assert(kNormTileRows == 4 * 16);
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) squares = fmaf(v[i], v[i], squares);
+    squares += __shfl_xor_sync(0xffffffffu, squares, 1);
+    squares += __shfl_xor_sync(0xffffffffu, squares, 2);
+    const int tile = first / kNormTileRows;
+    if (mine && chunk % 4 == 0 && tile < norm_tiles(args.k)) {
+      args.squares[tile * norm_stride(args.tokens) + token] = squares;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 16; ++i) v[i] *= by[i];
+  store_group(static_cast<uint8_t*>(args.out), shape, token, group, chunk, v, mine);
 }
 
 }  // namespace
@@ -178,9 +189,15 @@ size_t quantized_x_bytes(int tokens, int64_t k) {
 int quantize_x(const QuantizeArgs& args, void* stream) {
   if (args.tokens < 1 || args.k % 8 || args.x_stride % 8) return cudaErrorInvalidValue;
   const cuda_x::Shape shape{args.tokens, args.k};
+  const bool grouped = shape.grouped();
+  if (grouped && args.norm_weight != nullptr && args.squares == nullptr) {
+    return cudaErrorInvalidValue;
+  }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(shape.slabs() * cuda_x::kSlabTokens));
-  config.blockDim = dim3(kThreads);
+  config.gridDim = dim3(static_cast<unsigned>(
+      grouped ? (shape.tokens * shape.groups() * 8 + kGroupThreads - 1) / kGroupThreads
+              : shape.slabs() * cuda_x::kSlabTokens));
+  config.blockDim = dim3(grouped ? kGroupThreads : kThreads);
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attribute{};
   if (args.dependent) {
@@ -189,6 +206,7 @@ int quantize_x(const QuantizeArgs& args, void* stream) {
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
+  if (grouped) return cudaLaunchKernelEx(&config, quantize_groups_kernel, args);
   auto* kernel = args.norm_weight == nullptr ? args.pre_scale == nullptr
                                                    ? quantize_x_kernel<false, false>
                                                    : quantize_x_kernel<false, true>

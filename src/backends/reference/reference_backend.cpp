@@ -61,22 +61,27 @@ void load_weight_row(const LinearOperand& w, int64_t n, float* row) {
        weight_layout_name(w.layout));
 }
 
-// x [rows, k] as an e4m3 linear reads it: a row has the scale absmax / 448, and a value is
-// e4m3(x * (448 / absmax)) times that. A row below 2^-100 is 0; an infinity or NaN makes it NaN.
-void round_to_e4m3(std::vector<float>& x, int64_t k) {
+// x [rows, k] as an e4m3 linear reads it: a row, or kE4m3Group values of it, have the scale
+// absmax / 448, and a value is e4m3(x * (448 / absmax)) times that. Below 2^-100 all are 0; an
+// infinity or NaN makes all NaN.
+void round_to_e4m3(std::vector<float>& x, int64_t k, bool grouped) {
+  const int64_t group = grouped ? kE4m3Group : k;
   constexpr float kMax = 448.0f, kLeast = 0x1p-100f;
   for (auto row = x.begin(); row < x.end(); row += k) {
-    float absmax = 0;
-    bool finite = true;
-    for (auto v = row; v < row + k; ++v) {
-      finite = finite && std::isfinite(*v);
-      absmax = std::max(absmax, std::fabs(*v));
-    }
-    const float inverse = kMax / absmax, scale = absmax / kMax;
-    for (auto v = row; v < row + k; ++v) {
-      *v = !finite           ? std::numeric_limits<float>::quiet_NaN()
-           : absmax < kLeast ? 0.0f
-                             : e4m3_to_float(float_to_e4m3(*v * inverse)) * scale;
+    for (int64_t begin = 0; begin < k; begin += group) {
+      const auto first = row + begin, last = row + std::min(k, begin + group);
+      float absmax = 0;
+      bool finite = true;
+      for (auto v = first; v < last; ++v) {
+        finite = finite && std::isfinite(*v);
+        absmax = std::max(absmax, std::fabs(*v));
+      }
+      const float inverse = kMax / absmax, scale = absmax / kMax;
+      for (auto v = first; v < last; ++v) {
+        *v = !finite           ? std::numeric_limits<float>::quiet_NaN()
+             : absmax < kLeast ? 0.0f
+                               : e4m3_to_float(float_to_e4m3(*v * inverse)) * scale;
+      }
     }
   }
 }
@@ -84,7 +89,7 @@ void round_to_e4m3(std::vector<float>& x, int64_t k) {
 class ReferenceBackend final : public Backend {
  public:
   explicit ReferenceBackend(ActivationPrecision precision)
-      : e4m3_(precision == ActivationPrecision::kE4m3Token) {}
+      : e4m3_(precision == ActivationPrecision::kE4m3) {}
   std::string name() const override { return "reference"; }
   size_t act_bytes() const override { return sizeof(float); }
   void reserve(const ModelSpec&, const EngineLimits&, int) override {}
@@ -140,7 +145,7 @@ class ReferenceBackend final : public Backend {
       for (size_t i = 0; i < changed.size(); ++i)
         changed[i] *= w.pre_scale[i % static_cast<size_t>(w.in_features)];
     }
-    if (round) round_to_e4m3(changed, w.in_features);
+    if (round) round_to_e4m3(changed, w.in_features, rows <= kE4m3GroupedRows);
     // A weight row is expanded once and used for every activation row; a thread owns whole output
     // columns, so the sums do not depend on the thread count.
     constexpr int64_t kRowsPerChunk = 16;

@@ -9,8 +9,7 @@
 
 namespace nibble {
 
-/// kE4m3Token: what int4 linears read is rounded to e4m3 with a scale per token first. Any other
-/// precision is f32.
+/// kE4m3: what int4 linears read is rounded to e4m3 first. Any other precision is f32.
 std::unique_ptr<Backend> make_reference_backend(
     ActivationPrecision precision = ActivationPrecision::kF32);
 
