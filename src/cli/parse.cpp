@@ -271,7 +271,7 @@ class Parser {
         ->capture_default_str();
     add_choice(c, "--activations,--activation-precision", f.activations, {"f32", "int8", "fp8"},
                "feed int4 linears with exact activations or int8 per group (cpu targets), or with "
-               "e4m3 scaled per token in large steps (fp8: cuda:sm_90, ref); default by "
+               "e4m3 in steps of 33 rows and more (fp8: cuda:sm_90; ref: all); default by "
                "target");
     c->add_option("--tokenizer", f.tokenizer,
                   "directory with tokenizer.json when the checkpoint has none");
