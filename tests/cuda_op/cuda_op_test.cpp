@@ -239,15 +239,21 @@ TEST_P(CudaOps, TunedLinearsMatchReference) {
   cuda_->use_tactics({});
 }
 
+class CudaFp8 : public testing::Test {
+ protected:
+  void SetUp() override {
+    try {
+      cuda_ = open_cuda_backend("cuda:sm_90", ActivationPrecision::kE4m3);
+    } catch (const Error& error) {
+      GTEST_SKIP() << error.what();
+    }
+  }
+  std::unique_ptr<Backend> cuda_;
+};
+
 // --activations fp8: steps of kFp8MinTokens and more against the reference that rounds as they do,
 // smaller ones against the one that does not.
-TEST(CudaFp8, LinearsMatchReference) {
-  std::unique_ptr<Backend> cuda;
-  try {
-    cuda = open_cuda_backend("cuda:sm_90", ActivationPrecision::kE4m3);
-  } catch (const Error& error) {
-    GTEST_SKIP() << error.what();
-  }
+TEST_F(CudaFp8, LinearsMatchReference) {
   const auto exact = make_reference_backend();
   const auto rounded = make_reference_backend(ActivationPrecision::kE4m3);
   int large = 0;
@@ -261,13 +267,13 @@ TEST(CudaFp8, LinearsMatchReference) {
     const std::vector<float> want = run(reference, c, host, x, c.rows);
     for (const bool fused : {false, true}) {
       if (fused && !c.gate_up) continue;
-      const Weights weights(*cuda, c, WeightLayout::kCudaInt4, fused);
-      const std::vector<float> got = run(*cuda, c, weights, x, c.rows);
+      const Weights weights(*cuda_, c, WeightLayout::kCudaInt4, fused);
+      const std::vector<float> got = run(*cuda_, c, weights, x, c.rows);
       // With a pre-scale, x is rounded to bf16 before e4m3: one value in sixteen or so then falls
       // to the other side, a step of 1/16.
       EXPECT_LT(rms_error(got, want), c.pre_scale ? 0.03 : 0.012) << c.name();
       EXPECT_LT(element_error(got, want, got.size()), c.pre_scale ? 0.15 : 0.04) << c.name();
-      const std::vector<float> again = run(*cuda, c, weights, x, c.rows);
+      const std::vector<float> again = run(*cuda_, c, weights, x, c.rows);
       EXPECT_TRUE(same_bits(got.data(), again.data(), got.size())) << c.name() << " second run";
     }
   }
@@ -277,13 +283,7 @@ TEST(CudaFp8, LinearsMatchReference) {
 // A norm is left to the linear that reads it and is done in the kernel that rounds to e4m3; done by
 // itself, because something else looks at its result first, it gives the same but for a sum in
 // another order. Inputs of k above 8192 are read again instead of kept.
-TEST(CudaFp8, NormIsDoneOnTheWay) {
-  std::unique_ptr<Backend> cuda;
-  try {
-    cuda = open_cuda_backend("cuda:sm_90", ActivationPrecision::kE4m3);
-  } catch (const Error& error) {
-    GTEST_SKIP() << error.what();
-  }
+TEST_F(CudaFp8, NormIsDoneOnTheWay) {
   const auto reference = make_reference_backend(ActivationPrecision::kE4m3);
   for (const auto& [hidden, extra_rows] :
        {std::pair{384, 40}, {5120, 40}, {10240, 40}, {128, 0}, {384, 10}, {5120, 31}}) {
@@ -300,7 +300,7 @@ TEST(CudaFp8, NormIsDoneOnTheWay) {
         const auto h = static_cast<size_t>(hidden), rows = static_cast<size_t>(c.rows);
         const std::vector<float> weight = normal(h, 12), input = normal(rows * h, 13);
         const auto result = [&](Backend& backend, bool look) {
-          const bool on_gpu = &backend == cuda.get();
+          const bool on_gpu = &backend == cuda_.get();
           const Weights weights(backend, c,
                                 on_gpu ? WeightLayout::kCudaInt4 : WeightLayout::kInt4Portable,
                                 on_gpu && gate_up);
@@ -318,8 +318,8 @@ TEST(CudaFp8, NormIsDoneOnTheWay) {
           }
           return y.read();
         };
-        const std::vector<float> want = result(*reference, false), fused = result(*cuda, false),
-                                 apart = result(*cuda, true);
+        const std::vector<float> want = result(*reference, false), fused = result(*cuda_, false),
+                                 apart = result(*cuda_, true);
         EXPECT_LT(rms_error(fused, want), 0.03) << hidden << gate_up << pre_scale;
         // With a scale per group the norm's result is not rounded to bf16 on the way.
         EXPECT_LT(rms_error(fused, apart), c.rows > cuda::kFp8GroupedTokens ? 0.01 : 0.03)
@@ -332,13 +332,7 @@ TEST(CudaFp8, NormIsDoneOnTheWay) {
 // From a decode step's attention to the next layer's first linear, up to 64 sequences: what linears
 // read is rounded by the kernel before them, where its tiles have whole groups of 128 channels.
 // Looked at on the way, every op is done by itself.
-TEST(CudaFp8, KernelsRoundForTheNext) {
-  std::unique_ptr<Backend> cuda;
-  try {
-    cuda = open_cuda_backend("cuda:sm_90", ActivationPrecision::kE4m3);
-  } catch (const Error& error) {
-    GTEST_SKIP() << error.what();
-  }
+TEST_F(CudaFp8, KernelsRoundForTheNext) {
   const auto reference = make_reference_backend(ActivationPrecision::kE4m3);
   const AttentionShape shape{32, 8, 128, 64, KvFormat::kInt8Dynamic};
   for (const auto& [hidden, ffn, rows] :
@@ -356,7 +350,7 @@ TEST(CudaFp8, KernelsRoundForTheNext) {
                         .seed = seed};
     };
     const auto result = [&, hidden = hidden, ffn = ffn, rows = rows](Backend& backend, bool look) {
-      const bool on_gpu = &backend == cuda.get();
+      const bool on_gpu = &backend == cuda_.get();
       const WeightLayout layout = on_gpu ? WeightLayout::kCudaInt4 : WeightLayout::kInt4Portable;
       const Weights o(backend, linear_case(hidden, 32 * 128, false, 61), layout),
           gate_up(backend, linear_case(ffn, hidden, true, 62), layout, on_gpu),
@@ -395,8 +389,8 @@ TEST(CudaFp8, KernelsRoundForTheNext) {
       }
       return all;
     };
-    const std::vector<float> want = result(*reference, false), fused = result(*cuda, false),
-                             again = result(*cuda, false), apart = result(*cuda, true);
+    const std::vector<float> want = result(*reference, false), fused = result(*cuda_, false),
+                             again = result(*cuda_, false), apart = result(*cuda_, true);
     const size_t ends[4] = {0, n * f, n * (f + h), n * (f + h + 264)};
     for (int i = 0; i < 3; ++i) {
       const auto part = [&](const std::vector<float>& all) {
