@@ -4,12 +4,13 @@
 // them.
 //
 // A cluster of CTAs shares the pages of one (sequence, head) evenly; in a CTA four warps share a
-// page, 16 tokens each, and two pages are in work at a time. Pages are requested before
-// griddepcontrol.wait: what an earlier step stored cannot change. The last CTA of a cluster has the
-// page of the new token: its k and v are rotated, quantized and written to the page in memory, and
-// over the copy of the page that was on its way meanwhile. Every warp keeps (max, sum, O) of its
-// tokens; they meet in shared memory, then each CTA sends the slices of its sums to their owners'
-// shared memory, and an owner adds them in rank order: deterministic, and one cluster barrier.
+// page, 16 tokens each, and eight warps have two pages in work at a time. Pages are requested
+// before griddepcontrol.wait: what an earlier step stored cannot change. The last CTA of a cluster
+// has the page of the new token: its k and v are rotated, quantized and written to the page in
+// memory, and over the copy of the page that was on its way meanwhile. Every warp keeps (max, sum,
+// O) of its tokens; they meet in shared memory, then each CTA sends the slices of its sums to their
+// owners' shared memory, and an owner adds them in rank order: deterministic, and one cluster
+// barrier.
 //
 // Scores are q K^T as in K3, with 16 tokens instead of 64: column 2t + e of score tile j is token
 // 4t + 2j + e. O is V^T P^T, whose operand B the scores' accumulators are: half the registers and

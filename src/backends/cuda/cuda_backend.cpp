@@ -7,6 +7,7 @@
 #include <cmath>
 #include <optional>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "backends/cuda/checked_device.h"
@@ -447,11 +448,11 @@ class CudaBackend final : public Backend {
 
   /// What is left of the op before to a linear that reads x; other work that was put off is done.
   Fused take_before(const void*& x, const LinearOperand& w, int rows) {
-    if (rounded_ && rounded_->source == x && rounded_->rows == rows &&
-        rounded_->features == w.in_features && w.pre_scale == nullptr) {
-      const void* data = rounded_->data;
+    const std::optional<Rounded> rounded = std::exchange(rounded_, std::nullopt);
+    if (rounded && rounded->source == x && rounded->rows == rows &&
+        rounded->features == w.in_features && w.pre_scale == nullptr) {
       flush();
-      return {.x = data};
+      return {.x = rounded->data};
     }
     if (put_off_norm_ && put_off_norm_->y == x && put_off_norm_->rows == rows &&
         put_off_norm_->hidden == w.in_features &&

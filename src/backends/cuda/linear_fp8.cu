@@ -529,7 +529,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
     TRACE(5);
     // Epilogue: K2's, with longer passes. With one block a warpgroup both warpgroups store one tile
     // together, 16 rows of a token a thread: the next linear's group.
-    constexpr bool kTogether = kBlocks == 1;
+    constexpr bool kTogether = kBlocks == 1, kRoundsSilu = C::kGrouped && kBlocks == 2;
     constexpr int kPassOctets = C::kPassTokens / 8;
     const Tile at = my_tile<kCluster>(p, kSplit ? cta / kCluster / parts : t, cta % kCluster);
     const bool silu = p.epilogue == static_cast<int>(Epilogue::kSiluMul);
@@ -549,8 +549,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
       const int token = first_token(octet) + 2 * (id & 3);
       return make_float2(factor(token), factor(token + 1));
     };
-    if (silu && C::kGrouped && kBlocks == 2 && p.rounded) {
-      if constexpr (C::kGrouped && kBlocks == 2) {
+    if (kRoundsSilu && silu && p.rounded) {
+      if constexpr (kRoundsSilu) {
         store_silu_rounded<kOctets>(
             p, base + C::kScratchOffset, id, at.row, own, own_end,
             [&](int block, int octet) -> const float(&)[4] { return vector(block, octet); },
