@@ -390,6 +390,35 @@ TEST_P(CudaOps, DecodeStepsMatchReference) {
   }
 }
 
+// Many more pages than a CTA has in flight, with every number of CTAs a sequence: against the same
+// tokens in steps that have a chunk of another sequence too, which another kernel serves.
+TEST_P(CudaOps, LongDecodeStepsMatchMixedOnes) {
+  if (portable()) return;  // one kernel for both
+  const AttentionShape shape{32, 8, 128, 64, KvFormat::kInt8Dynamic};
+  const size_t row = size_t{32} * 128;
+  for (const auto& [sequences, length] :
+       {std::pair{16, 1100}, std::pair{8, 1200}, std::pair{4, 2300}, std::pair{1, 4600}}) {
+    AttentionRun alone(*cuda_, shape, sequences + 1, length + 100, 3),
+        mixed(*cuda_, shape, sequences + 1, length + 100, 5);
+    std::vector<Chunk> step;
+    for (int s = 0; s < sequences; ++s) {
+      alone.step({{s, length}});
+      mixed.step({{s, length}});
+      step.push_back({s, 1});
+    }
+    std::vector<Chunk> with_chunk = step;
+    with_chunk.push_back({sequences, 2});
+    for (int i = 0; i < 10; ++i) {
+      const std::vector<float> result = alone.step(step);
+      std::vector<float> expected = mixed.step(with_chunk);
+      expected.resize(result.size());
+      ASSERT_LT(rms_error(result, expected), 1e-2) << sequences << " sequences, step " << i;
+      ASSERT_LT(element_error(result, expected, row), 0.08)
+          << sequences << " sequences, step " << i;
+    }
+  }
+}
+
 TEST_P(CudaOps, GenericAttentionDoesNotDependOnChunksOrBatch) {
   std::vector<AttentionShape> shapes = {{2, 1, 128, 64, KvFormat::kInt8Dynamic},
                                         {4, 1, 128, 64, KvFormat::kF16}};

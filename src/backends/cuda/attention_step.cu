@@ -54,6 +54,9 @@ struct NewToken {  // as the page wants it
 template <int kMultiply, int kPages, int kCtas>
 struct Config {
   static constexpr int kWarps = kMultiply, kStages = kPages, kCtasPerSm = kCtas;
+  static constexpr int kSlots = kWarps / 4;  // pages in work at a time
+  // Or those who wait for a stage have not all waited for what it held before, and parities lie.
+  static_assert(kStages % kSlots == 0, "a stage must always be the same warps' to read");
   static constexpr int kThreads = (kWarps + (kWarps == 8 ? 2 : 0)) * 32;
 };
 
@@ -210,7 +213,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
   __syncthreads();  // the new token's bytes
 
   const float scale_log2 = p.softmax_scale * 1.44269504f;
-  constexpr int kSlots = kWarps / 4;               // pages in work at a time
   const int slot = warp >> 2, quarter = warp & 3;  // of them; of the page
   float o[8][4];  // d 16 n + g and 8 more, heads 2t and 2t + 1 (t < 2)
 #pragma unroll
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
   float m = -1e30f, l = 0.0f;  // of row g, in log2 units; l is this lane's part
 
 #pragma unroll 1
-  for (int i = slot; warp < kWarps && i < count; i += kSlots) {
+  for (int i = slot; warp < kWarps && i < count; i += C::kSlots) {
     const int stage = i % kStages, first_token = (begin + i) * kPageTokens + 16 * quarter;
     const uint32_t k_tile = ring + stage * kPairBytes, v_tile = k_tile + kTileBytes;
     ptx::mbarrier_wait(bars + stage * 8, i / kStages & 1);
@@ -415,7 +417,7 @@ int step_attention(const StepAttentionArgs& args, void* stream) {
   }
   // A CTA has an SM, as far as there are pages to share. NOTE: its shared memory keeps a second one
   // away: with room for two, 128 CTAs met on fewer SMs (16 x 5600 tokens 65.5 -> 70.6 us).
-  using Alone = Config<8, 7, 1>;
+  using Alone = Config<8, 8, 1>;
   const int items = args.sequences * args.kv_heads;
   if (items * 8 <= args.num_sms) return launch<8, Alone>(args, stream);
   if (items * 4 <= args.num_sms) return launch<4, Alone>(args, stream);
