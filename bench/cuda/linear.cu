@@ -155,6 +155,7 @@ struct Weights {  // device copies of one matrix
   uint8_t* nibbles = nullptr;
   float* scales = nullptr;
   std::vector<uint8_t*> packed;
+  float largest_scale = 0;                   // of all of packed
   std::unique_ptr<RepeatedMemory> repeated;  // where all of packed are
 };
 
@@ -192,6 +193,17 @@ std::vector<int> parse_list(char* text) {
   return list;
 }
 
+void find_largest_scale(const Matrix& matrix, Weights& w, cudaStream_t stream) {
+  auto* scratch = device_alloc<float>(1);
+  for (const uint8_t* packed : w.packed) {
+    float largest;
+    BENCH_CHECK(
+        cuda::largest_scale(packed, matrix.shape.rows, matrix.shape.k, scratch, &largest, stream));
+    w.largest_scale = std::max(w.largest_scale, largest);
+  }
+  BENCH_CHECK(cudaFree(scratch));
+}
+
 Weights make_weights(const Matrix& matrix, int copies, bool keep_source, uint64_t seed,
                      cudaStream_t stream) {
   const Shape& s = matrix.shape;
@@ -212,7 +224,7 @@ Weights make_weights(const Matrix& matrix, int copies, bool keep_source, uint64_
     BENCH_CHECK(cudaGetLastError());
   }
   std::reverse(w.packed.begin(), w.packed.end());
-  BENCH_CHECK(cudaStreamSynchronize(stream));
+  find_largest_scale(matrix, w, stream);
   if (!keep_source) {
     BENCH_CHECK(cudaFree(w.nibbles));
     BENCH_CHECK(cudaFree(w.scales));
@@ -237,7 +249,7 @@ Weights make_cached_weights(const Matrix& matrix, int copies, cudaStream_t strea
   fill_scales<<<1056, 256, 0, stream>>>(reinterpret_cast<uint32_t*>(w.packed[0]),
                                         RepeatedMemory::kBytes / 4);
   BENCH_CHECK(cudaGetLastError());
-  BENCH_CHECK(cudaStreamSynchronize(stream));
+  find_largest_scale(matrix, w, stream);
   return w;
 }
 
@@ -305,6 +317,7 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
                         .residual = residual,
                         .out_scale = out_scale,
                         .epilogue = m.epilogue,
+                        .largest_scale = w.largest_scale,
                         .workspace = sizes.workspace,
                         .num_sms = sizes.sms,
                         .dependent = false,
@@ -387,6 +400,7 @@ void trace(const Options& o, cuda::LinearArgs args, const Weights& w, const Size
         for (int c = 0; c < kCalls; ++c) {
           args.trace = stamps + per_call * c;
           args.weights = w.packed[c % w.packed.size()];
+          args.largest_scale = w.largest_scale;
           BENCH_CHECK(run(o, args, stream));
         }
       },
@@ -572,6 +586,7 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
           const Timing t = time_graph(stream, calls, [&] {
             for (int c = 0; c < calls; ++c) {
               args.weights = weights[i].packed[c % kLayers];
+              args.largest_scale = weights[i].largest_scale;
               BENCH_CHECK(run(o, args, stream));
             }
           });
@@ -617,6 +632,7 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
                 args.x = inputs[i], args.x_stride = strides[i], args.x_map = maps[i],
                 args.out = outputs[i], args.residual = h;
                 args.epilogue = matrices[i].epilogue, args.weights = weights[i].packed[layer];
+                args.largest_scale = weights[i].largest_scale;
                 args.dependent = layer + i > 0;
                 const bool fused = fp8 && tactic < 0 && tokens <= cuda::kFp8GroupedTokens;
                 if (fp8 && (!fused || i == 1 || layer + i == 0)) {

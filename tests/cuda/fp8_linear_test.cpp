@@ -47,11 +47,12 @@ uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return out;
 }
-// collect_scales() of ptx/dequant.cuh.
+// collects() and collect_scales() of ptx/dequant.cuh.
+bool collects(int group, int lane) { return ((group ^ lane << 1) & 6) == 0; }
 void collect(uint32_t (&scales)[2], uint32_t pair, int group, int lane) {
-  const bool mine = (lane & 3) == (group >> 1 & 3), odd = group & 1;
-  scales[0] = byte_perm(scales[0], pair, mine ? odd ? 0x5410 : 0x3254 : 0x3210);
-  scales[1] = byte_perm(scales[1], pair, mine ? odd ? 0x7610 : 0x3276 : 0x3210);
+  if (!collects(group, lane)) return;
+  scales[0] = byte_perm(scales[0], pair, 0x5432);
+  scales[1] = byte_perm(scales[1], pair, 0x7632);
 }
 
 // 128 rows, of which the first block is used.
@@ -164,6 +165,8 @@ void expect_product(int k) {
       // The k16 step: scales_operand() of ptx/dequant.cuh times the block of sums.
       double a[16][16];
       for (int lane = 0; lane < 32; ++lane) {
+        const int down = group % 2 == 0 && collects(group, lane) ? 16 : 0;
+        for (uint32_t& scales : collected[lane]) scales >>= down;
         for (int i = 0; i < 4; ++i)  // a0: (g, 2t ..), a1: (g + 8, same), a2: (g, 8 + 2t ..), a3
           for (int half = 0; half < 2; ++half)
             a[lane / 4 + 8 * (i & 1)][8 * (i >> 1) + 2 * (lane % 4) + half] =
@@ -228,6 +231,23 @@ TEST(Fp8Linear, PlacesAreEachUsedOnce) {
   EXPECT_EQ(*bytes.rbegin(), shape.bytes() - 1);
   EXPECT_EQ((cuda_x::Shape{65, 129}.bytes()),
             4 * cuda_x::kSlabBytes + 2 * cuda_x::kSumBytes + 128 * 4);
+}
+
+// A lane of prepare_scales() reads two neighbouring scales and writes them side by side; a thread
+// of wgmma finds those of its tokens in 32 bytes.
+TEST(Fp8Linear, PairsOfScales) {
+  for (int lane = 0; lane < 32; ++lane) {
+    const int row = cuda_x::factor_row(lane * 8);
+    EXPECT_EQ(row % 2, 0);
+    for (int i = 0; i < 2; ++i) {
+      EXPECT_EQ(cuda_x::factor_byte(row + i), lane * 8 + 4 * i);
+      EXPECT_EQ(cuda_x::factor_row(lane * 8 + 4 * i), row + i);
+      EXPECT_EQ(cuda_x::pair_byte(row + i), cuda_x::pair_byte(row) + 2 * i);
+    }
+  }
+  for (int t4 = 0; t4 < 4; ++t4)
+    for (int octet = 0; octet < 8; ++octet)
+      EXPECT_EQ(cuda_x::pair_byte(8 * octet + 2 * t4), t4 * 32 + octet * 4);
 }
 
 TEST(Fp8Linear, CodesAreTheOffsetWeights) {

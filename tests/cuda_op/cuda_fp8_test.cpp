@@ -4,11 +4,14 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <functional>
 #include <tuple>
 
 #include "backends/cuda/kernels.h"
 #include "backends/reference/reference_backend.h"
 #include "base/error.h"
+#include "base/half.h"
 #include "bench/op_cases.h"
 #include "build/cuda_plugin.h"
 #include "cuda_linear_case.h"
@@ -102,6 +105,89 @@ TEST_F(CudaFp8, NormIsDoneOnTheWay) {
         // With a scale per group the norm's result is not rounded to bf16 on the way.
         EXPECT_LT(rms_error(fused, apart), c.rows > cuda::kFp8GroupedTokens ? 0.01 : 0.03)
             << hidden << gate_up << pre_scale;
+      }
+    }
+  }
+}
+
+// Sums of groups are f16: scales of weights and activations of any size must not leave its range,
+// and a token's must not depend on its neighbours'. Against float64, on x rounded here.
+TEST_F(CudaFp8, ScalesOfAnySize) {
+  constexpr int kOut = 256, kIn = 2048, kGroups = kIn / 128;
+  const auto host = make_reference_backend();
+  const auto power = [](int exponent) { return std::ldexp(1.0f, exponent); };
+  using OfGroup = std::function<float(int index, int group)>;  // of a row of weights, of a token
+  const OfGroup weight_scales[] = {
+      [](int, int) { return 1.0f; },
+      [&](int, int) { return power(-30); },
+      [&](int, int) { return power(12); },
+      [&](int row, int group) { return power(-(row % 7) - group % 5); },
+      [](int row, int group) { return row % 3 == 0 && group % 4 != 1 ? 0.0f : 1.0f; },
+  };
+  const OfGroup input_scales[] = {
+      [](int, int) { return 1.0f; },
+      [&](int token, int) { return power(token - 30); },
+      [&](int token, int group) { return power(group * (token % 4) - 20); },      // grows
+      [&](int token, int group) { return power(20 - 2 * group * (token % 3)); },  // falls
+      [](int token, int group) { return (token + group) % 3 == 0 ? 0.0f : 30.0f; },
+      [](int token, int) { return token % 2 == 0 ? 1.0f : -1.0f; },  // and see below
+  };
+  for (const int rows : {40, 64, 100}) {
+    for (size_t ws = 0; ws < std::size(weight_scales); ++ws) {
+      const LinearCase c{.layout = WeightLayout::kCpuInt4,
+                         .out_features = kOut,
+                         .in_features = kIn,
+                         .group_size = 128,
+                         .rows = rows,
+                         .seed = 70 + ws};
+      Int4Matrix m = Weights::matrix(*host, c, c.seed);
+      for (int row = 0; row < kOut; ++row)
+        for (int g = 0; g < kGroups; ++g) {
+          float& scale = m.scales[static_cast<size_t>(row * kGroups + g)];
+          scale = bf16_to_float(float_to_bf16(scale)) * weight_scales[ws](row, g);
+        }
+      Weights weights(*cuda_, c, WeightLayout::kCudaInt4);
+      const std::vector<std::byte> packed = pack_cuda_int4(m, /*gate_up=*/false);
+      weights.gate_operand.weight = cuda_->import_weights(packed.data(), packed.size());
+      cuda_->sync();
+      for (size_t xs = 0; xs < std::size(input_scales); ++xs) {
+        const bool positive = xs + 1 == std::size(input_scales);
+        std::vector<float> x = normal(size_t(rows) * kIn, 80 + xs), rounded(x.size());
+        for (size_t i = 0; i < x.size(); ++i) {
+          const int token = static_cast<int>(i / kIn), group = static_cast<int>(i % kIn / 128);
+          x[i] = (positive ? 1.0f + x[i] / 8 : x[i]) * input_scales[xs](token, group);
+        }
+        round_to_bf16(x);
+        const size_t shared = rows > cuda::kFp8GroupedTokens ? kIn : 128;  // a scale
+        for (size_t begin = 0; begin < x.size(); begin += shared) {
+          float most = 0;
+          for (size_t i = begin; i < begin + shared; ++i) most = std::max(most, std::fabs(x[i]));
+          for (size_t i = begin; i < begin + shared && most > 0; ++i) {
+            rounded[i] = e4m3_to_float(float_to_e4m3(x[i] * (448.0f / most))) * (most / 448.0f);
+          }
+        }
+        const std::vector<float> got = run(*cuda_, c, weights, x, rows);
+        double worst = 0;
+        for (int token = 0; token < rows; ++token)
+          for (int row = 0; row < kOut; ++row) {
+            double want = 0, squares = 0;
+            for (int k = 0; k < kIn; ++k) {
+              const auto at = static_cast<size_t>(row * kIn + k);
+              const double term = double{m.scales[at / 128]} * m.q[at] *
+                                  rounded[static_cast<size_t>(token * kIn + k)];
+              want += term, squares += term * term;
+            }
+            const double error = std::fabs(got[static_cast<size_t>(token * kOut + row)] - want) -
+                                 std::fabs(want) / 256;  // bf16
+            ASSERT_FALSE(std::isnan(error)) << rows << " rows, " << ws << ", " << xs;
+            if (squares > 0) worst = std::max(worst, error / std::sqrt(squares));
+            if (squares == 0) {
+              EXPECT_EQ(got[static_cast<size_t>(token * kOut + row)], 0.0f);
+            }
+          }
+        // The codes' offset does not cancel where all of x has one sign: sums are larger then.
+        EXPECT_LT(worst, positive ? 0.08 : 0.015)
+            << rows << " rows, weight scales " << ws << ", input scales " << xs;
       }
     }
   }

@@ -45,6 +45,7 @@ class CudaBackend final : public Backend {
     for (void*& mark : marks_) check(event_create(&mark), "making an event");
     const size_t linear = int4_workspace_bytes(device_.num_sms);
     linear_workspace_ = own(linear);
+    if (fp8_) largest_scale_ = own(sizeof(float));
     squares_ = static_cast<float*>(
         own(size_t{kMaxNormTokens} * (kMaxNormRows / kNormTileRows) * sizeof(float)));
     check(memory_fill(linear_workspace_, 0xff, linear, stream_), "clearing a workspace");
@@ -120,6 +121,7 @@ class CudaBackend final : public Backend {
     put_off_linear_.reset();
     put_off_norm_.reset();
     rounded_.reset();
+    largest_scales_.erase(data);
     memory_free(data);
   }
   void upload(void* device, const void* host, size_t bytes) override {
@@ -686,6 +688,7 @@ class CudaBackend final : public Backend {
     }
     const bool fp8 = rounds_inputs(tokens) && epilogue != Epilogue::kFloat;
     if (!fp8) x = pre_scaled(x, w, tokens);
+    const float largest = fp8 ? largest_scale_of(w.weight, out_rows, w.in_features) : 0;
     TensorMap map;
     bool scales = fused.scales;
     if constexpr (!kPortable) {
@@ -717,6 +720,7 @@ class CudaBackend final : public Backend {
                           .squares = scales ? squares_ : nullptr,
                           .eps = fused.eps,
                           .rounded = rounded,
+                          .largest_scale = largest,
                           .workspace = linear_workspace_,
                           .num_sms = device_.num_sms,
                           .dependent = kDependent,
@@ -727,6 +731,20 @@ class CudaBackend final : public Backend {
       check(portable_linear(args, stream_), "int4 linear");
     } else {
       check(fp8 ? linear_fp8(args, stream_) : tactics_.linear(args, stream_), "int4 linear");
+    }
+  }
+
+  /// Of packed int4 weights; looked for when first asked, which is before a step is recorded.
+  float largest_scale_of(const void* weights, int64_t rows, int64_t k) {
+    if constexpr (kPortable) {
+      return 0;
+    } else {
+      const auto found = largest_scales_.find(weights);
+      if (found != largest_scales_.end()) return found->second;
+      float largest = 0;
+      check(largest_scale(weights, rows, k, largest_scale_, &largest, stream_),
+            "looking at the scales of weights");
+      return largest_scales_.emplace(weights, largest).first->second;
     }
   }
 
@@ -845,9 +863,11 @@ class CudaBackend final : public Backend {
   std::optional<ResidualLinear> put_off_linear_;
   std::optional<PutOffNorm> put_off_norm_;
   std::optional<Rounded> rounded_;
-  float* squares_ = nullptr;                         // LinearArgs::next_squares of any that fuses
-  std::unique_ptr<WeightLoader> loader_;             // while weights are loaded
-  std::unique_ptr<CudaCalibrationOps> calibration_;  // when quantizing
+  float* squares_ = nullptr;  // LinearArgs::next_squares of any that fuses
+  std::unordered_map<const void*, float> largest_scales_;  // of packed weights
+  void* largest_scale_ = nullptr;                          // scratch for one
+  std::unique_ptr<WeightLoader> loader_;                   // while weights are loaded
+  std::unique_ptr<CudaCalibrationOps> calibration_;        // when quantizing
   std::vector<void*> owned_;  // weights and workspaces, freed with the backend
   void *linear_workspace_ = nullptr, *decode_workspace_ = nullptr;
   uint64_t scratch_moves_ = 0, graphs_moves_ = 0;  // now; when the graphs were recorded

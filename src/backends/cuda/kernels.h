@@ -44,8 +44,9 @@ struct LinearArgs {
   float* next_squares;       // [ceil(rows / kNormTileRows), tokens up to a multiple of 8]
   const float* squares;      // of x, or null: x is plain
   float eps;
-  void* rounded;    // linear_fp8, kSiluMul: `out` once more, in e4m3 (x_layout.h); or null
-  void* workspace;  // linear_workspace_bytes(), every byte 0xff once
+  void* rounded;        // linear_fp8, kSiluMul: `out` once more, in e4m3 (x_layout.h); or null
+  float largest_scale;  // of the weights, or more: for linear_fp8
+  void* workspace;      // linear_workspace_bytes(), every byte 0xff once
   int num_sms;
   bool dependent;  // programmatic dependent launch on the kernel before it in the stream
   int tactic;      // -1: chosen by shape
@@ -107,6 +108,10 @@ int quantize_x(const QuantizeArgs& args, void* stream);
 // CTAs that share a tile's k (1 .. 8).
 inline constexpr int kFp8MinTokens = 33;  // fewer are faster in bf16 (docs/kernels.md)
 WgmmaTactic fp8_tactic(const LinearArgs& args);
+// largest_scale.cu: *out, on the host: the largest magnitude among the scales of packed weights.
+// Waits for the stream. `scratch`: 4 bytes on the device.
+int largest_scale(const void* weights, int64_t rows, int64_t k, void* scratch, float* out,
+                  void* stream);
 // Whether `next` (kResidual) or `rounded` (kSiluMul) can be had: a CTA has whole groups of 128.
 bool linear_fp8_rounds(const LinearArgs& args);
 int linear_fp8(const LinearArgs& args, void* stream);

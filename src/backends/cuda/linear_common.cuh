@@ -37,6 +37,7 @@ struct LinearParams {
   const float* squares;
   float eps;
   uint8_t* rounded;
+  float largest_scale;
   float* pieces;  // [CTAs][piece_stride], all kEmpty between calls
   int64_t piece_stride;
   long long* trace;  // [CTAs][8] clock stamps of a NIBBLE_TRACE build, or null
@@ -87,6 +88,7 @@ inline LinearParams make_linear_params(const LinearArgs& args, int tile_rows) {
   p.squares = args.squares;
   p.eps = args.eps;
   p.rounded = static_cast<uint8_t*>(args.rounded);
+  p.largest_scale = args.largest_scale;
   p.pieces = static_cast<float*>(args.workspace);
   p.piece_stride = kPieceFloats;
   p.trace = static_cast<long long*>(args.trace);

@@ -8,12 +8,14 @@
 // M*K*1.03 of x from L2 once per row tile. Flops: 2*M*N*K at the e4m3 rate, and 1/32 more for the
 // bf16 k step that takes off the weights' offset every eight groups (x_layout.h says how).
 //
-// The weights' scales are per 128 k, so each group is summed by itself (temp) and then added times
-// its scale: one FFMA a value. Tiles of 64 tokens multiply by a token's scale of the group too. In
-// tiles of 128 it would come from shared memory for every value, and the data path to registers is
-// 128 bytes a clock: a first version was bound by that (705 TFLOPS). There a token has one scale,
-// which comes in the epilogue; for 64 rows x 128 tokens x 128 k the tensor cores take 256 clocks
-// and a warp issues 175 instructions, 64 of them FFMA.
+// The weights' scales are per 128 k, so each group is summed by itself (temp), in f16: it takes
+// half the registers, half the instructions to add up, and less power than f32 (docs/kernels.md).
+// No group can overflow: 128 * 15 * 2^-9 * 448 is 1680. Times their scales, relative to powers of
+// two so that f16 holds them, eight groups are added up in f16 and then added to f32 sums:
+//   ungrouped x   one HFMA2 two values; the token's scale comes in the epilogue
+//   64 tokens     one HMUL2 more, for the token's scale of the group. A warp of its own makes them
+//                 f16 (prepare_scales()).
+// For tiles of 128 tokens the latter costs 22 % (docs/kernels.md), so there a token has one scale.
 //
 // Work split: two consumer warpgroups and a producer warp. A warpgroup has kBlocks blocks of 64
 // rows; while one multiplies the other adds up. A cluster of two CTAs shares x by multicast.
@@ -29,6 +31,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "backends/cuda/fp8_epilogue.cuh"
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/layout.h"
 #include "backends/cuda/linear_common.cuh"
@@ -38,21 +41,21 @@
 #include "backends/cuda/ptx/mma.cuh"
 #include "backends/cuda/ptx/wgmma.cuh"
 #include "backends/cuda/x_layout.h"
-#include "backends/cuda/x_store.cuh"
 
 namespace nibble::cuda {
 namespace {
 
 constexpr int kConsumerWarps = 8;
-// The producer has a warpgroup to itself for the sake of setmaxnreg; its other warps add up
-// squares.
-constexpr int kIdleWarps = 3;
+// The producer has a warpgroup to itself for the sake of setmaxnreg; its other warps prepare the
+// scales of 64 tokens and add up squares.
+constexpr int kIdleWarps = 3, kSquaresWarps = 2;
 constexpr int kThreads = (kConsumerWarps + 1 + kIdleWarps) * 32;
 constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
 constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 constexpr int kSmemLimit = 232448;
 constexpr int kMaxSplit = 8;
-constexpr float kCodeUndo = 512.0f;  // codes read as u * 2^-9
+constexpr uint32_t kRaised = 0x80008000u;  // in a pair of scales: see prepare_scales()
+constexpr float kCodeUndo = 512.0f;        // codes read as u * 2^-9
 
 // kBlocks: row blocks of 64 of a warpgroup.
 template <int kTokens, int kBlocks>
@@ -69,17 +72,24 @@ struct Config {
   static constexpr int kSumsOffset = kFactorsOffset + kFactorBytes;
   static constexpr int kWOffset = kSumsOffset + kSumBytes;
   static constexpr int kWBytes = 2 * kBlocks * kBlockBytes;
-  static constexpr int kStageBytes = (kWOffset + kWBytes + 1023) / 1024 * 1024;
+  // What prepare_scales() makes of the scales: f16 [4][16], so that a thread of wgmma has those of
+  // its 16 tokens side by side, negative if any unit was raised; what the sums so far are then
+  // multiplied by, in the same order; the tokens' units, f32 in the order of factor_byte().
+  static constexpr int kScalesOffset = (kWOffset + kWBytes + 15) / 16 * 16;
+  static constexpr int kRescaleOffset = kScalesOffset + kTokens * 2;
+  static constexpr int kUnitsOffset = kRescaleOffset + kTokens * 2;
+  static constexpr int kStageEnd = kGrouped ? kUnitsOffset + kTokens * 4 : kScalesOffset;
+  static constexpr int kStageBytes = (kStageEnd + 1023) / 1024 * 1024;
   static constexpr int kOutStride = 68;  // floats: 64 rows and padding against conflicts
   static constexpr int kPassTokens = kBlocks == 1 ? 32 : 16;          // that are stored together
   static constexpr int kScratch = kPassTokens * kOutStride * 4 + 32;  // of a warpgroup; other banks
   // By what the epilogue multiplies each token, and as many for each other warp that adds up.
-  static constexpr int kNormBytes = kGrouped ? kIdleWarps * kTokens * 4 : 0;
+  static constexpr int kNormBytes = kGrouped ? kSquaresWarps * kTokens * 4 : 0;
   static constexpr int kFit = (kSmemLimit - 2 * kScratch - kNormBytes - 256) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kScratchOffset = kStages * kStageBytes;
   static constexpr int kBarOffset = kScratchOffset + 2 * kScratch;
-  static constexpr int kNormBarOffset = kBarOffset + 2 * kStages * 8;
+  static constexpr int kNormBarOffset = kBarOffset + 3 * kStages * 8;
   static constexpr int kNormOffset = kNormBarOffset + 8;
   static constexpr int kSmemBytes = kNormOffset + kNormBytes;
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 3);
@@ -116,103 +126,49 @@ __device__ __forceinline__ Tile my_tile(const LinearParams& p, int t, int peer) 
   return tile;
 }
 
-// What the next norm and linear get of the residual stream (LinearArgs::next): a thread has rows
-// `column` ... + 15 of a token, eight neighbouring lanes the 128 rows of group `group`.
-class NextGroup {
- public:
-  NextGroup() = default;
-  __device__ __forceinline__ NextGroup(const LinearParams& p, int column) {
-    if (!p.next) return;
+// Makes f16 of the scales of x, of each group of the CTA's tiles as it arrives. A token's scales
+// are relative to its unit, a power of two above all of the tile so far: when one exceeds it the
+// unit is raised, to four times more than needs be, and the sums so far are to be multiplied by the
+// quotient. So a token's sums do not depend on other tokens. By one warp, two tokens a lane.
+template <typename C>
+__device__ __forceinline__ void prepare_scales(const Work& work, uint32_t base, uint32_t full,
+                                               uint32_t ready, int lane) {
+  const int to = cuda_x::pair_byte(cuda_x::factor_row(lane * 8));
+  int stage = 0;
+  uint32_t parity = 0;
+  for (int t = work.first; t < work.tiles; t += work.step) {
+    uint32_t units[2] = {1, 1};  // 2^(unit - 126)
+    for (int g = work.begin; g < work.end; ++g) {
+      const uint32_t at = base + stage * C::kStageBytes;
+      ptx::mbarrier_wait(full + stage * 8, parity);
+      const float2 loaded = ptx::load_shared_f32x2(at + C::kFactorsOffset + lane * 8);
+      float scales[2] = {loaded.x, loaded.y}, quotients[2];
+      bool raise = false;
 #pragma unroll
-    for (int i = 0; i < 16; i += 4) {
-      if (column + i >= p.out_stride) continue;
-      const float4 w = *reinterpret_cast<const float4*>(p.next_weight + column + i);
-      weight_[i] = w.x, weight_[i + 1] = w.y, weight_[i + 2] = w.z, weight_[i + 3] = w.w;
-    }
-  }
-  // By whole warps. first, second: what was written to p.out, or 0.
-  __device__ __forceinline__ void store(const LinearParams& p, int token, int group, int chunk,
-                                        const uint4& first, const uint4& second, bool mine) const {
-    float v[16], squares = 0.0f;
-    unpack_bf16(v, first, second);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      squares = fmaf(v[i], v[i], squares);
-      v[i] *= weight_[i];
-    }
-    static_assert(kNormTileRows == 4 * 16);
-    squares += __shfl_xor_sync(0xffffffffu, squares, 1);
-    squares += __shfl_xor_sync(0xffffffffu, squares, 2);
-    mine = mine && token < p.tokens;
-    const int tile = group * 2 + (chunk >> 2);
-    if (mine && chunk % 4 == 0 && tile < norm_tiles(p.out_stride)) {
-      p.next_squares[tile * norm_stride(p.tokens) + token] = squares;
-    }
-    store_group(reinterpret_cast<uint8_t*>(p.next), cuda_x::Shape{p.tokens, p.out_stride}, token,
-                group, chunk, v, mine);
-  }
-
- private:
-  float weight_[16] = {};
-};
-
-// store_silu() for the 256 packed rows of a CTA with two blocks a warpgroup: 128 columns of out, a
-// group of the next linear, which also go to p.rounded. The rounded bf16 of 32 tokens at a time
-// meet at `staging` (8 KB): 256 bytes a token, 16-byte chunks swizzled.
-template <int kOctets, typename Four, typename Factors>
-__device__ __forceinline__ void store_silu_rounded(const LinearParams& p, uint32_t staging, int id,
-                                                   int group, int own, int own_end, Four four,
-                                                   Factors factors) {
-  constexpr int kPassOctets = 4;
-  const int wg = id >> 7, m16 = id >> 5 & 3, lane = id & 31;
-  float scale[2] = {1.0f, 1.0f};
-  if (p.out_scale) {
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      const int column = group * 128 + wg * 64 + b * 32 + m16 * 8 + (lane >> 2);
-      if (column < p.out_stride) scale[b] = p.out_scale[column];
-    }
-  }
-  auto at = [&](int token, int chunk) {  // of the pass
-    return staging + token * 256 + ((chunk ^ (token & 7)) << 4);
-  };
-  const int in = id >> 3, chunk = id & 7, column = group * 128 + chunk * 16;
-#pragma unroll
-  for (int first = 0; first < kOctets; first += kPassOctets) {
-    if (first + kPassOctets <= own || first >= own_end) continue;
-    ptx::named_barrier(1, kConsumerWarps * 32);  // the pass before has been read
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      uint32_t packed[kPassOctets];
-#pragma unroll
-      for (int i = 0; i < kPassOctets; ++i) {
-        const float(&v)[4] = four(b, first + i);
-        const float2 f = factors(first + i);
-        packed[i] = ptx::pack_bf16(silu_times(v[0] * f.x, v[2] * f.x) * scale[b],
-                                   silu_times(v[1] * f.y, v[3] * f.y) * scale[b]);
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t exponent = __float_as_uint(scales[i]) >> 23, before = units[i];
+        if (exponent > before && exponent < 255) {  // a NaN stays one, a scale has no sign
+          units[i] = min(exponent + 2, 252u);
+          raise = true;
+        }
+        scales[i] *= __uint_as_float((253 - units[i]) << 23);
+        quotients[i] = __uint_as_float(127 + before > units[i] ? 127 + before - units[i] << 23 : 0);
       }
-      ptx::store_matrix_transposed_x4(at(lane, wg * 8 + b * 4 + m16), packed[0], packed[1],
-                                      packed[2], packed[3]);
-    }
-    ptx::named_barrier(1, kConsumerWarps * 32);
-    const int token = 8 * first + in, octet = token / 8;
-    const bool mine = octet >= own && octet < own_end && token < p.tokens;
-    uint4 halves[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      uint32_t words[4];
-      ptx::load_shared_16(words, at(in, chunk * 2 + h));
-      const bool exists = column + 8 * h < p.out_stride;
-      halves[h] =
-          exists ? make_uint4(words[0], words[1], words[2], words[3]) : make_uint4(0, 0, 0, 0);
-      if (mine && exists) {
-        *reinterpret_cast<uint4*>(p.out + static_cast<int64_t>(token) * p.out_stride + column +
-                                  8 * h) = halves[h];
+      raise = __any_sync(0xffffffffu, raise && g > work.begin);
+      const uint32_t pair = ptx::pack_f16(scales[0], scales[1]);  // past the last token: anything
+      ptx::store_shared_4(at + C::kScalesOffset + to, raise ? pair | kRaised : pair & ~kRaised);
+      if (raise) {
+        ptx::store_shared_4(at + C::kRescaleOffset + to, ptx::pack_f16(quotients[0], quotients[1]));
       }
+      if (brings_sums(work, g)) {
+        ptx::store_shared_f32x2(
+            at + C::kUnitsOffset + lane * 8,
+            make_float2(__uint_as_float(units[0] + 1 << 23), __uint_as_float(units[1] + 1 << 23)));
+      }
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(ready + stage * 8);
+      if (++stage == C::kStages) stage = 0, parity ^= 1;
     }
-    float v[16];
-    unpack_bf16(v, halves[0], halves[1]);
-    store_group(p.rounded, cuda_x::Shape{p.tokens, p.out_stride}, token, group, chunk, v, mine);
   }
 }
 
@@ -222,18 +178,20 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
   extern __shared__ __align__(1024) uint8_t smem[];
   const uint32_t base = ptx::smem_address(smem);
   const uint32_t full = base + C::kBarOffset, empty = full + C::kStages * 8;
+  const uint32_t ready = empty + C::kStages * 8;  // the scales of x
   const uint32_t norms_done = base + C::kNormBarOffset, norms = base + C::kNormOffset;
   const int tid = threadIdx.x, lane = tid & 31;
   const int warp = __shfl_sync(0xffffffffu, tid >> 5, 0);
   const int peer = kCluster > 1 ? static_cast<int>(blockIdx.x) % kCluster : 0;
   TRACE(0);
   ptx::grid_launch_dependents();
-  if (tid == 0) {
-    for (int i = 0; i < C::kStages; ++i) {
-      ptx::mbarrier_init(full + i * 8, 1);
-      ptx::mbarrier_init(empty + i * 8, kConsumerWarps * kCluster);
+  if (tid < C::kStages) {
+    ptx::mbarrier_init(full + tid * 8, 1);
+    ptx::mbarrier_init(empty + tid * 8, kConsumerWarps * kCluster);
+    if constexpr (C::kGrouped) {
+      ptx::mbarrier_init(ready + tid * 8, 1);
+      if (tid == 0) ptx::mbarrier_init(norms_done, 32);
     }
-    ptx::mbarrier_init(norms_done, 32);
     ptx::mbarrier_init_fence();
   }
   if constexpr (kCluster > 1) {
@@ -322,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
       // Weights do not depend on the kernel before: half a ring of them is under way first, as in
       // K2.
       begin_tile(work.first);
-      const int early = min(C::kStages / 2, work.end - work.begin);
+      const int early = min((C::kStages + 1) / 2, work.end - work.begin);
       for (int i = 0; i < early; ++i) load_w(i, work.begin + i);
       ptx::grid_dependency_wait();
       for (int i = 0; i < early; ++i) load_x(i, work.begin + i);
@@ -340,17 +298,21 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         begin_tile(t);
         g = work.begin;
       }
+    } else if (C::kGrouped && warp == kConsumerWarps + 1) {
+      const Work work = my_work<kCluster, kSplit>(p);
+      ptx::grid_dependency_wait();
+      prepare_scales<C>(work, base, full, ready, lane);
     } else if (C::kGrouped && warp > kConsumerWarps) {  // one token tile
       const Work work = my_work<kCluster, kSplit>(p);
-      const int idle = warp - kConsumerWarps - 1;
+      const int mine = warp - (kConsumerWarps + 1 + kIdleWarps - kSquaresWarps);
       for (int t = work.first; t < work.tiles; t += work.step) {
         const int row = my_tile<kCluster>(p, t, peer).row * C::kRows;
         prefetch_epilogue(p, static_cast<Epilogue>(p.epilogue), row, row + C::kRows,
-                          idle * 32 + lane, kIdleWarps * 32);
+                          mine * 32 + lane, kSquaresWarps * 32);
       }
       ptx::grid_dependency_wait();
-      add_up_squares<kTokens, kIdleWarps>(p, norms, idle, lane, kCodeUndo);
-      if (idle == 0) ptx::mbarrier_arrive(norms_done);
+      add_up_squares<kTokens, kSquaresWarps>(p, norms, mine, lane, kCodeUndo);
+      if (mine == 0) ptx::mbarrier_arrive(norms_done);
     }
     __syncwarp();
     if constexpr (kCluster > 1) ptx::cluster_sync();
@@ -360,6 +322,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
   ptx::registers_grow<224>();
   const int wg = warp >> 2, m16 = warp & 3, g8 = lane >> 2;
   float sums[kBlocks][kTokens / 2];
+  uint32_t eights[kBlocks][kTokens / 4];  // sums of up to eight groups, pairs of tokens
   uint32_t raw[kBlocks][2][4], next_scales[kBlocks];
   // Of a stage: this thread's weight words and row scales.
   const uint32_t first_block = C::kWOffset + wg * kBlocks * kBlockBytes;
@@ -367,8 +330,19 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
   const uint32_t row_scales_at = first_block + kNibbleBytes + g8 * 16 + m16 * 4;
   int stage = 0;
   uint32_t parity = 0;
+  // With one block nothing else hides the products of both scales, of rows and of tokens: they are
+  // made while it multiplies, from scales fetched before.
+  constexpr bool kAhead = C::kGrouped && kBlocks == 1;
+  [[maybe_unused]] uint32_t of_tokens[C::kGrouped ? kTokens / 8 : 1];  // of this thread's, in pairs
+  [[maybe_unused]] auto load_of_tokens = [&](uint32_t(&to)[kTokens / 8], uint32_t from) {
+#pragma unroll
+    for (int i = 0; i < kTokens / 8; i += 4) {
+      ptx::load_shared_16(reinterpret_cast<uint32_t(&)[4]>(to[i]),
+                          from + (lane & 3) * (kTokens / 2) + i * 4);
+    }
+  };
   auto fetch = [&](uint32_t stage_at) {
-    ptx::mbarrier_wait(full + stage * 8, parity);
+    ptx::mbarrier_wait((C::kGrouped ? ready : full) + stage * 8, parity);
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) {
       ptx::load_shared_16(raw[i / 2][i % 2],
@@ -378,18 +352,23 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
     for (int b = 0; b < kBlocks; ++b) {
       next_scales[b] = ptx::load_shared_4(stage_at + row_scales_at + b * kBlockBytes);
     }
+    if constexpr (kAhead) load_of_tokens(of_tokens, stage_at + C::kScalesOffset);
   };
 
   const Work work = my_work<kCluster, kSplit>(p);
   TRACE(1);
+  // The weights' unit, 2^(exponent - 128): in such units their largest scale is from 2 to 4.
+  const uint32_t exponent = max(__float_as_uint(p.largest_scale) >> 23, 2u);
+  const uint32_t to_unit = (255 - exponent << 7) * 0x10001u;  // a pair of bf16
+  const float unit = __uint_as_float(exponent - 1 << 23);
   ptx::grid_dependency_wait();
   TRACE(2);
   for (int t = work.first; t < work.tiles; t += work.step) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) sums[b][i] = 0.0f;
-    uint32_t stage_at = base + stage * C::kStageBytes, of_eight[kBlocks][2] = {};
+      for (int i = 0; i < kTokens / 2; ++i) sums[b][i] = 0.0f, eights[b][i / 2] = 0;
+    uint32_t stage_at = base + stage * C::kStageBytes, scales_of_eight[kBlocks][2] = {};
     fetch(stage_at);
     TRACE(3);
     // Group g; if it brings the sums, the offset of it and those before comes off, and the next
@@ -397,7 +376,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
     auto add_group = [&](int g, auto brings_tag, bool more) {
       constexpr bool brings = decltype(brings_tag)::value;
       using Multiply = ptx::Wgmma<kTokens>;
-      float temp[kBlocks][kTokens / 2];
+      uint32_t temp[kBlocks][kTokens / 4];
       uint32_t a[kBlocks][4][4], row_scales[kBlocks], eight[kBlocks][4];  // a: four k32 steps
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
@@ -406,8 +385,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         for (int k = 0; k < 4; ++k) {
           ptx::dequant_e4m3(a[b][k], raw[b][k / 2][k % 2 * 2], raw[b][k / 2][k % 2 * 2 + 1]);
         }
-        ptx::collect_scales(of_eight[b], row_scales[b], g, lane);
-        if constexpr (brings) ptx::scales_operand(eight[b], of_eight[b]);
+        ptx::collect_scales(scales_of_eight[b], row_scales[b], g, lane);
+        if constexpr (brings) ptx::scales_operand(eight[b], scales_of_eight[b], g, lane);
       }
       ptx::wgmma_fence();
       const uint32_t x_at = ptx::descriptor_address(stage_at);
@@ -424,27 +403,44 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
         }
         ptx::wgmma_commit();
       }
-      auto row_scale = [&](int b, int i) {
-        return __uint_as_float(i & 2 ? row_scales[b] & 0xffff0000u : row_scales[b] << 16);
-      };
-      [[maybe_unused]] float factors[C::kGrouped ? kTokens / 4 : 1];  // of this thread's tokens
-      if constexpr (C::kGrouped) {
+      // By what temp is multiplied: of rows g8 and g8 + 8, and with a scale per group of each
+      // token.
+      uint32_t of_rows[kBlocks][2];
+      [[maybe_unused]] uint32_t ahead[kAhead ? kTokens / 4 : 1];
+      [[maybe_unused]] float units[C::kGrouped && brings ? kTokens / 4 : 1];  // of this thread's
 #pragma unroll
-        for (int i = 0; i < kTokens / 4; i += 4) {
-          ptx::load_shared_f32x4(reinterpret_cast<float(&)[4]>(factors[i]),
-                                 stage_at + C::kFactorsOffset + (lane & 3) * 16 + i * 16);
-        }
+      for (int b = 0; b < kBlocks; ++b) {
+        const uint32_t pair = ptx::bf16x2_mul(row_scales[b], to_unit);
+        of_rows[b][0] = ptx::pack_f16(ptx::low_bf16(pair), ptx::low_bf16(pair));
+        of_rows[b][1] = ptx::pack_f16(ptx::high_bf16(pair), ptx::high_bf16(pair));
       }
-      auto factor = [&](int i) { return factors[i / 4 * 2 + i % 2]; };  // of value i
-      // With one block nothing else hides the products of both scales: they are made while it
-      // multiplies.
-      constexpr bool kAhead = C::kGrouped && kBlocks == 1;
-      [[maybe_unused]] float by[kAhead ? kTokens / 2 : 1];
-      if constexpr (kAhead) {
+      if constexpr (C::kGrouped) {
+        if constexpr (!kAhead) load_of_tokens(of_tokens, stage_at + C::kScalesOffset);
+        if (of_tokens[0] & kRaised) {
+          uint32_t quotients[kTokens / 8];
+          load_of_tokens(quotients, stage_at + C::kRescaleOffset);
 #pragma unroll
-        for (int i = 0; i < kTokens / 2; ++i) {
-          by[i] = factor(i) * row_scale(0, i);
-          asm volatile("" : "+f"(by[i]));
+          for (int i = 0; i < kTokens / 8; ++i) of_tokens[i] &= ~kRaised;
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+            for (int i = 0; i < kTokens / 4; ++i) {
+              eights[b][i] = ptx::f16x2_mul(eights[b][i], quotients[i / 2]);
+            }
+        }
+        if constexpr (kAhead) {
+#pragma unroll
+          for (int i = 0; i < kTokens / 4; ++i) {
+            ahead[i] = ptx::f16x2_mul(of_rows[0][i & 1], of_tokens[i / 2]);
+            asm volatile("" : "+r"(ahead[i]));
+          }
+        }
+        if constexpr (brings) {
+#pragma unroll
+          for (int i = 0; i < kTokens / 4; i += 4) {
+            ptx::load_shared_f32x4(reinterpret_cast<float(&)[4]>(units[i]),
+                                   stage_at + C::kUnitsOffset + (lane & 3) * 16 + i * 16);
+          }
         }
       }
       const uint32_t done = empty + stage * 8;
@@ -466,23 +462,31 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
           }
         }
 #pragma unroll
-        for (int i = 0; i < kTokens / 2; ++i) {
+        for (int i = 0; i < kTokens / 4; ++i) {
+          uint32_t by = of_rows[b][i & 1];
           if constexpr (kAhead) {
-            sums[b][i] = fmaf(temp[b][i], by[i], sums[b][i]);
-          } else {
-            float value = temp[b][i];
-            if constexpr (C::kGrouped) value *= factor(i);
-            sums[b][i] = fmaf(value, row_scale(b, i), sums[b][i]);
+            by = ahead[i];
+          } else if constexpr (C::kGrouped) {
+            by = ptx::f16x2_mul(by, of_tokens[i / 2]);
+          }
+          eights[b][i] = ptx::f16x2_fma(temp[b][i], by, eights[b][i]);
+          if constexpr (brings) {
+            const float2 eight = ptx::unpack_f16(eights[b][i]);
+            auto unit_of = [&](int j) { return C::kGrouped ? units[i / 2 * 2 + j] * unit : unit; };
+            sums[b][2 * i] = fmaf(eight.x, unit_of(0), sums[b][2 * i]);
+            sums[b][2 * i + 1] = fmaf(eight.y, unit_of(1), sums[b][2 * i + 1]);
+            eights[b][i] = 0;
           }
         }
-        if constexpr (brings) of_eight[b][0] = of_eight[b][1] = 0;
+        if constexpr (brings) scales_of_eight[b][0] = scales_of_eight[b][1] = 0;
       }
     };
     for (int g = work.begin; g < work.end;) {
+      const int last = min(g | (cuda_x::kSumGroups - 1), work.end - 1);
 #pragma unroll 1
-      for (; !brings_sums(work, g); ++g) add_group(g, std::false_type{}, true);
+      for (; g < last; ++g) add_group(g, std::false_type{}, true);
       ++g;
-      add_group(g - 1, std::true_type{}, g < work.end);
+      add_group(last, std::true_type{}, g < work.end);
     }
 
     TRACE(4);
@@ -551,7 +555,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
     };
     if (kRoundsSilu && silu && p.rounded) {
       if constexpr (kRoundsSilu) {
-        store_silu_rounded<kOctets>(
+        store_silu_rounded<kOctets, kConsumerWarps>(
             p, base + C::kScratchOffset, id, at.row, own, own_end,
             [&](int block, int octet) -> const float(&)[4] { return vector(block, octet); },
             factors_of);

@@ -79,5 +79,12 @@ NIBBLE_HOST_DEVICE inline int sum_byte(int part, int row, int64_t group) {
 NIBBLE_HOST_DEVICE inline int factor_byte(int row) {
   return ((row / 16 * 4 + row / 2 % 4) * 4 + row / 8 % 2 * 2 + row % 2) * 4;
 }
+NIBBLE_HOST_DEVICE inline int factor_row(int byte) {  // the row whose factor_byte() it is
+  return byte / 64 * 16 + byte / 8 % 2 * 8 + byte / 16 % 4 * 2 + byte / 4 % 2;
+}
+/// Where linear_fp8.cu keeps a row's scale as f16: [pair of rows in an eight][eight][2].
+NIBBLE_HOST_DEVICE inline int pair_byte(int row) {
+  return row / 2 % 4 * 32 + row / 8 * 4 + row % 2 * 2;
+}
 
 }  // namespace nibble::cuda_x

@@ -20,6 +20,29 @@ __device__ __forceinline__ void bytes_to_half(uint32_t bytes, uint32_t& low, uin
   asm("add.f16x2 %0, %1, %2;" : "=r"(high) : "r"(b), "r"(bias));
 }
 
+__device__ __forceinline__ uint32_t pack_f16(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+__device__ __forceinline__ float2 unpack_f16(uint32_t pair) {
+  float low, high;
+  asm("{.reg .f16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;}"
+      : "=f"(low), "=f"(high)
+      : "r"(pair));
+  return make_float2(low, high);
+}
+__device__ __forceinline__ uint32_t f16x2_mul(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+__device__ __forceinline__ uint32_t f16x2_fma(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // Two f32 -> two e4m3 (low byte first), nearest even, finite overflow to +-448.
 __device__ __forceinline__ uint32_t e4m3x2(float low, float high) {
   uint16_t r;

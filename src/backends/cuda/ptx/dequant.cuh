@@ -64,16 +64,23 @@ __device__ __forceinline__ void dequant_e4m3(uint32_t (&a)[4], uint32_t first, u
 
 // Operand A (bf16, 64 x 16) of the k16 step that takes off what the offset adds: the scales of
 // eight groups, twice. Lane t of four holds those of groups 2t and 2t + 1, of row g in scales[0]
-// and row g + 8 in [1]; `pair` are the two rows' scales of `group` (bf16, row g in the low half).
+// and row g + 8 in [1], from zeros on; `pair` are the two rows' scales of `group` (bf16, row g in
+// the low half). Groups come in order: the second of two moves the first down.
+__device__ __forceinline__ bool collects(int group, int lane) {
+  return ((group ^ lane << 1) & 6) == 0;
+}
 __device__ __forceinline__ void collect_scales(uint32_t (&scales)[2], uint32_t pair, int group,
                                                int lane) {
-  const bool mine = (lane & 3) == (group >> 1 & 3), odd = group & 1;
-  scales[0] = __byte_perm(scales[0], pair, mine ? odd ? 0x5410 : 0x3254 : 0x3210);
-  scales[1] = __byte_perm(scales[1], pair, mine ? odd ? 0x7610 : 0x3276 : 0x3210);
+  if (!collects(group, lane)) return;
+  scales[0] = __byte_perm(scales[0], pair, 0x5432);
+  scales[1] = __byte_perm(scales[1], pair, 0x7632);
 }
-__device__ __forceinline__ void scales_operand(uint32_t (&a)[4], const uint32_t (&scales)[2]) {
-  a[0] = a[2] = scales[0];
-  a[1] = a[3] = scales[1];
+// `last`: the last group that was collected.
+__device__ __forceinline__ void scales_operand(uint32_t (&a)[4], const uint32_t (&scales)[2],
+                                               int last, int lane) {
+  const int down = last % 2 == 0 && collects(last, lane) ? 16 : 0;
+  a[0] = a[2] = scales[0] >> down;
+  a[1] = a[3] = scales[1] >> down;
   asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]));  // as above
 }
 

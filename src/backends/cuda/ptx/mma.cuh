@@ -38,6 +38,9 @@ __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(address));
   return r;
 }
+__device__ __forceinline__ void store_shared_4(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
 __device__ __forceinline__ void store_shared_16(uint32_t address, const float (&v)[4]) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v[0]), "f"(v[1]),
                "f"(v[2]), "f"(v[3])
