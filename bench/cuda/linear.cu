@@ -193,6 +193,12 @@ std::vector<int> parse_list(char* text) {
   return list;
 }
 
+// The linear reads copy `copy`.
+void read_weights(cuda::LinearArgs& args, const Weights& w, int copy) {
+  args.weights = w.packed[static_cast<size_t>(copy) % w.packed.size()];
+  args.largest_scale = w.largest_scale;
+}
+
 void find_largest_scale(const Matrix& matrix, Weights& w, cudaStream_t stream) {
   auto* scratch = device_alloc<float>(1);
   for (const uint8_t* packed : w.packed) {
@@ -399,8 +405,7 @@ void trace(const Options& o, cuda::LinearArgs args, const Weights& w, const Size
       [&] {
         for (int c = 0; c < kCalls; ++c) {
           args.trace = stamps + per_call * c;
-          args.weights = w.packed[c % w.packed.size()];
-          args.largest_scale = w.largest_scale;
+          read_weights(args, w, c);
           BENCH_CHECK(run(o, args, stream));
         }
       },
@@ -585,8 +590,7 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
           const int calls = (tokens > 512 ? 1 : 4) * kLayers;
           const Timing t = time_graph(stream, calls, [&] {
             for (int c = 0; c < calls; ++c) {
-              args.weights = weights[i].packed[c % kLayers];
-              args.largest_scale = weights[i].largest_scale;
+              read_weights(args, weights[i], c);
               BENCH_CHECK(run(o, args, stream));
             }
           });
@@ -631,8 +635,8 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
                 args.rows = matrices[i].shape.rows, args.k = matrices[i].shape.k;
                 args.x = inputs[i], args.x_stride = strides[i], args.x_map = maps[i],
                 args.out = outputs[i], args.residual = h;
-                args.epilogue = matrices[i].epilogue, args.weights = weights[i].packed[layer];
-                args.largest_scale = weights[i].largest_scale;
+                args.epilogue = matrices[i].epilogue;
+                read_weights(args, weights[i], layer);
                 args.dependent = layer + i > 0;
                 const bool fused = fp8 && tactic < 0 && tokens <= cuda::kFp8GroupedTokens;
                 if (fp8 && (!fused || i == 1 || layer + i == 0)) {

@@ -23,7 +23,6 @@
 // Limits: head_dim 128, 4 heads per KV head, length >= 1; sm_90 (bulk copies).
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -59,9 +58,6 @@ struct DecodeParams {
   const float* out_scale;
 };
 
-__device__ __forceinline__ uint32_t half2_bits(__half2 h) {
-  return *reinterpret_cast<const uint32_t*>(&h);
-}
 template <int kWarps, int kStages>
 __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodeParams p) {
   extern __shared__ __align__(128) uint8_t smem[];
@@ -156,9 +152,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
         const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const __half2 h = __floats2half2_rn(__uint_as_float(words[j] << 16),
-                                              __uint_as_float(words[j] & 0xffff0000u));
-          q[i * 2 + j / 2][j % 2] = real ? half2_bits(h) : 0;
+          const uint32_t pair = ptx::pack_f16(ptx::low_bf16(words[j]), ptx::high_bf16(words[j]));
+          q[i * 2 + j / 2][j % 2] = real ? pair : 0;
         }
       }
     }
@@ -205,7 +200,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
       float peak = -1e30f;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&scales[j]));
+        const float2 f = ptx::unpack_f16(scales[j]);
         s[j][0] = 2 * j < valid ? s[j][0] * (f.x * p.scale_log2) : -1e30f;
         s[j][1] = 2 * j + 1 < valid ? s[j][1] * (f.y * p.scale_log2) : -1e30f;
         peak = fmaxf(peak, fmaxf(s[j][0], s[j][1]));
@@ -231,12 +226,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1) decode_kernel(const DecodePara
       uint32_t prob[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&scales[j]));
+        const float2 f = ptx::unpack_f16(scales[j]);
         const float p0 = ptx::exp2_fast(s[j][0] - m), p1 = ptx::exp2_fast(s[j][1] - m);
         l += p0 + p1;  // 0 for tokens that do not exist
         const float v0 = 2 * j < valid ? p0 * (f.x * 256.0f) : 0.0f;
         const float v1 = 2 * j + 1 < valid ? p1 * (f.y * 256.0f) : 0.0f;
-        prob[j] = half2_bits(__floats2half2_rn(v0, v1));
+        prob[j] = ptx::pack_f16(v0, v1);
       }
 #pragma unroll
       for (int n = 0; n < 16; ++n) {

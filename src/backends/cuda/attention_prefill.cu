@@ -113,12 +113,6 @@ struct PrefillParams {
   float scale_log2;
 };
 
-__device__ __forceinline__ uint32_t pack_f16(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-
 __global__ void __launch_bounds__(kThreads, 1)
     prefill_kernel(const __grid_constant__ CUtensorMap k_map,
                    const __grid_constant__ CUtensorMap v_map, const PrefillParams p) {
@@ -180,7 +174,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      words[w] = pack_f16(__uint_as_float(words[w] << 16), __uint_as_float(words[w] & 0xffff0000u));
+      words[w] =
+          ptx::pack_f16(__uint_as_float(words[w] << 16), __uint_as_float(words[w] & 0xffff0000u));
     }
     ptx::store_shared_16(
         base + (chunk >> 3) * (kTileBytesF16 / 2) + row * 128 + (((chunk & 7) ^ (row & 7)) << 4),
@@ -259,7 +254,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int k = 0; k < 8; ++k)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) prob[k][i] = pack_f16(s[k * 8 + 2 * i], s[k * 8 + 2 * i + 1]);
+      for (int i = 0; i < 4; ++i)
+        prob[k][i] = ptx::pack_f16(s[k * 8 + 2 * i], s[k * 8 + 2 * i + 1]);
   };
 
   float factor[2];

@@ -76,12 +76,6 @@ struct alignas(128) Shared {
 
 using ptx::high_bf16;
 using ptx::low_bf16;
-__device__ __forceinline__ uint32_t half2_bits(__half2 h) {
-  return *reinterpret_cast<const uint32_t*>(&h);
-}
-__device__ __forceinline__ float2 half2_floats(uint32_t bits) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&bits));
-}
 __device__ __forceinline__ void load_shared_8(uint32_t (&r)[2], uint32_t address) {
   asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address));
 }
@@ -206,8 +200,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
       const float a1 = second ? ptx::rope_second(high_bf16(other), high_bf16(words[i]), c.y, s.y)
                               : ptx::rope_first(high_bf16(words[i]), high_bf16(other), c.y, s.y);
       const uint32_t rounded = ptx::pack_bf16(a0, a1);
-      q[i / 2][i % 2] =
-          real ? half2_bits(__floats2half2_rn(low_bf16(rounded), high_bf16(rounded))) : 0;
+      q[i / 2][i % 2] = real ? ptx::pack_f16(low_bf16(rounded), high_bf16(rounded)) : 0;
     }
   }
   __syncthreads();  // the new token's bytes
@@ -264,7 +257,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
       float peak = -1e30f;
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const float2 f = half2_floats(k_scales[j]);
+        const float2 f = ptx::unpack_f16(k_scales[j]);
         s[j][0] = 2 * j < valid ? s[j][0] * (f.x * scale_log2) : -1e30f;
         s[j][1] = 2 * j + 1 < valid ? s[j][1] * (f.y * scale_log2) : -1e30f;
         peak = fmaxf(peak, fmaxf(s[j][0], s[j][1]));
@@ -283,13 +276,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
       uint32_t prob[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const float2 f = half2_floats(v_scales[j]);
+        const float2 f = ptx::unpack_f16(v_scales[j]);
         const float p0 = ptx::exp2_fast(s[j][0] - m), p1 = ptx::exp2_fast(s[j][1] - m);
         l += p0 + p1;  // 0 for tokens that do not exist
         // Times 2^8, so that small probabilities stay normal in f16.
         const float v0 = 2 * j < valid ? p0 * (f.x * 256.0f) : 0.0f;
         const float v1 = 2 * j + 1 < valid ? p1 * (f.y * 256.0f) : 0.0f;
-        prob[j] = half2_bits(__floats2half2_rn(v0, v1));
+        prob[j] = ptx::pack_f16(v0, v1);
       }
 #pragma unroll
       for (int n = 0; n < 8; ++n) {

@@ -45,7 +45,7 @@ class CudaBackend final : public Backend {
     for (void*& mark : marks_) check(event_create(&mark), "making an event");
     const size_t linear = int4_workspace_bytes(device_.num_sms);
     linear_workspace_ = own(linear);
-    if (fp8_) largest_scale_ = own(sizeof(float));
+    if (fp8_) scale_scratch_ = own(sizeof(float));
     squares_ = static_cast<float*>(
         own(size_t{kMaxNormTokens} * (kMaxNormRows / kNormTileRows) * sizeof(float)));
     check(memory_fill(linear_workspace_, 0xff, linear, stream_), "clearing a workspace");
@@ -742,7 +742,7 @@ class CudaBackend final : public Backend {
       const auto found = largest_scales_.find(weights);
       if (found != largest_scales_.end()) return found->second;
       float largest = 0;
-      check(largest_scale(weights, rows, k, largest_scale_, &largest, stream_),
+      check(largest_scale(weights, rows, k, scale_scratch_, &largest, stream_),
             "looking at the scales of weights");
       return largest_scales_.emplace(weights, largest).first->second;
     }
@@ -865,7 +865,7 @@ class CudaBackend final : public Backend {
   std::optional<Rounded> rounded_;
   float* squares_ = nullptr;  // LinearArgs::next_squares of any that fuses
   std::unordered_map<const void*, float> largest_scales_;  // of packed weights
-  void* largest_scale_ = nullptr;                          // scratch for one
+  void* scale_scratch_ = nullptr;                          // where one is looked for
   std::unique_ptr<WeightLoader> loader_;                   // while weights are loaded
   std::unique_ptr<CudaCalibrationOps> calibration_;        // when quantizing
   std::vector<void*> owned_;  // weights and workspaces, freed with the backend

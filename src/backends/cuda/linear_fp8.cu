@@ -9,7 +9,7 @@
 // bf16 k step that takes off the weights' offset every eight groups (x_layout.h says how).
 //
 // The weights' scales are per 128 k, so each group is summed by itself (temp), in f16: it takes
-// half the registers, half the instructions to add up, and less power than f32 (docs/kernels.md).
+// half the registers of f32 and half the instructions to add up (docs/kernels.md).
 // No group can overflow: 128 * 15 * 2^-9 * 448 is 1680. Times their scales, relative to powers of
 // two so that f16 holds them, eight groups are added up in f16 and then added to f32 sums:
 //   ungrouped x   one HFMA2 two values; the token's scale comes in the epilogue
@@ -36,6 +36,7 @@
 #include "backends/cuda/layout.h"
 #include "backends/cuda/linear_common.cuh"
 #include "backends/cuda/ptx/barrier.cuh"
+#include "backends/cuda/ptx/convert.cuh"
 #include "backends/cuda/ptx/copy.cuh"
 #include "backends/cuda/ptx/dequant.cuh"
 #include "backends/cuda/ptx/mma.cuh"

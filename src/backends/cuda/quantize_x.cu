@@ -7,7 +7,6 @@
 // L2 or L1.
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "backends/cuda/kernels.h"

@@ -47,8 +47,7 @@ __device__ __forceinline__ uint4 round_chunk(const float (&v)[16], float inverse
     packed[i] = low | high << 16;
 #pragma unroll
     for (const uint32_t pair : {low, high}) {
-      const uint32_t halves = ptx::e4m3x2_to_half2(pair);
-      const float2 exact = __half22float2(reinterpret_cast<const __half2&>(halves));
+      const float2 exact = ptx::unpack_f16(ptx::e4m3x2_to_half2(pair));
       sum += exact.x + exact.y;
     }
   }

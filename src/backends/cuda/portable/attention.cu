@@ -67,13 +67,9 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) {
   return (row * kChunks + (chunk ^ (row & 7))) * 8;
 }
 
-__device__ __forceinline__ uint32_t half2_bits(float low, float high) {
-  const __half2 h = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&h);
-}
 // Two bf16 -> two f16; exact for magnitudes from 2^-14 to 65504.
 __device__ __forceinline__ uint32_t to_half(uint32_t pair) {
-  return half2_bits(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+  return ptx::pack_f16(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
 // A page on its way: each thread's 16-byte chunks of K and of V, and one scale.
@@ -357,10 +353,10 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const Params par
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
           const int j = k32 * 4 + step * 2;
-          a[step][0] = half2_bits(score[j][0], score[j][1]);
-          a[step][1] = half2_bits(score[j][2], score[j][3]);
-          a[step][2] = half2_bits(score[j + 1][0], score[j + 1][1]);
-          a[step][3] = half2_bits(score[j + 1][2], score[j + 1][3]);
+          a[step][0] = ptx::pack_f16(score[j][0], score[j][1]);
+          a[step][1] = ptx::pack_f16(score[j][2], score[j][3]);
+          a[step][2] = ptx::pack_f16(score[j + 1][0], score[j + 1][1]);
+          a[step][3] = ptx::pack_f16(score[j + 1][2], score[j + 1][3]);
         }
 #pragma unroll
         for (int n = 0; n < 16; ++n) {

@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include <cstdint>
 
 namespace nibble::ptx {
@@ -21,16 +23,11 @@ __device__ __forceinline__ void bytes_to_half(uint32_t bytes, uint32_t& low, uin
 }
 
 __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 __device__ __forceinline__ float2 unpack_f16(uint32_t pair) {
-  float low, high;
-  asm("{.reg .f16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;}"
-      : "=f"(low), "=f"(high)
-      : "r"(pair));
-  return make_float2(low, high);
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 __device__ __forceinline__ uint32_t f16x2_mul(uint32_t a, uint32_t b) {
   uint32_t d;
