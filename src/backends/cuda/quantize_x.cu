@@ -3,11 +3,14 @@
 //
 // Up to 64 tokens eight threads have the 128 channels that share a scale, 16 each, and need no
 // others: 1/rms is left to the linear (LinearArgs::squares). Above, a block a token: the norm's sum
-// of squares, then the largest magnitude, then the same chunks; k above 8192 is read again, from
-// L2 or L1.
+// of squares, then the largest magnitude, then the same chunks. Its channels stay in registers, as
+// bf16, up to kMostPieces x kThreads x 16; the others are read again, from L2 or L1.
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
 
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/linear_common.cuh"
@@ -18,18 +21,26 @@
 namespace nibble::cuda {
 namespace {
 
-constexpr int kThreads = 512, kGroupThreads = 256;
+constexpr int kThreads = 512, kGroupThreads = 256, kMostPieces = 4;
+
+// 16 channels of a token.
+struct Piece {
+  uint4 halves[2];
+};
 
 // Channels first ... first + 15 of x; zeros past the end.
-__device__ __forceinline__ void load_piece(float (&v)[16], const __nv_bfloat16* x, int first,
-                                           int k) {
-  uint4 halves[2];
+__device__ __forceinline__ Piece load_piece(const __nv_bfloat16* x, int first, int k) {
+  Piece piece;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    halves[h] = first + 8 * h < k ? *reinterpret_cast<const uint4*>(x + first + 8 * h)
-                                  : make_uint4(0, 0, 0, 0);
+    piece.halves[h] = first + 8 * h < k ? *reinterpret_cast<const uint4*>(x + first + 8 * h)
+                                        : make_uint4(0, 0, 0, 0);
   }
-  unpack_bf16(v, halves[0], halves[1]);
+  return piece;
+}
+
+__device__ __forceinline__ void unpack(float (&v)[16], const Piece& piece) {
+  unpack_bf16(v, piece.halves[0], piece.halves[1]);
 }
 
 // v times `factor` and a vector over the channels, rounded to bf16 as the kernel is that does only
@@ -52,7 +63,17 @@ __device__ __forceinline__ void multiply_piece(float (&v)[16], float factor, con
   }
 }
 
-template <bool kNorm, bool kPreScale>
+// As values that are bf16.
+__device__ __forceinline__ Piece pack(const float (&v)[16]) {
+  uint32_t words[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) words[i] = ptx::pack_bf16(v[2 * i], v[2 * i + 1]);
+  return {make_uint4(words[0], words[1], words[2], words[3]),
+          make_uint4(words[4], words[5], words[6], words[7])};
+}
+
+// A thread has the pieces tid, tid + threads, ...; the first kPieces of them are kept.
+template <bool kNorm, bool kPreScale, int kPieces>
 __global__ void __launch_bounds__(kThreads) quantize_x_kernel(const QuantizeArgs args) {
   ptx::grid_launch_dependents();
   ptx::grid_dependency_wait();
@@ -62,31 +83,37 @@ __global__ void __launch_bounds__(kThreads) quantize_x_kernel(const QuantizeArgs
   const int token = static_cast<int>(blockIdx.x), row = token % cuda_x::kSlabTokens;
   const int pieces = static_cast<int>(shape.groups()) * 8, lane8 = threadIdx.x & 7;
   const auto* x = static_cast<const __nv_bfloat16*>(args.x) + token * args.x_stride;
-  const int tid = static_cast<int>(threadIdx.x), begin = token < args.tokens ? tid : pieces;
+  const int tid = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const bool is_token = token < args.tokens;
+  // The pieces that are read again.
+  const int again = is_token ? tid + kPieces * threads : pieces;
 
-  // The thread's first piece stays in registers.
-  float kept[16] = {};
-  if (begin < pieces) load_piece(kept, x, begin * 16, args.k);
+  Piece kept[kPieces] = {};
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const int piece = tid + i * threads;
+    if (is_token && piece < pieces) kept[i] = load_piece(x, piece * 16, args.k);
+  }
   float inverse_rms = 1.0f;
   if constexpr (kNorm) {
     float sum = 0.0f;
-    auto add = [&](const float(&v)[16]) {
+    auto add = [&](const Piece& piece) {
+      float v[16];
+      unpack(v, piece);
 #pragma unroll
       for (int i = 0; i < 16; ++i) sum = fmaf(v[i], v[i], sum);
     };
-    add(kept);
-    for (int piece = begin + kThreads; piece < pieces; piece += kThreads) {
-      float v[16];
-      load_piece(v, x, piece * 16, args.k);
-      add(v);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) add(kept[i]);
+    for (int piece = again; piece < pieces; piece += threads) {
+      add(load_piece(x, piece * 16, args.k));
     }
 #pragma unroll
     for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     if (tid % 32 == 0) squares_of_warp[tid / 32] = sum;
     __syncthreads();
     float total = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kThreads / 32; ++i) total += squares_of_warp[i];
+    for (int i = 0; i < threads / 32; ++i) total += squares_of_warp[i];
     inverse_rms = rsqrtf(total / static_cast<float>(args.k) + args.eps);
   }
   auto finish = [&](float(&v)[16], int piece) {
@@ -94,31 +121,33 @@ __global__ void __launch_bounds__(kThreads) quantize_x_kernel(const QuantizeArgs
     if constexpr (kPreScale) multiply_piece(v, 1.0f, args.pre_scale, piece * 16, args.k);
   };
   uint32_t most = 0;
-  if (begin < pieces) finish(kept, begin);
-  most = max(most, absmax_bits(kept));
-  for (int piece = begin + kThreads; piece < pieces; piece += kThreads) {
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const int piece = tid + i * threads;
     float v[16];
-    load_piece(v, x, piece * 16, args.k);
+    unpack(v, kept[i]);
+    if (is_token && piece < pieces) finish(v, piece);
+    most = max(most, absmax_bits(v));
+    if constexpr (kNorm || kPreScale) kept[i] = pack(v);
+  }
+  for (int piece = again; piece < pieces; piece += threads) {
+    float v[16];
+    unpack(v, load_piece(x, piece * 16, args.k));
     finish(v, piece);
     most = max(most, absmax_bits(v));
   }
   most = __reduce_max_sync(0xffffffffu, most);
   if (tid % 32 == 0) most_of_warp[tid / 32] = most;
   __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kThreads / 32; ++i) most = max(most, most_of_warp[i]);
+  for (int i = 0; i < threads / 32; ++i) most = max(most, most_of_warp[i]);
   const E4m3Scale by(most);
 
   auto* out = static_cast<uint8_t*>(args.out);
   const int slab = token / cuda_x::kSlabTokens;
-  for (int piece = tid; piece < pieces; piece += kThreads) {  // whole groups of threads
-    float v[16] = {};
-    if (by.usable && piece == tid) {
+  auto store = [&](float(&v)[16], int piece) {  // by whole groups of eight threads
+    if (!by.usable) {
 #pragma unroll
-      for (int i = 0; i < 16; ++i) v[i] = kept[i];
-    } else if (by.usable) {
-      load_piece(v, x, piece * 16, args.k);
-      finish(v, piece);
+      for (int i = 0; i < 16; ++i) v[i] = 0.0f;
     }
     float sum = 0.0f;
     const uint4 packed = round_chunk(v, by.inverse, sum);
@@ -129,11 +158,35 @@ __global__ void __launch_bounds__(kThreads) quantize_x_kernel(const QuantizeArgs
     *reinterpret_cast<uint4*>(out + shape.slab_offset(slab, piece / 8) +
                               cuda_x::chunk_byte(row, lane8)) = packed;
     if (lane8 == 0) store_sum(out, shape, token, piece / 8, sum);
+  };
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const int piece = tid + i * threads;
+    if (piece >= pieces) break;
+    float v[16];
+    unpack(v, kept[i]);
+    store(v, piece);
   }
-  const int groups = static_cast<int>(shape.groups());
-  const int past = groups + tid;
+  for (int piece = tid + kPieces * threads; piece < pieces; piece += threads) {
+    float v[16] = {};
+    if (is_token) {
+      unpack(v, load_piece(x, piece * 16, args.k));
+      finish(v, piece);
+    }
+    store(v, piece);
+  }
+  const int past = static_cast<int>(shape.groups()) + tid;
   if (past < shape.sum_blocks() * cuda_x::kSumGroups) store_sum(out, shape, token, past, 0.0f);
   if (tid == 0) reinterpret_cast<float*>(out + shape.scales_offset())[token] = by.scale;
+}
+
+template <int kPieces>
+auto kernel_for(const QuantizeArgs& args) {
+  return args.norm_weight == nullptr ? args.pre_scale == nullptr
+                                           ? quantize_x_kernel<false, false, kPieces>
+                                           : quantize_x_kernel<false, true, kPieces>
+         : args.pre_scale == nullptr ? quantize_x_kernel<true, false, kPieces>
+                                     : quantize_x_kernel<true, true, kPieces>;
 }
 
 // Up to 64 tokens. by[channel]: the norm's weight and the AWQ pre-scale, either or both.
@@ -160,7 +213,7 @@ __global__ void __launch_bounds__(kGroupThreads) quantize_groups_kernel(const Qu
   float v[16] = {};
   if (mine) {
     const auto* x = static_cast<const __nv_bfloat16*>(args.x) + token * args.x_stride;
-    load_piece(v, x, first, args.k);
+    unpack(v, load_piece(x, first, args.k));
   }
   if (args.norm_weight != nullptr) {
     static_assert(kNormTileRows == 4 * 16);
@@ -192,11 +245,16 @@ int quantize_x(const QuantizeArgs& args, void* stream) {
   if (grouped && args.norm_weight != nullptr && args.squares == nullptr) {
     return cudaErrorInvalidValue;
   }
+  // Of one piece a thread as long as that is a block, and then of four.
+  const int64_t pieces = shape.groups() * 8;
+  const int kept = pieces <= kThreads ? 1 : kMostPieces;
+  const int64_t threads =
+      std::clamp<int64_t>(((pieces + kept - 1) / kept + 31) / 32 * 32, 64, kThreads);
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(
-      grouped ? (shape.tokens * shape.groups() * 8 + kGroupThreads - 1) / kGroupThreads
-              : shape.slabs() * cuda_x::kSlabTokens));
-  config.blockDim = dim3(grouped ? kGroupThreads : kThreads);
+  config.gridDim = dim3(
+      static_cast<unsigned>(grouped ? (shape.tokens * pieces + kGroupThreads - 1) / kGroupThreads
+                                    : shape.slabs() * cuda_x::kSlabTokens));
+  config.blockDim = dim3(grouped ? kGroupThreads : static_cast<unsigned>(threads));
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attribute{};
   if (args.dependent) {
@@ -206,11 +264,7 @@ int quantize_x(const QuantizeArgs& args, void* stream) {
     config.numAttrs = 1;
   }
   if (grouped) return cudaLaunchKernelEx(&config, quantize_groups_kernel, args);
-  auto* kernel = args.norm_weight == nullptr ? args.pre_scale == nullptr
-                                                   ? quantize_x_kernel<false, false>
-                                                   : quantize_x_kernel<false, true>
-                 : args.pre_scale == nullptr ? quantize_x_kernel<true, false>
-                                             : quantize_x_kernel<true, true>;
+  auto* kernel = kept == 1 ? kernel_for<1>(args) : kernel_for<kMostPieces>(args);
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
