@@ -458,6 +458,9 @@ int bench_ops(cudaStream_t stream, const Limits& limits, int argc, char** argv) 
   failures += check_rope({{1, 1}}, 1, stream);
   failures += check_rope({{1, 65}, {3, 3}, {70, 200}, {1, 128}}, 2, stream);
   failures += check_rope({{130, 130}, {1, 700}}, 8, stream);
+  // Prompts that begin and end inside of eights, more heads than meet at once.
+  failures += check_rope({{13, 21}, {100, 100}, {77, 300}, {1, 5}, {8, 72}, {64, 127}}, 9, stream);
+  failures += check_rope({{200, 1000}, {3, 3}}, 1, stream);
   failures += check_dense(1, 5, 8, stream);
   failures += check_dense(3, 130, 264, stream);
   failures += check_dense(13, 257, 1032, stream);
