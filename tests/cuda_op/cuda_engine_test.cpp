@@ -3,13 +3,19 @@
 // where the plugin finds no GPU. SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <chrono>
 #include <optional>
 #include <ostream>
+#include <thread>
 
 #include "base/error.h"
 #include "build/model_loader.h"
+#include "engine/allocation_counter.h"
+#include "engine/engine_parts.h"
 #include "engine/sharing.h"
 #include "formats/synthetic.h"
+#include "nibble/engine.h"
 
 namespace nibble {
 namespace {
@@ -23,6 +29,13 @@ struct Case {
 };
 void PrintTo(const Case& test_case, std::ostream* out) { *out << test_case.name; }
 
+ModelSpec shape() {
+  ModelSpec spec = synthetic_shape("nano-like").spec;
+  spec.num_heads = 8;  // four to a KV head: Hopper's own attention kernels
+  spec.num_kv_heads = 2;
+  return spec;
+}
+
 class CudaEngine : public testing::TestWithParam<Case> {};
 
 TEST_P(CudaEngine, SharingIsAsAlone) {
@@ -33,13 +46,10 @@ TEST_P(CudaEngine, SharingIsAsAlone) {
     if (error.kind() != ErrorKind::kDevice) throw;
     GTEST_SKIP() << error.what();
   }
-  ModelSpec spec = synthetic_shape("nano-like").spec;
-  spec.num_heads = 8;  // four to a KV head: Hopper's own attention kernels
-  spec.num_kv_heads = 2;
   expect_as_alone({.target = test_case.target,
                    .precision = test_case.precision,
                    .kv_format = test_case.kv_format,
-                   .spec = spec,
+                   .spec = shape(),
                    .block_tokens = 64,
                    .num_rounds = 4,
                    .num_requests = 64,
@@ -66,6 +76,67 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"portable_static", "cuda:portable", std::nullopt, KvFormat::kInt8Static, 0},
         Case{"portable_f16", "cuda:portable", std::nullopt, KvFormat::kF16, 0}),
     [](const auto& info) { return info.param.name; });
+
+class CudaSteadyStep : public testing::TestWithParam<const char*> {};
+
+TEST_P(CudaSteadyStep, AllocatesNothing) {
+  LoadOptions options;
+  options.build.target = GetParam();
+  options.build.limits = {
+      .max_batch_size = 4, .max_input_len = 64, .max_output_len = 160, .max_num_tokens = 128};
+  auto model = std::make_shared<LoadedModel>();
+  try {
+    *model = load_source(open_synthetic(shape(), 5), options);
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::kDevice) throw;
+    GTEST_SKIP() << error.what();
+  }
+  EngineParts parts;
+  parts.plan = model->plan;
+  parts.backend = std::move(model->backend);
+  parts.weights = model->weights;
+  parts.num_kv_blocks = 16;
+  parts.tensors = std::move(model);
+  Backend& backend = *parts.backend;
+  auto engine = Engine::create(std::move(parts));
+
+  // Told by the engine's thread once a step.
+  struct Sample {
+    uint64_t allocations, free_bytes;
+  };
+  std::vector<Sample> samples;
+  samples.reserve(1000);
+  std::atomic<int> num_done{0};
+  constexpr int kRequests = 3, kTokens = 150;
+  for (int i = 0; i < kRequests; ++i) {
+    Request request;
+    for (int t = 0; t < 20; ++t) request.prompt_tokens.push_back(3 + i * 20 + t);
+    request.max_tokens = kTokens;
+    request.params.ignore_eos = true;
+    request.params.seed = i;
+    request.params.temperature = 1;
+    request.params.presence_penalty = 1;
+    request.params.logprobs = 5;
+    request.params.logit_bias = {{1, -INFINITY}, {2, 3}};
+    request.sink = [&, i](const TokenEvent& event) {
+      if (i == 0) samples.push_back({num_allocations(), backend.free_memory_bytes()});
+      num_done += event.last;
+    };
+    ASSERT_TRUE(engine->submit(request));
+  }
+  while (num_done < kRequests) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  engine->stop();
+  ASSERT_GE(samples.size(), static_cast<size_t>(kTokens));
+  // All have arrived and their graph is recorded after some steps; these cross two blocks.
+  const Sample &begin = samples[30], &end = samples[kTokens - 5];
+  EXPECT_EQ(end.allocations - begin.allocations, 0u);
+  EXPECT_EQ(end.free_bytes, begin.free_bytes);
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, CudaSteadyStep, testing::Values("cuda:sm_90", "cuda:portable"),
+                         [](const auto& info) {
+                           return std::string(info.param).substr(std::string("cuda:").size());
+                         });
 
 }  // namespace
 }  // namespace nibble
