@@ -465,6 +465,7 @@ int bench_prefill(cudaStream_t stream, int argc, char** argv) {
     failures += check_prefill(count, length, count % 2 == 0, stream);
   }
   if (argc > 0 && std::string(argv[0]) == "--odd-only") return failures;
+  wgmma_tflops(WgmmaKind::kF16, stream);
   for (const auto& [count, length] :
        std::vector<std::pair<int, int>>{{5525, 5525}, {2048, 5525}, {500, 5500}, {1024, 1024}}) {
     Case c = make_case({length}, 7, stream);
@@ -500,13 +501,16 @@ int bench_prefill(cudaStream_t stream, int argc, char** argv) {
     });
     double pairs = 0;
     for (int i = 0; i < count; ++i) pairs += length - count + i + 1;
-    std::printf(
-        "prefill attention %4d of %4d tokens (pages expanded too): %8.2f us  %6.1f TFLOPS\n", count,
-        length, t.median_us, 4.0 * kHeadDim * kHeads * pairs / t.median_us * 1e-6);
+    const double flops = 4.0 * kHeadDim * kHeads * pairs;
+    std::printf("prefill attention %4d of %4d tokens (pages expanded too): %8.2f us", count, length,
+                t.median_us);
+    print_tflops(flops, t.median_us, WgmmaKind::kF16, stream);
+    std::printf("\n");
     const Timing portable = time_portable(c, count, q, out, {pages, pages + kLayers}, sms, stream);
-    std::printf(
-        "prefill portable  %4d of %4d tokens:                      %8.2f us  %6.1f TFLOPS\n", count,
-        length, portable.median_us, 4.0 * kHeadDim * kHeads * pairs / portable.median_us * 1e-6);
+    std::printf("prefill portable  %4d of %4d tokens:                      %8.2f us", count, length,
+                portable.median_us);
+    print_tflops(flops, portable.median_us, WgmmaKind::kF16, stream);
+    std::printf("\n");
     for (auto* p : pages) BENCH_CHECK(cudaFree(p));
     BENCH_CHECK(cudaFree(q));
     BENCH_CHECK(cudaFree(out));

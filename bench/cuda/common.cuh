@@ -102,13 +102,28 @@ inline Timing time_graph(cudaStream_t stream, int calls, const std::function<voi
   return {times[times.size() / 2], times.front(), times.back()};
 }
 
-// The limits every percentage refers to; measured once per process.
+// What percentages refer to, measured once per process: reading here, wgmma_tflops() when first
+// asked for.
 struct Limits {
   double read_gbps = 0;
 };
 Limits measure_limits(cudaStream_t stream, bool print);
 
-double measure_fp8_tflops(cudaStream_t stream, int num_sms);
+enum class WgmmaKind : int { kBf16, kF16, kE4m3 };
+inline const char* wgmma_name(WgmmaKind kind) {
+  return kind == WgmmaKind::kBf16 ? "bf16" : kind == WgmmaKind::kF16 ? "f16" : "e4m3";
+}
+double wgmma_tflops(WgmmaKind kind, cudaStream_t stream);
+
+// The end of a row: "  1234 GB/s (56.7 % of read)".
+inline void print_gbps(double bytes, double us, const Limits& limits) {
+  std::printf("  %6.0f GB/s (%4.1f %% of read)", bytes / us * 1e-3,
+              bytes / us * 0.1 / limits.read_gbps);
+}
+inline void print_tflops(double flops, double us, WgmmaKind kind, cudaStream_t stream) {
+  std::printf("  %6.1f TFLOPS (%4.1f %% of %s)", flops / us * 1e-6,
+              flops / us * 1e-4 / wgmma_tflops(kind, stream), wgmma_name(kind));
+}
 
 void bench_launch(cudaStream_t stream);
 int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** argv);

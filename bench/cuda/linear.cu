@@ -533,7 +533,8 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
   auto* out = device_alloc<__nv_bfloat16>(static_cast<size_t>(max_tokens) * 32768);
   fill_normal<<<1056, 256, 0, stream>>>(x, static_cast<size_t>(max_tokens) * 32768, 5120, 1.0f, 1);
   const bool fp8 = o.kernel == "fp8";
-  const double fp8_tflops = fp8 ? measure_fp8_tflops(stream, sizes.sms) : 0;
+  const WgmmaKind kind = fp8 ? WgmmaKind::kE4m3 : WgmmaKind::kBf16;
+  wgmma_tflops(kind, stream);
   auto* quantized = device_alloc<uint8_t>(fp8 ? cuda::quantized_x_bytes(max_tokens, 32768) : 1);
   // What a linear rounds for the next, and what goes with a norm.
   auto* rounded = device_alloc<uint8_t>(fp8 ? cuda::quantized_x_bytes(64, 32768) : 1);
@@ -553,10 +554,9 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
                                   .dependent = dependent},
                                  stream));
   };
-  auto rate = [&](double flops, double us) {
-    std::printf("  %6.1f TFLOPS", flops / us * 1e-6);
-    if (fp8) std::printf(" (%4.1f %% of e4m3)", flops / us * 1e-4 / fp8_tflops);
-    std::printf("\n");
+  auto rates = [&](double bytes, double flops, double us) {
+    print_gbps(bytes, us, limits);
+    print_tflops(flops, us, kind, stream);
   };
   for (int tokens : o.tokens)
     for (int tactic : o.tactics) {
@@ -580,11 +580,11 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
             const Timing q = time_graph(stream, 8, [&] {
               for (int c = 0; c < 8; ++c) quantize(x, s.k, tokens, s.k, c > 0);
             });
-            std::printf("M=%-4d quantize_x %-8s %8.2f us  %6.0f GB/s\n", tokens, matrices[i].name,
-                        q.median_us,
-                        (2.0 * tokens * static_cast<double>(s.k) +
-                         static_cast<double>(cuda::quantized_x_bytes(tokens, s.k))) /
-                            q.median_us * 1e-3);
+            std::printf("M=%-4d quantize_x %-8s %8.2f us", tokens, matrices[i].name, q.median_us);
+            print_gbps(2.0 * tokens * static_cast<double>(s.k) +
+                           static_cast<double>(cuda::quantized_x_bytes(tokens, s.k)),
+                       q.median_us, limits);
+            std::printf("\n");
             args.x = quantized;
           }
           const int calls = (tokens > 512 ? 1 : 4) * kLayers;
@@ -596,17 +596,17 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
           });
           const double b = static_cast<double>(s.packed_bytes());
           const double f = 2.0 * tokens * static_cast<double>(s.rows) * static_cast<double>(s.k);
-          std::printf("M=%-4d tactic %3d %-8s %8.2f us  %6.0f GB/s (%4.1f %% of read)", tokens,
-                      tactic_of(o, args), matrices[i].name, t.median_us, b / t.median_us * 1e-3,
-                      b / t.median_us * 0.1 / limits.read_gbps);
-          rate(f, t.median_us);
+          std::printf("M=%-4d tactic %3d %-8s %8.2f us", tokens, tactic_of(o, args),
+                      matrices[i].name, t.median_us);
+          rates(b, f, t.median_us);
+          std::printf("\n");
           sum_us += t.median_us, bytes += b, flops += f;
           if (o.trace) trace(o, args, weights[i], sizes, stream);
         }
       if (o.shapes) {
-        std::printf("M=%-4d tactic %3d sum      %8.2f us  %6.0f GB/s (%4.1f %% of read)", tokens,
-                    tactic, sum_us, bytes / sum_us * 1e-3, bytes / sum_us * 0.1 / limits.read_gbps);
-        rate(flops, sum_us);
+        std::printf("M=%-4d tactic %3d sum      %8.2f us", tokens, tactic, sum_us);
+        rates(bytes, flops, sum_us);
+        std::printf("\n");
       }
       if (!o.layer) continue;
       // The chain of a layer: h -> qkv -> (its q columns as o's input) -> +h -> gate_up -> down +
@@ -657,12 +657,9 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
             }
           },
           41);
-      std::printf(
-          "M=%-4d tactic %3d layer    %8.2f us  %6.0f GB/s (%4.1f %% of read)  %6.1f TFLOPS  "
-          "[best %.2f, worst %.2f]\n",
-          tokens, tactic, t.median_us, bytes / t.median_us * 1e-3,
-          bytes / t.median_us * 0.1 / limits.read_gbps, flops / t.median_us * 1e-6, t.best_us,
-          t.worst_us);
+      std::printf("M=%-4d tactic %3d layer    %8.2f us", tokens, tactic, t.median_us);
+      rates(bytes, flops, t.median_us);
+      std::printf("  [best %.2f, worst %.2f]\n", t.best_us, t.worst_us);
     }
   for (auto& w : weights) free_weights(w);
   for (auto* p : {x, h, qkv, act, out}) BENCH_CHECK(cudaFree(p));

@@ -1,8 +1,8 @@
 // nibble_cuda_bench: the Hopper kernels against references and against this card's own limits.
 //   nibble_cuda_bench limits | launch | linear [options] | attention [options] | prefill | ops ...
 // Several commands may follow one another, separated by "--". Every run measures the read limit
-// first, so each percentage belongs to the card that gave the time.
-// SPDX-License-Identifier: Apache-2.0
+// first and what wgmma gives where a row needs it (`limits`: all of them, at once), so each
+// percentage belongs to the card that gave the time. SPDX-License-Identifier: Apache-2.0
 #include <cstring>
 #include <string>
 
@@ -119,7 +119,11 @@ int main(int argc, char** argv) {
     int end = i;
     while (end < argc && std::strcmp(argv[end], "--") != 0) ++end;
     const std::string command = argv[i];
-    if (command == "launch") {
+    if (command == "limits") {
+      for (const WgmmaKind kind : {WgmmaKind::kBf16, WgmmaKind::kF16, WgmmaKind::kE4m3}) {
+        wgmma_tflops(kind, stream);
+      }
+    } else if (command == "launch") {
       bench_launch(stream);
     } else if (command == "linear") {
       failures += bench_linear(stream, limits, end - i - 1, argv + i + 1);
@@ -129,7 +133,7 @@ int main(int argc, char** argv) {
       failures += bench_prefill(stream, end - i - 1, argv + i + 1);
     } else if (command == "ops") {
       failures += bench_ops(stream, limits, end - i - 1, argv + i + 1);
-    } else if (command != "limits") {
+    } else {
       std::fprintf(stderr,
                    "unknown command \"%s\": limits, launch, linear, attention, prefill or ops\n",
                    command.c_str());

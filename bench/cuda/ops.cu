@@ -1,5 +1,7 @@
 // The ops between the linears, the logits and sampling: each against a double reference on the
-// host, into poisoned outputs with canaries, then timed at the 24B shape.
+// host, into poisoned outputs with canaries, then timed at the 24B shape: us, the bytes an op must
+// move and, of linears, flops, against the limits of this run. (What is timed and not checked here,
+// cuda_op_tests checks.)
 //   ops [--odd-only]
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_fp16.h>
@@ -23,6 +25,7 @@ template <typename T>
 T* upload(const std::vector<T>& host) {
   T* device = device_alloc<T>(host.size());
   BENCH_CHECK(cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+  BENCH_CHECK(cudaDeviceSynchronize());  // the kernels' stream does not wait for this one
   return device;
 }
 template <typename T>
@@ -380,72 +383,246 @@ int check_sample(int rows, int vocab, bool masked, unsigned seed, cudaStream_t s
                 wrong == 0);
 }
 
-void time_ops(cudaStream_t stream, const Limits& limits) {
-  int sms;
-  BENCH_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
-  constexpr int kHidden = 5120, kVocab = 131072;
-  auto* x = device_alloc<__nv_bfloat16>(size_t{5525} * kHidden);
-  auto* y = device_alloc<__nv_bfloat16>(size_t{5525} * kHidden);
-  auto* weight = device_alloc<float>(kHidden);
-  fill_normal<<<1056, 256, 0, stream>>>(x, size_t{5525} * kHidden, kHidden, 1.0f, 1);
-  fill_uniform<<<16, 256, 0, stream>>>(weight, kHidden, 0.5f, 1.5f, 2);
-  for (const int rows : {1, 64, 5525}) {
-    const Timing t = time_graph(stream, 20, [&] {
-      for (int i = 0; i < 20; ++i) {
-        BENCH_CHECK(cuda::rms_norm({.x = x,
-                                    .weight = weight,
-                                    .pre_scale = nullptr,
-                                    .row_index = nullptr,
-                                    .y = y,
-                                    .eps = 1e-5f,
-                                    .rows = rows,
-                                    .hidden = kHidden,
-                                    .copies = 1,
-                                    .dependent = i > 0},
-                                   stream));
-      }
-    });
-    std::printf("rms_norm %4d x %d: %.2f us\n", rows, kHidden, t.median_us);
+// The 24B shape. Every call of a graph takes the next of several inputs, or one that is larger than
+// L2; what is small (few rows, logits of one step) comes out of L2, as it does in a step.
+class OpTimer {
+ public:
+  OpTimer(cudaStream_t stream, const Limits& limits) : stream_(stream), limits_(limits) {
+    BENCH_CHECK(cudaDeviceGetAttribute(&sms_, cudaDevAttrMultiProcessorCount, 0));
+    fill_normal<<<1056, 256, 0, stream>>>(x_, size_t{kMaxRows} * kHidden, kHidden, 1.0f, 1);
+    fill_normal<<<1056, 256, 0, stream>>>(table_, kTableSize, kHidden, 0.02f, 3);
+    fill_uniform<<<64, 256, 0, stream>>>(scale_, kFfn, 0.5f, 1.5f, 2);
+    BENCH_CHECK(cudaGetLastError());
   }
-  auto* head = device_alloc<__nv_bfloat16>(size_t{kVocab} * kHidden);
-  fill_normal<<<1056, 256, 0, stream>>>(head, size_t{kVocab} * kHidden, kHidden, 0.02f, 3);
-  auto* logits = device_alloc<float>(size_t{64} * kVocab);
-  for (const int rows : {1, 8, 16, 32, 64}) {
-    const Timing t = time_graph(stream, 4, [&] {
-      for (int i = 0; i < 4; ++i) {
-        BENCH_CHECK(cuda::dense_linear({.x = x,
-                                        .weight = head,
-                                        .out = logits,
-                                        .rows = rows,
-                                        .n = kVocab,
-                                        .k = kHidden,
-                                        .num_sms = sms,
-                                        .dependent = i > 0},
-                                       stream));
-      }
-    });
-    const double bytes = 2.0 * kVocab * kHidden;
-    std::printf("lm_head %2d rows: %.1f us  %.0f GB/s (%.1f %% of read)\n", rows, t.median_us,
-                bytes / t.median_us * 1e-3, bytes / t.median_us * 0.1 / limits.read_gbps);
+  OpTimer(const OpTimer&) = delete;
+  OpTimer& operator=(const OpTimer&) = delete;
+  ~OpTimer() {
+    for (void* p : {static_cast<void*>(x_), static_cast<void*>(y_), static_cast<void*>(table_),
+                    static_cast<void*>(scale_), static_cast<void*>(logits_)}) {
+      BENCH_CHECK(cudaFree(p));
+    }
   }
-  for (const int rows : {1, 64}) {
+
+  void run() {
+    wgmma_tflops(WgmmaKind::kBf16, stream_);  // not in the middle of a row
+    for (const int rows : {1, 64, 5525}) norm(rows);
+    for (const int tokens : {1, 64, 2048}) embedding(tokens);
+    rope(1, 1, 5525);
+    rope(64, 1, 5525);
+    rope(1, 2048, 2048);
+    for (const int rows : {1, 64, 2048}) linear(rows);
+    for (const int rows : {1, 64, 5525}) columns(rows);
+    for (const int rows : {1, 64, 2048}) silu(rows);
+    for (const int rows : {1, 8, 16, 32, 64}) head(rows);
+    for (const int rows : {1, 64}) sampling(rows);
+  }
+
+ private:
+  static constexpr int kHidden = 5120, kVocab = 131072, kFfn = 32768, kMaxRows = 5525;
+  static constexpr int kHeads = 32, kKvHeads = 8, kHeadDim = kv_layout::kHeadDim;
+  static constexpr int kQkv = (kHeads + 2 * kKvHeads) * kHeadDim;
+  static constexpr size_t kTableSize = size_t{kVocab} * kHidden;
+
+  // call(i): the i-th launch of a graph, the first of which depends on nothing.
+  template <typename Call>
+  double time(int calls, Call call) {
+    return time_graph(stream_, calls,
+                      [&] {
+                        for (int i = 0; i < calls; ++i) BENCH_CHECK(call(i));
+                      })
+        .median_us;
+  }
+  void row(double us, double bytes, double flops = 0) {
+    std::printf("%.2f us", us);
+    print_gbps(bytes, us, limits_);
+    if (flops > 0) print_tflops(flops, us, WgmmaKind::kBf16, stream_);
+    std::printf("\n");
+  }
+
+  void norm(int rows) {
+    const double us = time(20, [&](int i) {
+      return cuda::rms_norm({.x = x_,
+                             .weight = scale_,
+                             .pre_scale = nullptr,
+                             .row_index = nullptr,
+                             .y = y_,
+                             .eps = 1e-5f,
+                             .rows = rows,
+                             .hidden = kHidden,
+                             .copies = 1,
+                             .dependent = i > 0},
+                            stream_);
+    });
+    std::printf("rms_norm %4d x %d: ", rows, kHidden);
+    row(us, 4.0 * rows * kHidden + 4.0 * kHidden);
+  }
+
+  // Every call looks up other rows.
+  void embedding(int tokens) {
+    constexpr int kCalls = 20;
+    std::mt19937 rng(8);
+    std::vector<int> ids(static_cast<size_t>(tokens) * kCalls);
+    for (int& id : ids) id = static_cast<int>(rng() % kVocab);
+    int* device_ids = upload(ids);
+    const double us = time(kCalls, [&](int i) {
+      return cuda::embed(device_ids + static_cast<ptrdiff_t>(i) * tokens, nullptr, table_, y_,
+                         tokens, kHidden, i > 0, stream_);
+    });
+    std::printf("embed %4d tokens: ", tokens);
+    row(us, 4.0 * tokens * kHidden + 4.0 * tokens);
+    BENCH_CHECK(cudaFree(device_ids));
+  }
+
+  // The last `count` tokens of every sequence, int8 pages with dynamic scales; four layers' qkv and
+  // pages in turn. Bytes: qkv in, q and k out, K and V with their scales, and each token's angles.
+  void rope(int sequences, int count, int length) {
+    using namespace kv_layout;
+    constexpr int kLayers = 4;
+    const int tokens = sequences * count, stride = (length + kPageTokens - 1) / kPageTokens;
+    std::vector<int> positions, starts{0}, lengths, pages;
+    for (int s = 0; s < sequences; ++s) {
+      for (int i = length - count; i < length; ++i) positions.push_back(i);
+      starts.push_back(static_cast<int>(positions.size()));
+      lengths.push_back(length);
+      for (int i = 0; i < stride; ++i) pages.push_back(s * stride + i);
+    }
+    std::shuffle(pages.begin(), pages.end(), std::mt19937(6));
+    std::vector<float> cos, sin;
+    for (int i = 0; i < length * 64; ++i) {
+      const double angle = i / 64 * std::pow(1e6, -2.0 * (i % 64) / kHeadDim);
+      cos.push_back(static_cast<float>(std::cos(angle)));
+      sin.push_back(static_cast<float>(std::sin(angle)));
+    }
+    const size_t layer_values = static_cast<size_t>(tokens) * kQkv;
+    const size_t layer_bytes = pair_offset(int64_t{sequences} * stride, kKvHeads, 0);
+    auto* qkv = device_alloc<__nv_bfloat16>(layer_values * kLayers);
+    auto* cache = device_alloc<uint8_t>(layer_bytes * kLayers);
+    BENCH_CHECK(cudaMemset(cache, 0, layer_bytes * kLayers));
+    fill_normal<<<1056, 256, 0, stream_>>>(qkv, layer_values * kLayers, kHeadDim, 1.0f, 5);
+    BENCH_CHECK(cudaGetLastError());
+    int *device_positions = upload(positions), *device_starts = upload(starts);
+    int *device_lengths = upload(lengths), *device_pages = upload(pages);
+    auto* page_starts = device_alloc<int>(static_cast<size_t>(sequences) + 1);
+    float *device_cos = upload(cos), *device_sin = upload(sin);
+    const double us = time(20, [&](int i) {
+      const auto layer = static_cast<size_t>(i % kLayers);
+      return cuda::generic_rope_store({.qkv = qkv + layer * layer_values,
+                                       .positions = device_positions,
+                                       .seq_starts = device_starts,
+                                       .kv_lens = device_lengths,
+                                       .page_table = device_pages,
+                                       .cos = device_cos,
+                                       .sin = device_sin,
+                                       .pages = cache + layer * layer_bytes,
+                                       .page_starts = page_starts,
+                                       .format = cuda::PageFormat::kInt8,
+                                       .k_scale = 0,
+                                       .v_scale = 0,
+                                       .tokens = tokens,
+                                       .sequences = sequences,
+                                       .page_table_stride = stride,
+                                       .heads = kHeads,
+                                       .kv_heads = kKvHeads,
+                                       .dependent = i > 0},
+                                      stream_);
+    });
+    std::printf("rope_store %4d tokens, %2d sequences: ", tokens, sequences);
+    const double bytes_per_token =
+        2.0 * kQkv + 2.0 * (kHeads + kKvHeads) * kHeadDim + 2.0 * kKvHeads * (kHeadDim + 2) + 512;
+    row(us, tokens * bytes_per_token);
+    for (void* p :
+         {static_cast<void*>(qkv), static_cast<void*>(cache), static_cast<void*>(device_positions),
+          static_cast<void*>(device_starts), static_cast<void*>(device_lengths),
+          static_cast<void*>(device_pages), static_cast<void*>(page_starts),
+          static_cast<void*>(device_cos), static_cast<void*>(device_sin)}) {
+      BENCH_CHECK(cudaFree(p));
+    }
+  }
+
+  // qkv of a model in 16 bits: slices of the table are the weights, so that each call has its own.
+  void linear(int rows) {
+    constexpr size_t kWeights = size_t{kQkv} * kHidden;
+    constexpr int kCopies = static_cast<int>(kTableSize / kWeights);
+    const double us = time(kCopies, [&](int i) {
+      return cuda::generic_linear({.x = x_,
+                                   .w = table_ + static_cast<size_t>(i) * kWeights,
+                                   .out = y_,
+                                   .residual = nullptr,
+                                   .m = rows,
+                                   .n = kQkv,
+                                   .k = kHidden,
+                                   .f32_out = false},
+                                  stream_);
+    });
+    std::printf("generic_linear %4d x %d x %d: ", rows, kQkv, kHidden);
+    row(us, 2.0 * static_cast<double>(kWeights) + 2.0 * rows * (kHidden + kQkv),
+        2.0 * rows * static_cast<double>(kWeights));
+  }
+
+  void columns(int rows) {
+    const double us =
+        time(20, [&](int) { return cuda::scale_columns(x_, scale_, y_, rows, kHidden, stream_); });
+    std::printf("scale_columns %4d x %d: ", rows, kHidden);
+    row(us, 4.0 * rows * kHidden + 4.0 * kHidden);
+  }
+
+  // Gate and up are slices of the table.
+  void silu(int rows) {
+    const double us = time(20, [&](int) {
+      return cuda::silu_multiply(table_, table_ + static_cast<size_t>(rows) * kFfn, scale_, y_,
+                                 rows, kFfn, stream_);
+    });
+    std::printf("silu_multiply %4d x %d: ", rows, kFfn);
+    row(us, 6.0 * rows * kFfn + 4.0 * kFfn);
+  }
+
+  void head(int rows) {
+    const double us = time(4, [&](int i) {
+      return cuda::dense_linear({.x = x_,
+                                 .weight = table_,
+                                 .out = logits_,
+                                 .rows = rows,
+                                 .n = kVocab,
+                                 .k = kHidden,
+                                 .num_sms = sms_,
+                                 .dependent = i > 0},
+                                stream_);
+    });
+    std::printf("lm_head %2d rows: ", rows);
+    row(us, 2.0 * static_cast<double>(kTableSize), 2.0 * rows * static_cast<double>(kTableSize));
+  }
+
+  // Bytes: the logits once, which is the least.
+  void sampling(int rows) {
     std::vector<SampleRow> greedy(static_cast<size_t>(rows)), full(greedy.size());
     for (auto& row : greedy) row.temperature = 0;
     for (auto& row : full) row.temperature = 0.7f, row.top_p = 0.9f, row.top_k = 50, row.seed = 7;
     auto* workspace = device_alloc<uint8_t>(cuda::sample_workspace_bytes(rows, kVocab));
     auto* tokens = device_alloc<int32_t>(static_cast<size_t>(rows));
     for (const auto* list : {&greedy, &full}) {
-      const SampleBatch batch{.num_rows = rows, .vocab_size = kVocab, .rows = upload(*list)};
-      const Timing t = time_graph(stream, 4, [&] {
-        for (int i = 0; i < 4; ++i) {
-          BENCH_CHECK(cuda::sample(batch, logits, {.tokens = tokens}, workspace, i > 0, stream));
-        }
+      SampleRow* device_rows = upload(*list);
+      const SampleBatch batch{.num_rows = rows, .vocab_size = kVocab, .rows = device_rows};
+      const double us = time(4, [&](int i) {
+        return cuda::sample(batch, logits_, {.tokens = tokens}, workspace, i > 0, stream_);
       });
-      std::printf("sample %2d rows, %s: %.1f us\n", rows,
-                  list == &greedy ? "greedy" : "top_k, top_p", t.median_us);
+      std::printf("sample %2d rows, %s: ", rows, list == &greedy ? "greedy" : "top_k, top_p");
+      row(us, 4.0 * rows * kVocab);
+      BENCH_CHECK(cudaFree(device_rows));
     }
+    BENCH_CHECK(cudaFree(workspace));
+    BENCH_CHECK(cudaFree(tokens));
   }
-}
+
+  cudaStream_t stream_;
+  const Limits& limits_;
+  int sms_ = 0;
+  // y_: rows of any width here.
+  __nv_bfloat16* x_ = device_alloc<__nv_bfloat16>(size_t{kMaxRows} * kHidden);
+  __nv_bfloat16* y_ = device_alloc<__nv_bfloat16>(size_t{2048} * kFfn);
+  __nv_bfloat16* table_ = device_alloc<__nv_bfloat16>(kTableSize);  // and lm_head
+  float* scale_ = device_alloc<float>(kFfn);
+  float* logits_ = device_alloc<float>(size_t{64} * kVocab);
+};
 
 }  // namespace
 
@@ -473,7 +650,7 @@ int bench_ops(cudaStream_t stream, const Limits& limits, int argc, char** argv) 
   }
   if (argc > 0 && std::string(argv[0]) == "--odd-only") return failures;
   failures += check_sample(24, 131072, false, 99, stream);
-  time_ops(stream, limits);
+  OpTimer(stream, limits).run();
   return failures;
 }
 

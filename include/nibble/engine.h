@@ -38,7 +38,8 @@ struct EngineStats {
                                                   512, 1024, 2048, 4096, 8192, 16384};
   std::array<uint64_t, kStepSizes.size() + 1> steps_by_size{};
   uint64_t step_us = 0;  // whole steps: plan, run, commit, sinks
-  uint64_t run_us = 0;   // inside Executor::run
+  uint64_t wait_us = 0;  // of these, waiting in Executor::collect: step_us - wait_us is what the
+                         // engine's thread does itself, also while a device computes
   uint64_t forward_us =
       0;  // inside the decoder and the sampling op: step_us - forward_us is overhead
 };

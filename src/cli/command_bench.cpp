@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <cstdio>
 #include <mutex>
+#include <optional>
 
 #include "backends/cpu/bandwidth.h"
 #include "base/error.h"
@@ -53,6 +54,17 @@ LoadedModel load(const BenchFlags& flags, TerminalProgress& progress) {
   return load_source(open_synthetic(spec, /*seed=*/1), load_options(flags));
 }
 
+/// Engine counters around the steps of a whole batch: from the last first token to the first end.
+struct WholeBatch {
+  EngineStats before, after;
+  /// What the engine's thread does beside waiting for the device.
+  double host_us_per_step() const {
+    const double us = static_cast<double>(after.step_us - before.step_us) -
+                      static_cast<double>(after.wait_us - before.wait_us);
+    return us / static_cast<double>(std::max<uint64_t>(after.steps - before.steps, 1));
+  }
+};
+
 struct Timeline {  // of one request
   Clock::time_point submitted, first, last;
   std::vector<Clock::time_point> times;  // of its tokens
@@ -65,6 +77,7 @@ class Load {
   Load(LoadedModel model, int num_sequences)
       : plan_(model.plan), bytes_per_step_(model.weights.bytes_per_decode_step) {
     EngineParts parts;
+    overlaps_ = model.backend->overlaps();
     parts.plan = model.plan;
     const int per_sequence = plan_.limits.max_seq_len() / plan_.kv_block_tokens + 1;
     parts.num_kv_blocks = per_sequence * (num_sequences + 1);
@@ -105,11 +118,15 @@ class Load {
       timeline.times.reserve(static_cast<size_t>(output));
       request.sink = [&](const TokenEvent& event) {
         const std::lock_guard lock(mutex);
-        if (timeline.tokens == 0 && !event.tokens.empty()) timeline.first = Clock::now();
+        if (timeline.tokens == 0 && !event.tokens.empty()) {
+          timeline.first = Clock::now();
+          whole_batch_.before = engine_->stats();
+        }
         timeline.tokens += static_cast<int>(event.tokens.size());
         timeline.last = Clock::now();
         timeline.times.insert(timeline.times.end(), event.tokens.size(), timeline.last);
         if (event.last) {
+          if (finished == 0) whole_batch_.after = engine_->stats();
           timeline.done = event.finish_reason == FinishReason::kLength;
           --active;
           ++finished;
@@ -134,6 +151,11 @@ class Load {
   Engine& engine() { return *engine_; }
   const EnginePlan& plan() const { return plan_; }
   uint64_t bytes_per_step() const { return bytes_per_step_; }
+  /// Of the last run; nothing where the engine's thread computes the steps itself.
+  std::optional<double> host_us_per_step() const {
+    if (!overlaps_) return std::nullopt;
+    return whole_batch_.host_us_per_step();
+  }
 
  private:
   EnginePlan plan_;
@@ -141,6 +163,8 @@ class Load {
   std::unique_ptr<WeightSource> source_;
   std::unique_ptr<Engine> engine_;
   int next_seed_ = 1;
+  bool overlaps_ = false;  // the next step is launched while the device computes one
+  WholeBatch whole_batch_;
 };
 
 double percentile(std::vector<double> values, double p) {
@@ -193,6 +217,8 @@ void measure_latency(const BenchFlags& flags, Load& load, double bandwidth) {
   const double rate = flags.batch / step_ms * 1e3;
   const double gb_per_s = static_cast<double>(load.bytes_per_step()) / step_ms * 1e-6;
   const double outside = share.percent(load.engine().stats());
+  const std::optional<double> host_us = load.host_us_per_step();
+  const double host_percent = host_us ? 0.1 * *host_us / step_ms : 0;
   if (flags.write_card) {
     const std::vector<fs::path> cards = cards_of_engine(flags.model);
     const SpeedRow row = {.engine = cards[0].parent_path().filename().string(),
@@ -208,21 +234,25 @@ void measure_latency(const BenchFlags& flags, Load& load, double bandwidth) {
       write_file_atomically(card, add_speed_to_card(read_file(card), row));
   }
   if (flags.json) {
-    fmt::print("{}\n",
-               dump_json(json::object{
-                   {"target", load.plan().target},
-                   {"activations", activation_precision_name(load.plan().activation_precision)},
-                   {"batch", flags.batch},
-                   {"prompt_tokens", flags.prompt_tokens},
-                   {"output_tokens", flags.output_tokens},
-                   {"prefill_tokens_per_s", prefill_rate},
-                   {"time_to_first_token_s", prefill_seconds},
-                   {"decode_step_ms", step_ms},
-                   {"decode_tokens_per_s", rate},
-                   {"weight_gb_per_s", gb_per_s},
-                   {"read_bandwidth_gb_per_s", bandwidth},
-                   {"percent_of_read_bandwidth", 100 * gb_per_s / bandwidth},
-                   {"percent_outside_kernels", outside}}));
+    json::object object{
+        {"target", load.plan().target},
+        {"activations", activation_precision_name(load.plan().activation_precision)},
+        {"batch", flags.batch},
+        {"prompt_tokens", flags.prompt_tokens},
+        {"output_tokens", flags.output_tokens},
+        {"prefill_tokens_per_s", prefill_rate},
+        {"time_to_first_token_s", prefill_seconds},
+        {"decode_step_ms", step_ms},
+        {"decode_tokens_per_s", rate},
+        {"weight_gb_per_s", gb_per_s},
+        {"read_bandwidth_gb_per_s", bandwidth},
+        {"percent_of_read_bandwidth", 100 * gb_per_s / bandwidth},
+        {"percent_outside_kernels", outside}};
+    if (host_us) {
+      object["host_us_per_step"] = *host_us;
+      object["host_percent_of_step"] = host_percent;
+    }
+    fmt::print("{}\n", dump_json(object));
     return;
   }
   fmt::print(
@@ -235,6 +265,11 @@ void measure_latency(const BenchFlags& flags, Load& load, double bandwidth) {
       flags.prompt_tokens, flags.output_tokens, prefill_rate, human_duration(prefill_seconds),
       step_ms, rate, static_cast<double>(load.bytes_per_step()) * 1e-9, gb_per_s,
       100 * gb_per_s / bandwidth, bandwidth, outside);
+  if (host_us) {
+    fmt::print(
+        "  engine's thread, not waiting for the device: {:.1f} us a decode step = {:.2f} % of it\n",
+        *host_us, host_percent);
+  }
 }
 
 int run_latency(const BenchFlags& flags, LoadedModel model) {

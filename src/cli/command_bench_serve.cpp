@@ -61,6 +61,8 @@ int run_bench_serve(const BenchServeFlags& flags) {
   options.turns = flags.turns;
   options.think_s = flags.think_s;
   options.shared_prefix = flags.shared_prefix;
+  options.num_prefixes = flags.prefixes;
+  options.warm_prefixes = flags.warm;
   options.input_min = flags.input_len;
   options.input_max = flags.input_len_max > 0 ? flags.input_len_max : flags.input_len;
   options.output_min = flags.output_len;
@@ -87,6 +89,9 @@ int run_bench_serve(const BenchServeFlags& flags) {
         report.completed / seconds, static_cast<double>(report.output_tokens) / seconds,
         static_cast<double>(report.input_tokens + report.output_tokens) / seconds,
         report.cached_tokens, report.input_tokens);
+    if (report.ends_per_s > 0) {
+      fmt::print("{:.2f} requests/s between the first end and the last\n", report.ends_per_s);
+    }
     if (flags.slo_ttft_ms > 0 || flags.slo_tpot_ms > 0 || flags.slo_e2e_ms > 0) {
       fmt::print("goodput {:.2f} requests/s ({} of {} met the bounds)\n", report.good / seconds,
                  report.good, report.completed);

@@ -113,7 +113,8 @@ struct SynthesizeFlags : CommonOptions {
 struct BenchServeFlags : CommonOptions {
   std::string url, model, api_key_file, text;
   std::string prompts = "text";  // text | random-ids
-  int vocab_size = 32000, sessions = 100, turns = 1, shared_prefix = 0;
+  int vocab_size = 32000, sessions = 100, turns = 1, shared_prefix = 0, prefixes = 1;
+  bool warm = false;
   int input_len = 128, input_len_max = 0, output_len = 64, output_len_max = 0;  // max 0: fixed
   int concurrency = 0;
   double rate = 0, think_s = 0, timeout_s = 600;

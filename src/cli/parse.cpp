@@ -567,6 +567,11 @@ class Parser {
     c->add_option("--shared-prefix", f.shared_prefix, "words (ids) that every session begins with")
         ->check(CLI::NonNegativeNumber)
         ->capture_default_str();
+    c->add_option("--prefixes", f.prefixes,
+                  "so many different ones, taken in turn: clients' own conversations")
+        ->check(CLI::Range(1, 1'000'000))
+        ->capture_default_str();
+    c->add_flag("--warm", f.warm, "send every prefix once before what is measured");
     c->add_option("--input-len", f.input_len, "words (ids) of a turn")->capture_default_str();
     c->add_option("--input-len-max", f.input_len_max, "draw the length from input-len up to this");
     c->add_option("--output-len", f.output_len, "tokens of an answer")->capture_default_str();

@@ -318,8 +318,9 @@ class EngineImpl final : public Engine {
       flying_ = &plan;
       if (!executor_->overlaps() || needs_tokens(plan)) land();
     }
-    // Together: readers take the difference for the engine's own time.
+    // Together: readers take differences for the engine's own time.
     counters_.forward_us += std::exchange(landed_forward_us_, 0);
+    counters_.wait_us += std::exchange(landed_wait_us_, 0);
     counters_.step_us += now_us() - begin_us;
     publish_stats();
   }
@@ -349,7 +350,7 @@ class EngineImpl final : public Engine {
     for (const ScheduledSequence& scheduled : plan.sequences) {
       counters_.generated_tokens += scheduled.draws && !scheduled.is_dropped;
     }
-    counters_.run_us += at_us - wait_us;
+    landed_wait_us_ += at_us - wait_us;
     landed_forward_us_ += result.forward_us;
     publish_stats();  // before the sinks, so that who hears of an end sees the blocks back
 
@@ -536,7 +537,7 @@ class EngineImpl final : public Engine {
   std::vector<Cancel> taken_cancels_;
   std::vector<RequestId> doomed_;
   const StepPlan* flying_ = nullptr;                    // launched and not read
-  int64_t landed_forward_us_ = 0;                       // of the steps read in this one
+  int64_t landed_forward_us_ = 0, landed_wait_us_ = 0;  // of the steps read in this one
   std::vector<std::unique_ptr<ActiveRequest>> buried_;  // ended; a step in flight may know them
   std::vector<TokenLogprobs> scores_;                   // [max_logit_rows]
   std::vector<TokenLogprob> tops_;                      // [max_logit_rows, kMaxTopLogprobs]

@@ -66,6 +66,7 @@ std::vector<std::string_view> split_words(std::string_view text) {
 
 /// One conversation, or one growing prompt of ids.
 struct Session {
+  bool is_measured = true;
   int turn = 0;
   size_t next_word = 0;
   json::array messages;
@@ -107,10 +108,19 @@ class LoadGenerator {
   }
 
   LoadTestReport run() {
+    if (options_.warm_prefixes) warm();
     plan_arrivals();
     progress_.begin("requests", int64_t{options_.num_sessions} * options_.turns, "requests");
     start_ = last_piece_ = Clock::now();
     for (auto& session : sessions_) session.due = start_ + (session.due - Clock::time_point{});
+    send_all();
+    progress_.end();
+    return report();
+  }
+
+ private:
+  /// Until everything that waits has been sent and answered.
+  void send_all() {
     while (!interrupt_requested()) {
       start_due();
       if (running_.empty() && waiting_.empty()) break;
@@ -119,11 +129,20 @@ class LoadGenerator {
       reap();
       curl_multi_poll(multi_, nullptr, 0, poll_ms(), nullptr);
     }
-    progress_.end();
-    return report();
   }
 
- private:
+  /// Sends every prefix once, for one token. Nothing of it is measured.
+  void warm() {
+    warming_.resize(static_cast<size_t>(options_.num_prefixes));
+    for (size_t i = 0; i < warming_.size(); ++i) {
+      warming_[i].is_measured = false;
+      begin_session(warming_[i], i);
+      waiting_.push_back(&warming_[i]);
+    }
+    send_all();
+    peak_ = 0;
+  }
+
   void check() const {
     const auto range = [](const char* name, int low, int high) {
       if (low < 1 || high < low) {
@@ -133,6 +152,12 @@ class LoadGenerator {
     };
     range("input length", options_.input_min, options_.input_max);
     range("output length", options_.output_min, options_.output_max);
+    if (options_.num_prefixes < 1) {
+      fail(ErrorKind::kUsage, "--prefixes is {}, but must be at least 1", options_.num_prefixes);
+    }
+    if (options_.shared_prefix == 0 && (options_.num_prefixes > 1 || options_.warm_prefixes)) {
+      fail(ErrorKind::kUsage, "--prefixes and --warm need --shared-prefix, the prefixes' length");
+    }
     if (!options_.random_ids && words_.size() < 2) {
       fail(ErrorKind::kUsage, "the text for prompts has {} words; give one with more",
            words_.size());
@@ -184,7 +209,7 @@ class LoadGenerator {
     sessions_.resize(static_cast<size_t>(options_.num_sessions));
     std::exponential_distribution<double> gap(options_.rate > 0 ? options_.rate : 1);
     double at = 0;
-    size_t word = 0;
+    size_t word = 0, index = 0;
     for (Session& session : sessions_) {
       session.due = Clock::time_point{} +
                     std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(at));
@@ -192,19 +217,20 @@ class LoadGenerator {
       // Sessions begin at different places of the text, so that only the prefix is shared.
       session.next_word = word;
       word += 7919;
-      begin_session(session);
+      begin_session(session, index++);
       waiting_.push_back(&session);
     }
   }
 
-  void begin_session(Session& session) {
+  void begin_session(Session& session, size_t index) {
     if (options_.shared_prefix == 0) return;
+    const size_t prefix = index % static_cast<size_t>(options_.num_prefixes);
     if (options_.random_ids) {
-      std::mt19937_64 same(options_.seed ^ 0x5eed);
+      std::mt19937_64 same((options_.seed ^ 0x5eed) + (uint64_t{prefix} << 32));
       for (int i = 0; i < options_.shared_prefix; ++i) session.ids.push_back(random_id(same));
       return;
     }
-    size_t from = 0;
+    size_t from = prefix * 104729;
     session.messages.push_back(
         json::object{{"role", "system"}, {"content", take_words(from, options_.shared_prefix)}});
   }
@@ -251,7 +277,10 @@ class LoadGenerator {
   }
 
   bool has_room() const {
-    return options_.concurrency == 0 || num_open_sessions_ < options_.concurrency;
+    const int bound = options_.concurrency > 0 ? options_.concurrency
+                      : sessions_.empty()      ? kMaxWarming
+                                               : 0;
+    return bound == 0 || num_open_sessions_ < bound;
   }
 
   int poll_ms() const {
@@ -267,9 +296,11 @@ class LoadGenerator {
     if (session.turn == 0) ++num_open_sessions_;
     auto running = std::make_unique<Running>();
     running->session = &session;
-    const int input = draw(options_.input_min, options_.input_max);
+    const bool measured = session.is_measured;
+    const int input = measured ? draw(options_.input_min, options_.input_max) : 1;
+    const int output = measured ? draw(options_.output_min, options_.output_max) : 1;
     json::object body{
-        {"model", options_.model}, {"max_tokens", draw(options_.output_min, options_.output_max)},
+        {"model", options_.model}, {"max_tokens", output},
         {"stream", true},          {"stream_options", json::object{{"include_usage", true}}},
         {"ignore_eos", true},      {"temperature", 0}};
     if (options_.random_ids) {
@@ -376,8 +407,15 @@ class LoadGenerator {
     if (running.failure.empty() && status != 200) {
       running.failure = fmt::format("HTTP {}: {}", status, running.error_body.substr(0, 200));
     }
-    if (running.failure.empty() && !running.first) running.failure = "no text came";
+    if (running.failure.empty() && !running.first && session.is_measured) {
+      running.failure = "no text came";
+    }
     if (running.failure.empty() && !running.done) running.failure = "the stream broke off";
+    if (!session.is_measured) {
+      if (!running.failure.empty()) ++errors_["sending a prefix: " + running.failure];
+      --num_open_sessions_;
+      return;
+    }
     ++num_finished_;
     progress_.advance(num_finished_);
     if (!running.failure.empty()) {
@@ -416,11 +454,16 @@ class LoadGenerator {
     const auto meets = [](double value, double bound) { return bound <= 0 || value <= bound; };
     report_.good += meets(ttft, options_.slo_ttft_ms) && meets(tpot, options_.slo_tpot_ms) &&
                     meets(e2e, options_.slo_e2e_ms);
+    first_end_ = std::min(first_end_, *running.last);
     last_piece_ = std::max(last_piece_, *running.last);
   }
 
   LoadTestReport report() {
     report_.seconds = ms_between(start_, last_piece_) * 1e-3;
+    const double ending_s = ms_between(first_end_, last_piece_) * 1e-3;
+    if (options_.rate > 0 && report_.completed > 1 && ending_s > 0) {
+      report_.ends_per_s = (report_.completed - 1) / ending_s;
+    }
     report_.peak_concurrency = peak_;
     report_.ttft_ms = Percentiles::of(std::move(ttft_));
     report_.tpot_ms = Percentiles::of(std::move(tpot_));
@@ -440,12 +483,13 @@ class LoadGenerator {
   std::vector<std::string_view> words_;  // of the caller's text
   std::mt19937_64 random_;
   CurlMulti multi_;
-  std::vector<Session> sessions_;  // never grows once running
+  static constexpr int kMaxWarming = 16;     // at a time, where concurrency has no bound
+  std::vector<Session> warming_, sessions_;  // never grow once running
   std::deque<Session*> waiting_;
   std::vector<std::unique_ptr<Running>> running_;
   int num_open_sessions_ = 0, peak_ = 0;
   int64_t num_finished_ = 0;
-  Clock::time_point start_, last_piece_;
+  Clock::time_point start_, first_end_ = Clock::time_point::max(), last_piece_;
   std::vector<double> ttft_, tpot_, itl_, e2e_;
   std::map<std::string, int> errors_;
   LoadTestReport report_;
@@ -490,6 +534,7 @@ json::object LoadTestReport::to_json() const {
           {"cached_tokens", cached_tokens},
           {"output_tokens", output_tokens},
           {"requests_per_s", rate(completed)},
+          {"ends_per_s", ends_per_s},
           {"output_tokens_per_s", rate(static_cast<double>(output_tokens))},
           {"total_tokens_per_s", rate(static_cast<double>(input_tokens + output_tokens))},
           {"goodput_requests_per_s", rate(good)},

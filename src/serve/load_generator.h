@@ -27,6 +27,10 @@ struct LoadTestOptions {
   int turns = 1;          // requests of a session; each holds the ones before and their answers
   double think_s = 0;     // between an answer and the session's next turn
   int shared_prefix = 0;  // words (ids) that begin every session: one system prompt for all
+  // That many different prefixes of this length, which sessions begin with in turn: conversations
+  // that so many clients have had.
+  int num_prefixes = 1;
+  bool warm_prefixes = false;            // every prefix is sent once, before what is measured
   int input_min = 128, input_max = 128;  // words (ids) of a turn's new text, drawn uniformly
   int output_min = 64, output_max = 64;  // tokens of an answer (ignore_eos is sent)
   int concurrency = 0;                   // sessions at a time; 0: no bound
@@ -47,6 +51,9 @@ struct Percentiles {
 struct LoadTestReport {
   int completed = 0, failed = 0, good = 0;
   double seconds = 0;  // first send to last piece
+  // Ends a second between the first end and the last: at a rate of arrivals what the server does
+  // while they last, without the pauses at either side. 0 without a rate.
+  double ends_per_s = 0;
   int64_t input_tokens = 0, cached_tokens = 0, output_tokens = 0;
   int peak_concurrency = 0;
   Percentiles ttft_ms, tpot_ms, itl_ms, e2e_ms;

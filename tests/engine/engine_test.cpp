@@ -35,7 +35,7 @@ struct Options {
       .max_batch_size = 8, .max_input_len = 200, .max_output_len = 100, .max_num_tokens = 64};
   int num_kv_blocks = 100;
   int max_queue = 16;
-  std::function<void()> before_step;
+  std::function<void()> before_step, before_collect;
   std::vector<uint64_t> allowed_tokens;
   bool overlaps = steps_overlap;
 };
@@ -58,6 +58,7 @@ std::unique_ptr<Engine> make_engine(Options options = {}) {
                 .vocab_size = kVocab},
       options.num_kv_blocks, options.overlaps);
   executor->before_step = std::move(options.before_step);
+  executor->before_collect = std::move(options.before_collect);
   parts.executor = std::move(executor);
   return Engine::create(std::move(parts));
 }
@@ -589,6 +590,21 @@ TEST_P(EngineTest, DrainWaitsThenCancels) {
   EXPECT_FALSE(engine->drain(milliseconds(100)));
   ASSERT_TRUE(collector.wait(std::chrono::seconds(0)));
   EXPECT_EQ(collector.choice().reason, FinishReason::kCancelled);
+}
+
+TEST_P(EngineTest, WaitingForTheDeviceIsToldFromWork) {
+  Options options;
+  options.before_step = [] { std::this_thread::sleep_for(milliseconds(2)); };
+  options.before_collect = [] { std::this_thread::sleep_for(milliseconds(5)); };
+  const auto engine = make_engine(std::move(options));
+  Collector collector;
+  ASSERT_TRUE(engine->submit(make_request(tokens_from(5, 10), 20, collector)));
+  ASSERT_TRUE(engine->drain(milliseconds(10'000)));
+  engine->stop();  // the last step's times are published
+  const EngineStats stats = engine->stats();
+  EXPECT_GE(stats.steps, 20u);
+  EXPECT_GE(stats.wait_us, stats.steps * 5000);
+  EXPECT_GE(stats.step_us - stats.wait_us, stats.steps * 2000);
 }
 
 TEST_P(EngineTest, ASteadyStepAllocatesNothing) {

@@ -194,12 +194,14 @@ class FakeExecutor final : public Executor {
     }
   }
 
-  std::function<void()> before_step;  // may throw
+  std::function<void()> before_step;     // may throw
+  std::function<void()> before_collect;  // while the device would compute
 
   bool overlaps() const override { return overlaps_; }
 
   const StepResult& collect() override {
     NIBBLE_CHECK(num_collected_ < num_launched_);
+    if (before_collect) before_collect();
     return flights_[num_collected_++ % 2].result;
   }
   const StepResult& run(const StepPlan& plan) {

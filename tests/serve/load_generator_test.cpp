@@ -87,6 +87,37 @@ TEST_F(LoadGenerator, RandomIdsAtARate) {
   EXPECT_EQ(report.good, 0);  // nothing is that fast
 }
 
+// Conversations of their own that the server has had before: no session computes its prefix again.
+TEST_F(LoadGenerator, PrefixesOfTheirOwnAreWarm) {
+  start();
+  for (const bool random_ids : {true, false}) {
+    LoadTestOptions options = this->options();
+    options.random_ids = random_ids;
+    options.vocab_size = 4000;
+    options.input_min = options.input_max = 20;
+    options.num_sessions = 9;
+    options.rate = 100;
+    options.shared_prefix = 96;
+    options.num_prefixes = 3;
+    options.warm_prefixes = true;
+    const double prompts = metric("vllm:request_prompt_tokens_sum");
+    const double cached = metric("vllm:prompt_tokens_cached_total");
+    const LoadTestReport report = run_load_test(options, progress_);
+    EXPECT_EQ(report.completed, 9);
+    EXPECT_EQ(report.failed, 0);
+    EXPECT_GE(report.cached_tokens, 9 * 96);
+    EXPECT_GT(report.ends_per_s, 0);
+    // The prefixes differ: what was sent to warm them found nothing, and is not in the report.
+    if (!random_ids) continue;  // the words of so short a text repeat
+    EXPECT_EQ(metric("vllm:prompt_tokens_cached_total") - cached, report.cached_tokens);
+    EXPECT_EQ(report.input_tokens, 9 * (96 + 20));
+    EXPECT_EQ(metric("vllm:request_prompt_tokens_sum") - prompts, report.input_tokens + 3 * 97);
+  }
+  LoadTestOptions options = this->options();
+  options.warm_prefixes = true;  // of which there are none
+  EXPECT_THROW(run_load_test(options, progress_), Error);
+}
+
 TEST_F(LoadGenerator, FailuresAreCountedWithTheirReason) {
   start();
   LoadTestOptions options = this->options();
