@@ -122,6 +122,7 @@ std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory,
   chat->plan_ = model.plan;
   chat->bytes_per_decode_step_ = model.weights.bytes_per_decode_step;
   chat->notices_ = chat->tokenizer_.notices();
+  chat->notices_.insert(chat->notices_.end(), model.notices.begin(), model.notices.end());
   if (model.source) {
     const auto& notices = model.source->notices();
     chat->notices_.insert(chat->notices_.end(), notices.begin(), notices.end());

@@ -40,6 +40,8 @@ json::object memory_plan(const EnginePlan& plan, uint64_t weight_bytes) {
 }  // namespace
 
 int run_inspect(const InspectFlags& flags) {
+  const bool is_engine = model_kind(flags.model) == ModelKind::kEngine;
+  if (is_engine) open_engine(flags.model);  // a refusal with the command that builds it again
   if (!flags.tensor.empty()) {
     const json::object report = inspect_tensor(flags.model, flags.tensor);
     fmt::print("{}\n", flags.json ? dump_json(report) : describe_tensor(report));
@@ -47,8 +49,8 @@ int run_inspect(const InspectFlags& flags) {
   }
   json::object report = inspect_model(flags.model);
   std::string text = describe_model(report);
-  if (model_kind(flags.model) == ModelKind::kEngine) {
-    const SafetensorsFile file = SafetensorsFile::open(fs::path(flags.model) / "rank0.engine");
+  if (is_engine) {
+    const SafetensorsFile file = open_engine(flags.model);
     const EnginePlan plan = read_engine_plan(file, flags.model);
     json::object memory;
     std::string unknown;

@@ -91,7 +91,16 @@ json::object EnginePlan::to_json() const {
                         {"tactic", t.tactic},
                         {"microseconds", t.microseconds}});
   }
-  return {
+  json::object from;
+  const auto keep = [&](const char* key, const std::string& value) {
+    if (!value.empty()) from[key] = value;
+  };
+  keep("checkpoint", source.checkpoint);
+  keep("synthetic", source.synthetic);
+  keep("quantize_lm_head", source.quantize_lm_head);
+  keep("tokenizer", source.tokenizer);
+  if (source.no_tune) from["no_tune"] = true;
+  json::object plan = {
       {"format_version", kFormatVersion},
       {"nibble_version", nibble_version},
       {"target", target},
@@ -111,7 +120,13 @@ json::object EnginePlan::to_json() const {
       {"kv_format", kv_format_name(kv_format)},
       {"kv_block_tokens", kv_block_tokens},
       {"tactics", std::move(measured)},
+      {"source", std::move(from)},
   };
+  if (target.starts_with("cuda:")) {
+    plan["cuda"] = {
+        {"major", cuda.major}, {"gpu", cuda.gpu}, {"compute_capability", cuda.compute_capability}};
+  }
+  return plan;
 }
 
 namespace {
@@ -139,6 +154,35 @@ std::vector<LinearTactic> tactics_from_json(ObjectReader& plan) {
   }
   return tactics;
 }
+
+/// The object at `key`, which must be there.
+ObjectReader required_object(ObjectReader& in, const char* key) {
+  const json::object* object = in.object(key);
+  if (object == nullptr) {
+    fail(ErrorKind::kInput, "{}: {} is missing; wanted an object", in.where(), key);
+  }
+  return ObjectReader(*object, in.where() + ", " + key);
+}
+
+CudaPlatform cuda_from_json(ObjectReader& plan) {
+  ObjectReader in = required_object(plan, "cuda");
+  CudaPlatform cuda{.major = in.integer("major", 0, 1000),
+                    .gpu = in.string("gpu"),
+                    .compute_capability = in.string("compute_capability")};
+  in.refuse_unknown_keys();
+  return cuda;
+}
+
+BuildSource source_from_json(ObjectReader& plan) {
+  ObjectReader in = required_object(plan, "source");
+  BuildSource source{.checkpoint = in.string_or("checkpoint", ""),
+                     .synthetic = in.string_or("synthetic", ""),
+                     .quantize_lm_head = in.string_or("quantize_lm_head", ""),
+                     .tokenizer = in.string_or("tokenizer", ""),
+                     .no_tune = in.boolean_or("no_tune", false)};
+  in.refuse_unknown_keys();
+  return source;
+}
 }  // namespace
 
 EnginePlan EnginePlan::from_json(const json::object& object, std::string_view what) {
@@ -157,9 +201,7 @@ EnginePlan EnginePlan::from_json(const json::object& object, std::string_view wh
   plan.spec = ModelSpec::from_json(*spec);
   plan.tp_size = in.integer("tp_size", 1, 1024);
   plan.tp_rank = in.integer("tp_rank", 0, plan.tp_size - 1);
-  const json::object* limits = in.object("limits");
-  if (limits == nullptr) fail(ErrorKind::kInput, "{}: limits is missing; wanted an object", what);
-  ObjectReader limit(*limits, in.where() + ", limits");
+  ObjectReader limit = required_object(in, "limits");
   plan.limits.max_batch_size = limit.integer("max_batch_size", 1, kMax);
   plan.limits.max_input_len = limit.integer("max_input_len", 1, kMax / 2);
   plan.limits.max_output_len = limit.integer("max_output_len", 1, kMax / 2);
@@ -173,6 +215,8 @@ EnginePlan EnginePlan::from_json(const json::object& object, std::string_view wh
   plan.kv_format = kv_format_from_name(in.string("kv_format"));
   plan.kv_block_tokens = in.integer("kv_block_tokens", 1, 1 << 20);
   plan.tactics = tactics_from_json(in);
+  plan.source = source_from_json(in);
+  if (plan.target.starts_with("cuda:")) plan.cuda = cuda_from_json(in);
   in.refuse_unknown_keys();
   return plan;
 }

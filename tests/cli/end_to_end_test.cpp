@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <boost/json/value_to.hpp>
 #include <cmath>
+#include <iterator>
+#include <sstream>
 
 #include "base/json.h"
 #include "cli/process.h"
@@ -390,6 +392,40 @@ TEST_F(EndToEnd, Bench) {
               HasSubstr("attention"));
   EXPECT_THAT(must({"bench", "latency", kNano, "--prompt-tokens", "8", "--output-tokens", "2"}),
               HasSubstr("tokens/s"));
+}
+
+// What a refusal prints is what to type, and it gives the same engine.
+TEST_F(EndToEnd, TheRebuildCommandOfARefusalWorks) {
+  const std::string engine = build(
+      rtn(), "engine", {"--kv-cache", "f16", "--activations", "f32", "--max-num-tokens", "64"});
+  const std::string plan = read_file(engine + "/config.json"), before = answer(engine);
+  fs::resize_file(engine + "/rank0.engine", 1000);
+  const Result refused = nibble({"run", engine, "Hello"});
+  EXPECT_EQ(refused.status, 1);
+  const size_t at = refused.err.find("nibble build ");
+  ASSERT_NE(at, std::string::npos) << refused.err;
+  std::istringstream words(refused.err.substr(at, refused.err.find('\n', at) - at));
+  std::vector<std::string> arguments{std::istream_iterator<std::string>(words), {}};
+  arguments.erase(arguments.begin());
+  fs::remove_all(engine);
+  must(arguments);
+  EXPECT_EQ(read_file(engine + "/config.json"), plan);
+  EXPECT_EQ(answer(engine), before);
+}
+
+TEST_F(EndToEnd, ASyntheticCudaEngineIsBuiltWithoutAGpu) {
+  const std::string engine = path("engine");
+  const Result result = nibble({"build", "--synthetic", "nano-like", "--target", "cuda:sm_90",
+                                "--max-input-len", "500", "--no-tune", "--out", engine});
+  ASSERT_EQ(result.status, 0) << result.err;
+  const json::object report = must_json({"inspect", engine, "--json"});
+  const json::object& plan = report.at("plan").as_object();
+  EXPECT_EQ(plan.at("source").at("synthetic"), "nano-like");
+  EXPECT_EQ(plan.at("cuda").at("gpu"), "") << "nothing was measured";
+  fs::resize_file(engine + "/rank0.engine", 1000);
+  EXPECT_THAT(nibble({"inspect", engine}).err,
+              HasSubstr("nibble build --synthetic nano-like --out " + engine +
+                        " --target cuda:sm_90 --max-input-len 500 --no-tune\n"));
 }
 
 }  // namespace

@@ -84,6 +84,16 @@ TEST_P(CudaOps, LinearsMatchReference) {
   EXPECT_GT(fused_cases, 10);
 }
 
+TEST_P(CudaOps, TheBackendSaysWhichGpuItFound) {
+  const CudaPlatform platform = cuda_->cuda_platform();
+  EXPECT_GE(platform.major, 12);
+  EXPECT_EQ(platform.major, cuda_plugin_major(portable() ? "cuda:portable" : "cuda:sm_90"));
+  EXPECT_FALSE(platform.gpu.empty());
+  EXPECT_NE(cuda_->name().find(platform.gpu), std::string::npos) << cuda_->name();
+  EXPECT_GE(std::stod(platform.compute_capability), 8.0);
+  EXPECT_EQ(reference_->cuda_platform(), CudaPlatform{});
+}
+
 // Whatever tune() finds fastest here, and any other tactic it could have found, serves its shape.
 TEST_P(CudaOps, TunedLinearsMatchReference) {
   const ModelSpec spec = synthetic_shape("nano-like").spec;
