@@ -63,7 +63,8 @@ struct RunFlags : CommonOptions {
   std::string kv_cache = "int8";
   std::string roles = "tolerant";
   std::string tokenizer_regex = "shipped";
-  double kv_memory_gib = 0;  // 0: a share of free memory
+  double kv_memory_gib = 0;     // 0: by the next
+  uint64_t kv_cache_bytes = 0;  // the same in bytes; 0: enough for one long chat
   SamplingFlags sampling;
 };
 

@@ -316,8 +316,11 @@ class Parser {
     add_choice(c, "--roles", f.roles, {"strict", "tolerant"},
                "what to do with unusual message orders")
         ->capture_default_str();
-    c->add_option("--kv-memory-gib", f.kv_memory_gib,
-                  "memory for the KV cache; default: enough for one long chat");
+    CLI::Option* gib = c->add_option("--kv-memory-gib", f.kv_memory_gib,
+                                     "memory for the KV cache; default: enough for one long chat");
+    c->add_option("--kv-cache-bytes", f.kv_cache_bytes, "the same in bytes (2GiB, 500MB, ...)")
+        ->transform(CLI::AsSizeValue(false))
+        ->excludes(gib);
     add_regex(c, f.tokenizer_regex);
     add_common(c, f, false);
   }
