@@ -148,6 +148,7 @@ struct ServeFlags : CommonOptions {
   std::string work_dir;          // empty: beside DIR
   std::string quantize = "awq";  // awq | rtn | none
   std::string target = "cpu:native", kv_cache = "int8";
+  std::string activations;  // f32 | int8 | fp8; empty: by target
   int max_batch_size = 64, max_input_len = 0, max_output_len = 0;  // 0: by the model
 };
 
