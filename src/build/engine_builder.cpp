@@ -9,6 +9,7 @@
 #include "base/interrupt.h"
 #include "build/cuda_plugin.h"
 #include "build/engine_check.h"
+#include "build/kernel_table.h"
 #include "build/model_loader.h"
 #include "build/tokenizer_files.h"
 #include "pack/pack.h"
@@ -116,9 +117,14 @@ ActivationPrecision default_activation_precision(std::string_view target) {
 
 namespace {
 
-/// Lets the backend measure its kernels where this machine has it; says so where it has not.
-void tune(EnginePlan& plan, Progress& progress) {
-  if (plan.target != "cuda:sm_90" || plan.linear_layout != WeightLayout::kCudaInt4) return;
+/// Lets the backend measure its kernels where this machine has it, and says what was chosen.
+void tune(EnginePlan& plan, const BuildOptions& options, Progress& progress) {
+  if (plan.linear_layout != WeightLayout::kCudaInt4) return;
+  if (plan.target != "cuda:sm_90" || !options.tune) {
+    progress.note(fmt::format("kernels are chosen by built-in rules, not measured ({})",
+                              options.tune ? plan.target : "--no-tune"));
+    return;
+  }
   const auto start = std::chrono::steady_clock::now();
   try {
     const auto backend = open_cuda_backend(plan.target, plan.activation_precision);
@@ -133,8 +139,10 @@ void tune(EnginePlan& plan, Progress& progress) {
     return;
   }
   const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
-  progress.note(fmt::format("measured kernels for {} sizes in {:.1f} s (config.json, tactics)",
-                            plan.tactics.size(), time.count()));
+  progress.note(fmt::format(
+      "int4 kernels, the fastest for {} sizes on {} (measured in {:.1f} s; all times: nibble "
+      "inspect):\n{}",
+      plan.tactics.size(), plan.cuda.gpu, time.count(), chosen_kernels(plan.tactics)));
 }
 
 }  // namespace
@@ -190,7 +198,7 @@ void build_engine(const fs::path& model_dir, const WeightSource& source,
                   const BuildOptions& options, const fs::path& out, Progress& progress) {
   EnginePlan plan = plan_engine(source, options);
   if (plan.target.starts_with("cuda:")) plan.cuda.major = cuda_plugin_major(plan.target);
-  if (options.tune) tune(plan, progress);
+  tune(plan, options, progress);
   const auto absolute = [](const fs::path& path) {
     return path.empty() ? std::string() : fs::absolute(path).lexically_normal().string();
   };

@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "build/engine_check.h"
+#include "build/kernel_table.h"
 #include "build/model_loader.h"
 #include "cli/options.h"
 #include "formats/inspect.h"
@@ -62,7 +63,14 @@ int run_inspect(const InspectFlags& flags) {
     }
     report["plan"] = plan.to_json();
     report["memory"] = memory;
-    text += "\nplan\n" + dump_json(plan.to_json(), {.indent = 2}) + "\nmemory\n" + unknown;
+    json::object shown = plan.to_json();
+    shown.erase("tactics");  // as a table
+    text += "\nplan\n" + dump_json(shown, {.indent = 2}) + "\n";
+    if (!plan.tactics.empty()) {
+      text += fmt::format("int4 kernels, as measured on {}\n{}\n{}\n", plan.cuda.gpu,
+                          chosen_kernels(plan.tactics), kernel_times(plan.tactics));
+    }
+    text += "memory\n" + unknown;
     for (const auto& [name, bytes] : memory) {
       text += fmt::format("  {:28} {}\n", std::string_view(name),
                           human_bytes(bytes.to_number<uint64_t>()));

@@ -84,12 +84,16 @@ ActivationPrecision activation_precision_from_name(std::string_view name) {
 json::object EnginePlan::to_json() const {
   json::array measured;
   for (const LinearTactic& t : tactics) {
+    json::array slower;
+    for (const KernelTime& other : t.slower) {
+      slower.push_back({{"kernel", other.kernel}, {"microseconds", other.microseconds}});
+    }
     measured.push_back({{"out_features", t.out_features},
                         {"in_features", t.in_features},
                         {"max_rows", t.max_rows},
-                        {"kernel", t.kernel},
-                        {"tactic", t.tactic},
-                        {"microseconds", t.microseconds}});
+                        {"kernel", t.best.kernel},
+                        {"microseconds", t.best.microseconds},
+                        {"slower", std::move(slower)}});
   }
   json::object from;
   const auto keep = [&](const char* key, const std::string& value) {
@@ -130,28 +134,43 @@ json::object EnginePlan::to_json() const {
 }
 
 namespace {
-std::vector<LinearTactic> tactics_from_json(ObjectReader& plan) {
-  constexpr int kMax = 1 << 30;
-  const json::value* value = plan.find("tactics");
+/// Calls `read` with each object of the array at `key`.
+template <typename Read>
+void for_each_object(ObjectReader& in, const char* key, const Read& read) {
+  const json::value* value = in.find(key);
   if (value == nullptr || !value->is_array()) {
-    fail(ErrorKind::kInput, "{}: tactics is {}; wanted an array", plan.where(),
+    fail(ErrorKind::kInput, "{}: {} is {}; wanted an array", in.where(), key,
          value == nullptr ? "missing" : show_json(*value));
   }
-  std::vector<LinearTactic> tactics;
+  size_t index = 0;
   for (const json::value& entry : value->get_array()) {
-    const std::string where = fmt::format("{}, tactics[{}]", plan.where(), tactics.size());
+    const std::string where = fmt::format("{}, {}[{}]", in.where(), key, index++);
     if (!entry.is_object()) {
       fail(ErrorKind::kInput, "{} is {}; wanted an object", where, show_json(entry));
     }
-    ObjectReader in(entry.get_object(), where);
+    ObjectReader reader(entry.get_object(), where);
+    read(reader);
+    reader.refuse_unknown_keys();
+  }
+}
+
+KernelTime kernel_time_from_json(ObjectReader& in) {
+  return {.kernel = in.string("kernel"), .microseconds = in.number("microseconds")};
+}
+
+std::vector<LinearTactic> tactics_from_json(ObjectReader& plan) {
+  constexpr int kMax = 1 << 30;
+  std::vector<LinearTactic> tactics;
+  for_each_object(plan, "tactics", [&](ObjectReader& in) {
     tactics.push_back({.out_features = in.integer("out_features", 1, kMax),
                        .in_features = in.integer("in_features", 1, kMax),
                        .max_rows = in.integer("max_rows", 1, kMax),
-                       .kernel = in.string("kernel"),
-                       .tactic = in.integer("tactic", 0, kMax),
-                       .microseconds = in.number("microseconds")});
-    in.refuse_unknown_keys();
-  }
+                       .best = kernel_time_from_json(in),
+                       .slower = {}});
+    for_each_object(in, "slower", [&](ObjectReader& other) {
+      tactics.back().slower.push_back(kernel_time_from_json(other));
+    });
+  });
   return tactics;
 }
 

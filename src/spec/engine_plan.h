@@ -61,14 +61,20 @@ struct EngineLimits {
   bool operator==(const EngineLimits&) const = default;
 };
 
+/// What a kernel took, by its name (backends/cuda/tactic.h): "wgmma 256 rows cluster 2 split 1".
+struct KernelTime {
+  std::string kernel;
+  double microseconds = 0;
+  bool operator==(const KernelTime&) const = default;
+};
+
 /// The kernel that was measured fastest for an int4 matrix. Of entries with one shape, the first
 /// whose max_rows suffices counts.
 struct LinearTactic {
   int out_features = 0, in_features = 0;  // as packed: gate and up are one matrix
-  int max_rows = 0;                       // of activations
-  std::string kernel;                     // "small", "wgmma"
-  int tactic = 0;                         // a variant of it (backends/cuda/kernels.h)
-  double microseconds = 0;                // what it took for max_rows
+  int max_rows = 0;                       // of activations; what was measured
+  KernelTime best;
+  std::vector<KernelTime> slower;  // the others that were measured, fastest first
   bool operator==(const LinearTactic&) const = default;
 };
 

@@ -6,6 +6,7 @@
 
 #include "base/hash.h"
 #include "build/engine_check.h"
+#include "build/kernel_table.h"
 #include "build/model_loader.h"
 #include "formats/synthetic.h"
 #include "formats/testing.h"
@@ -489,6 +490,26 @@ TEST_F(EngineDirectory, AnotherCudaOrGpuIsRefusedOrSaid) {
   EXPECT_EQ(check_cuda(plan, here, engine_), "");
   plan.cuda = {};
   EXPECT_EQ(check_cuda(plan, here, engine_), "");
+}
+
+TEST(KernelTable, NamesTheChosenAndKeepsEveryTime) {
+  const std::vector<LinearTactic> tactics = {
+      {.out_features = 6144, .in_features = 5120, .max_rows = 1, .best = {"a", 7}, .slower = {}},
+      {.out_features = 6144,
+       .in_features = 5120,
+       .max_rows = 8,
+       .best = {"a", 7.5},
+       .slower = {{"b", 8}, {"c", 9.125}}},
+      {.out_features = 6144, .in_features = 5120, .max_rows = 64, .best = {"c", 9}, .slower = {}},
+      {.out_features = 5120, .in_features = 4096, .max_rows = 1, .best = {"c", 3}, .slower = {}}};
+  EXPECT_EQ(chosen_kernels(tactics),
+            "  6144 x 5120         1 ... 8 rows  a\n"
+            "                     9 ... 64 rows  c\n"
+            "  5120 x 4096         1 ... 1 rows  c");
+  EXPECT_THAT(kernel_times(tactics),
+              AllOf(HasSubstr("  6144 x 5120 with 8 rows: a 7.50 us; slower: b 8.00, c 9.12\n"),
+                    HasSubstr("  5120 x 4096 with 1 rows: c 3.00 us")));
+  EXPECT_EQ(chosen_kernels({}), "");
 }
 
 TEST_F(EngineDirectory, RefEnginesRebuildForRef) {

@@ -416,11 +416,12 @@ TEST_F(EndToEnd, TheRebuildCommandOfARefusalWorks) {
   EXPECT_EQ(answer(engine), before);
 }
 
-TEST_F(EndToEnd, ASyntheticCudaEngineIsBuiltWithoutAGpu) {
+TEST_F(EndToEnd, ASyntheticCudaEngineIsBuiltWithoutAGpuAndSaysHowItsKernelsAreChosen) {
   const std::string engine = path("engine");
   const Result result = nibble({"build", "--synthetic", "nano-like", "--target", "cuda:sm_90",
                                 "--max-input-len", "500", "--no-tune", "--out", engine});
   ASSERT_EQ(result.status, 0) << result.err;
+  EXPECT_THAT(result.err, HasSubstr("kernels are chosen by built-in rules, not measured"));
   const json::object report = must_json({"inspect", engine, "--json"});
   const json::object& plan = report.at("plan").as_object();
   EXPECT_EQ(plan.at("source").at("synthetic"), "nano-like");

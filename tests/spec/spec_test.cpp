@@ -436,9 +436,9 @@ EnginePlan some_plan() {
   plan.tactics = {{.out_features = 6144,
                    .in_features = 5120,
                    .max_rows = 16,
-                   .kernel = "wgmma",
-                   .tactic = 421,
-                   .microseconds = 9.64}};
+                   .best = {"wgmma 256 rows cluster 2 split 1", 9.64},
+                   .slower = {{"small 64 rows whole early 1", 10.5},
+                              {"wgmma 128 rows cluster 1 split 2", 11}}}};
   plan.cuda = {.major = 13, .gpu = "NVIDIA H200", .compute_capability = "9.0"};
   plan.source = {.checkpoint = "/models/a b",
                  .synthetic = "",
@@ -493,8 +493,12 @@ TEST(EnginePlan, RefusalsNameTheNearest) {
   EXPECT_THAT(read([](json::object& o) { o["tactics"] = "none"; }).message,
               HasSubstr("tactics is \"none\"; wanted an array"));
   EXPECT_THAT(
-      read([](json::object& o) { o["tactics"].as_array()[0].as_object().erase("tactic"); }).message,
-      HasSubstr("tactics[0]: tactic is missing"));
+      read([](json::object& o) { o["tactics"].as_array()[0].as_object().erase("kernel"); }).message,
+      HasSubstr("tactics[0]: kernel is missing"));
+  EXPECT_THAT(read([](json::object& o) {
+                o["tactics"].at(0).at("slower").at(1).as_object().erase("microseconds");
+              }).message,
+              HasSubstr("tactics[0], slower[1]: microseconds is missing"));
   EXPECT_THAT(read([](json::object& o) { o.erase("cuda"); }).message, HasSubstr("cuda is missing"));
   EXPECT_THAT(read([](json::object& o) { o["target"] = "ref"; }).message, HasSubstr("\"cuda\""));
   EXPECT_THAT(read([](json::object& o) { o["cuda"].as_object()["major"] = "13"; }).message,
