@@ -43,6 +43,16 @@ void* open_library(const char* file) {
        file, tried);
 }
 
+template <typename Function>
+Function* function_of(void* library, const char* file, const char* name) {
+  auto* function = reinterpret_cast<Function*>(dlsym(library, name));
+  if (function == nullptr) {
+    fail(ErrorKind::kDevice, "{} has no function {}: it is not this nibble's plugin; rebuild it",
+         file, name);
+  }
+  return function;
+}
+
 }  // namespace
 
 std::string resolve_cuda_target(const std::string& target) {
@@ -59,17 +69,22 @@ std::unique_ptr<Backend> open_cuda_backend(const std::string& target,
                                            ActivationPrecision precision) {
   const std::string resolved = resolve_cuda_target(target);
   const char* file = plugin_file(resolved);
-  void* library = open_library(file);
-  auto* open = reinterpret_cast<PluginOpenFn*>(dlsym(library, kPluginOpenSymbol));
-  if (open == nullptr) {
-    fail(ErrorKind::kDevice, "{} has no function {}: it is not nibble's plugin; rebuild it", file,
-         kPluginOpenSymbol);
-  }
+  auto* open = function_of<PluginOpenFn>(open_library(file), file, kPluginOpenSymbol);
   std::array<char, 2048> message{};
   std::unique_ptr<Backend> backend(
       open(kPluginAbi, resolved.c_str(), precision, message.data(), message.size()));
   if (!backend) fail(ErrorKind::kDevice, "target {}: {}", resolved, message.data());
   return backend;
+}
+
+int cuda_plugin_major(const std::string& target) {
+  const char* file = plugin_file(resolve_cuda_target(target));
+  try {
+    return function_of<PluginCudaMajorFn>(open_library(file), file, kPluginCudaMajorSymbol)();
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::kDevice) throw;
+    return 0;
+  }
 }
 
 std::unique_ptr<Backend> open_any_cuda_backend() {

@@ -19,6 +19,10 @@ std::string resolve_cuda_target(const std::string& target);
 std::unique_ptr<Backend> open_cuda_backend(const std::string& target,
                                            ActivationPrecision precision);
 
+/// The CUDA version (13) that the target's plugin was built with; 0: the plugin is not here. Asks
+/// for no GPU.
+int cuda_plugin_major(const std::string& target);
+
 /// The target that runs on this machine's GPU, cuda:sm_90 before cuda:portable. Throws
 /// Error{kDevice} with what each lacks.
 std::unique_ptr<Backend> open_any_cuda_backend();

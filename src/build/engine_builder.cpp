@@ -9,6 +9,7 @@
 #include "base/interrupt.h"
 #include "build/cuda_plugin.h"
 #include "build/engine_check.h"
+#include "build/kernel_table.h"
 #include "build/model_loader.h"
 #include "build/tokenizer_files.h"
 #include "pack/pack.h"
@@ -108,15 +109,27 @@ int default_max_num_tokens(std::string_view target, int max_batch_size) {
   return std::max(target.starts_with("cuda") ? 2048 : 512, max_batch_size);
 }
 
+ActivationPrecision default_activation_precision(std::string_view target) {
+  return target.starts_with("cpu:")    ? kDefaultCpuActivationPrecision
+         : target.starts_with("cuda:") ? ActivationPrecision::kBf16
+                                       : ActivationPrecision::kF32;
+}
+
 namespace {
 
-/// Lets the backend measure its kernels where this machine has it; says so where it has not.
-void tune(EnginePlan& plan, Progress& progress) {
-  if (plan.target != "cuda:sm_90" || plan.linear_layout != WeightLayout::kCudaInt4) return;
+/// Lets the backend measure its kernels where this machine has it, and says what was chosen.
+void tune(EnginePlan& plan, const BuildOptions& options, Progress& progress) {
+  if (plan.linear_layout != WeightLayout::kCudaInt4) return;
+  if (plan.target != "cuda:sm_90" || !options.tune) {
+    progress.note(fmt::format("kernels are chosen by built-in rules, not measured ({})",
+                              options.tune ? plan.target : "--no-tune"));
+    return;
+  }
   const auto start = std::chrono::steady_clock::now();
   try {
-    plan.tactics = open_cuda_backend(plan.target, plan.activation_precision)
-                       ->tune(plan.spec, plan.limits.max_num_tokens);
+    const auto backend = open_cuda_backend(plan.target, plan.activation_precision);
+    plan.tactics = backend->tune(plan.spec, plan.limits.max_num_tokens);
+    plan.cuda = backend->cuda_platform();
   } catch (const Error& error) {
     // Measuring is not worth a failed build: the GPU may be elsewhere, or full of a running server.
     if (error.kind() != ErrorKind::kDevice && error.kind() != ErrorKind::kMemory) throw;
@@ -126,8 +139,10 @@ void tune(EnginePlan& plan, Progress& progress) {
     return;
   }
   const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
-  progress.note(fmt::format("measured kernels for {} sizes in {:.1f} s (config.json, tactics)",
-                            plan.tactics.size(), time.count()));
+  progress.note(fmt::format(
+      "int4 kernels, the fastest for {} sizes on {} (measured in {:.1f} s; all times: nibble "
+      "inspect):\n{}",
+      plan.tactics.size(), plan.cuda.gpu, time.count(), chosen_kernels(plan.tactics)));
 }
 
 }  // namespace
@@ -162,7 +177,6 @@ EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options) 
   }
   plan.dense_layout = dense_layout_of(plan.spec.dtype);
   plan.linear_layout = plan.lm_head_layout = plan.dense_layout;
-  const bool on_cpu = plan.target.starts_with("cpu:"), on_cuda = plan.target.starts_with("cuda:");
   for (const WeightRow& row : weight_table(plan.spec)) {
     const int bits = source.bits(row);
     if (bits == 0) continue;
@@ -173,17 +187,26 @@ EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options) 
       plan.linear_layout = int4_layout_of(plan.target);
     }
   }
-  plan.activation_precision = options.activation_precision.value_or(
-      on_cpu ? kDefaultCpuActivationPrecision : ActivationPrecision::kF32);
+  plan.activation_precision =
+      options.activation_precision.value_or(default_activation_precision(plan.target));
   check_activation_precision(plan.target, plan.activation_precision);
-  if (on_cuda) plan_cuda(plan, options);
+  if (plan.target.starts_with("cuda:")) plan_cuda(plan, options);
   return plan;
 }
 
 void build_engine(const fs::path& model_dir, const WeightSource& source,
                   const BuildOptions& options, const fs::path& out, Progress& progress) {
   EnginePlan plan = plan_engine(source, options);
-  if (options.tune) tune(plan, progress);
+  if (plan.target.starts_with("cuda:")) plan.cuda.major = cuda_plugin_major(plan.target);
+  tune(plan, options, progress);
+  const auto absolute = [](const fs::path& path) {
+    return path.empty() ? std::string() : fs::absolute(path).lexically_normal().string();
+  };
+  plan.source = {.checkpoint = options.synthetic.empty() ? absolute(model_dir) : "",
+                 .synthetic = options.synthetic,
+                 .quantize_lm_head = options.synthetic_lm_head,
+                 .tokenizer = absolute(options.tokenizer_dir.value_or("")),
+                 .no_tune = !options.tune};
   AtomicDirectory directory = AtomicDirectory::create(out);
   std::vector<SafetensorsWriter::Declaration> tensors = declarations(source, plan);
   const auto total = static_cast<int64_t>(tensors.size());

@@ -18,7 +18,9 @@ struct BuildOptions {
   KvFormat kv_format = KvFormat::kInt8Dynamic;
   int kv_block_tokens = 32;                                 // cuda: 64 always
   std::optional<ActivationPrecision> activation_precision;  // default: by target
-  bool tune = true;                       // build_engine(): measure kernels where there are choices
+  bool tune = true;  // build_engine(): measure kernels where there are choices
+  /// Of open_synthetic(), for the command that builds the engine again; empty: a checkpoint.
+  std::string synthetic, synthetic_lm_head;
   std::optional<fs::path> tokenizer_dir;  // when the checkpoint directory has no tokenizer
 };
 
@@ -29,6 +31,9 @@ WeightLayout int8_layout_of(std::string_view target);
 /// Tokens of a step when nothing is asked for. On a CPU 512 rows fill the cores, and a larger step
 /// only makes those who are already answering wait longer for their next token.
 int default_max_num_tokens(std::string_view target, int max_batch_size);
+
+/// When nothing is asked for.
+ActivationPrecision default_activation_precision(std::string_view target);
 
 /// Every decision, made once. Throws Error naming the option, value and wanted range.
 EnginePlan plan_engine(const WeightSource& source, const BuildOptions& options);

@@ -39,71 +39,102 @@ bool runs_here(const std::string& target) {
   }
 }
 
-// The flags that gave `plan`, as far as they differ from the defaults. The plan may come from
-// another version or be damaged: whatever is not as expected is left out.
-std::string build_flags(const json::object& plan, bool for_cpu = false) {
+std::string text_of(const json::object& object, std::string_view key) {
+  const json::value* value = object.if_contains(key);
+  return value != nullptr && value->is_string() ? std::string(value->get_string()) : std::string();
+}
+int64_t number_of(const json::object& object, std::string_view key) {
+  const json::value* value = object.if_contains(key);
+  return value != nullptr && value->is_int64() ? value->get_int64() : 0;
+}
+json::object object_of(const json::object& object, std::string_view key) {
+  const json::value* value = object.if_contains(key);
+  return value != nullptr && value->is_object() ? value->get_object() : json::object();
+}
+
+// What the engine was built from, as `nibble build` takes it; `note` says what a placeholder in it
+// stands for.
+std::string source_argument(const json::object& source, std::string& note) {
+  if (const std::string shape = text_of(source, "synthetic"); !shape.empty()) {
+    const std::string lm_head = text_of(source, "quantize_lm_head");
+    return "--synthetic " + shell_quoted(shape) +
+           (lm_head.empty() ? "" : " --quantize-lm-head " + shell_quoted(lm_head));
+  }
+  const std::string checkpoint = text_of(source, "checkpoint");
+  std::error_code ignored;
+  if (!checkpoint.empty() && fs::is_directory(checkpoint, ignored)) return shell_quoted(checkpoint);
+  note = checkpoint.empty()
+             ? " (CHECKPOINT: what it was built from; the engine does not say)"
+             : fmt::format(" (CHECKPOINT: it was built from {}, which is not there any more)",
+                           checkpoint);
+  return "CHECKPOINT";
+}
+
+// The flags that gave `plan`, as far as they differ from the defaults; another `target` than the
+// plan's keeps those that it knows.
+std::string build_flags(const json::object& plan, std::string_view other_target) {
   std::string flags;
-  const auto text = [](const json::object& object, std::string_view key) {
-    const json::value* value = object.if_contains(key);
-    return value != nullptr && value->is_string() ? std::string(value->get_string())
-                                                  : std::string();
-  };
-  const auto number = [](const json::object& object, std::string_view key) -> int64_t {
-    const json::value* value = object.if_contains(key);
-    return value != nullptr && value->is_int64() ? value->get_int64() : 0;
-  };
-  const std::string target = text(plan, "target");
-  const bool on_cpu = target.starts_with("cpu:");
-  if (!for_cpu && runs_here(target) && resolve_target(target) != resolve_target("cpu:native")) {
+  const std::string planned = text_of(plan, "target");
+  const std::string target = other_target.empty() ? planned : std::string(other_target);
+  if (runs_here(target) && resolve_target(target) != resolve_target("cpu:native")) {
     flags += " --target " + target;
   }
-  if (const json::value* value = plan.if_contains("limits"); value && value->is_object()) {
-    const json::object& limits = value->get_object();
-    const EngineLimits defaults;
-    const auto limit = [&](const char* flag, std::string_view key, int64_t by_default) {
-      const int64_t wanted = number(limits, key);
-      if (wanted > 0 && wanted != by_default) flags += fmt::format(" {} {}", flag, wanted);
-    };
-    limit("--max-batch-size", "max_batch_size", defaults.max_batch_size);
-    limit("--max-input-len", "max_input_len", defaults.max_input_len);
-    limit("--max-output-len", "max_output_len", defaults.max_output_len);
-    const int64_t batch = std::clamp<int64_t>(number(limits, "max_batch_size"), 1, 1 << 20);
-    limit("--max-num-tokens", "max_num_tokens",
-          default_max_num_tokens(target, static_cast<int>(batch)));
-  }
-  const std::string kv = text(plan, "kv_format");
+  const json::object limits = object_of(plan, "limits");
+  const EngineLimits defaults;
+  const auto limit = [&](const char* flag, std::string_view key, int64_t by_default) {
+    const int64_t wanted = number_of(limits, key);
+    if (wanted > 0 && wanted != by_default) flags += fmt::format(" {} {}", flag, wanted);
+  };
+  limit("--max-batch-size", "max_batch_size", defaults.max_batch_size);
+  limit("--max-input-len", "max_input_len", defaults.max_input_len);
+  limit("--max-output-len", "max_output_len", defaults.max_output_len);
+  const int64_t batch = std::clamp<int64_t>(number_of(limits, "max_batch_size"), 1, 1 << 20);
+  limit("--max-num-tokens", "max_num_tokens",
+        default_max_num_tokens(planned, static_cast<int>(batch)));
+  const std::string kv = text_of(plan, "kv_format");
   for (const KvFormat format : {KvFormat::kInt8Static, KvFormat::kF16}) {
     if (kv == kv_format_name(format)) flags += " --kv-cache " + kv;
   }
-  const std::string activations = text(plan, "activation_precision");
+  const std::string activations = text_of(plan, "activation_precision");
   for (const ActivationPrecision precision :
-       {ActivationPrecision::kF32, ActivationPrecision::kInt8Group}) {
-    if (on_cpu && precision != kDefaultCpuActivationPrecision &&
-        activations == activation_precision_name(precision)) {
+       {ActivationPrecision::kF32, ActivationPrecision::kInt8Group, ActivationPrecision::kE4m3}) {
+    if (target == planned && activations == activation_precision_name(precision) &&
+        precision != default_activation_precision(target)) {
       flags += " --activations " + activations;
     }
   }
-  if (!on_cpu && activations == activation_precision_name(ActivationPrecision::kE4m3)) {
-    flags += " --activations " + activations;
+  const json::object source = object_of(plan, "source");
+  if (const std::string tokenizer = text_of(source, "tokenizer"); !tokenizer.empty()) {
+    flags += " --tokenizer " + shell_quoted(tokenizer);
+  }
+  const json::value* no_tune = source.if_contains("no_tune");
+  if (target == planned && no_tune != nullptr && no_tune->is_bool() && no_tune->get_bool()) {
+    flags += " --no-tune";
   }
   return flags;
 }
 
+// The plan may come from another version or be damaged: whatever is not as expected is left out.
 std::string rebuild(const fs::path& engine_dir, const json::object& plan = {},
-                    bool for_cpu = false) {
-  return fmt::format("remove it and build it again: nibble build CHECKPOINT --out {}{}",
-                     shell_quoted(engine_dir.string()), build_flags(plan, for_cpu));
+                    std::string_view other_target = {}) {
+  std::string note;
+  const std::string source = source_argument(object_of(plan, "source"), note);
+  return fmt::format("remove it and build it again: nibble build {} --out {}{}{}", source,
+                     shell_quoted(engine_dir.string()), build_flags(plan, other_target), note);
 }
 
-// For the messages: never throws.
-std::string rebuild(const SafetensorsFile& file, const fs::path& engine_dir, bool for_cpu = false) {
+// For the messages: never throws; a damaged plan tells no flags.
+std::string rebuild_by(const std::string& plan_text, const fs::path& engine_dir) {
   try {
-    const std::string* text = find_metadata(file, "plan");
-    const json::value plan = text != nullptr ? parse_json(*text, "plan") : json::value();
-    return rebuild(engine_dir, plan.is_object() ? plan.get_object() : json::object(), for_cpu);
+    const json::value plan = parse_json(plan_text, "plan");
+    return rebuild(engine_dir, plan.is_object() ? plan.get_object() : json::object());
   } catch (const Error&) {
-    return rebuild(engine_dir);  // a damaged plan tells no flags
+    return rebuild(engine_dir);
   }
+}
+std::string rebuild(const SafetensorsFile& file, const fs::path& engine_dir) {
+  const std::string* text = find_metadata(file, "plan");
+  return rebuild_by(text != nullptr ? *text : std::string(), engine_dir);
 }
 
 std::vector<uint64_t> stored_checksums(const SafetensorsFile& file, const fs::path& engine_dir) {
@@ -147,8 +178,56 @@ void check_header(const SafetensorsFile& file, const fs::path& engine_dir) {
 
 }  // namespace
 
-std::string rebuild_for_cpu(const SafetensorsFile& file, const fs::path& engine_dir) {
-  return rebuild(file, engine_dir, /*for_cpu=*/true);
+std::string rebuild_command(const EnginePlan& plan, const fs::path& engine_dir,
+                            std::string_view target) {
+  return rebuild(engine_dir, plan.to_json(), target);
+}
+
+std::string check_cuda(const EnginePlan& plan, const CudaPlatform& here,
+                       const fs::path& engine_dir) {
+  if (!plan.target.starts_with("cuda:")) return {};
+  const CudaPlatform& built = plan.cuda;
+  const std::string what = (engine_dir / "rank0.engine").string();
+  if (built.major != 0 && built.major != here.major) {
+    fail(ErrorKind::kUnsupported,
+         "{} was built with a plugin of CUDA {}, this nibble's plugin for {} is of CUDA {}; {}",
+         what, built.major, plan.target, here.major, rebuild_command(plan, engine_dir));
+  }
+  if (built.gpu.empty()) return {};
+  if (built.compute_capability != here.compute_capability) {
+    fail(ErrorKind::kUnsupported,
+         "{} has kernels chosen on {} (compute capability {}), this is {} (compute capability {}); "
+         "{}",
+         what, built.gpu, built.compute_capability, here.gpu, here.compute_capability,
+         rebuild_command(plan, engine_dir));
+  }
+  if (built.gpu == here.gpu) return {};
+  return fmt::format(
+      "{}: its kernels were measured on {}, this is {}. The choice stays in use: every kernel of "
+      "it "
+      "is right here, but others may be faster. To measure here, {}",
+      what, built.gpu, here.gpu, rebuild_command(plan, engine_dir));
+}
+
+SafetensorsFile open_engine(const fs::path& engine_dir) {
+  const fs::path path = engine_dir / "rank0.engine", config = engine_dir / "config.json";
+  try {
+    std::error_code ignored;
+    if (!fs::exists(path, ignored)) {
+      fail(ErrorKind::kInput,
+           "{} is an engine without its rank0.engine (config.json is an engine's plan)",
+           engine_dir.string());
+    }
+    return SafetensorsFile::open(path);
+  } catch (const Error& error) {
+    std::string plan;  // the copy beside it
+    try {
+      plan = read_file(config);
+    } catch (const Error&) {
+      plan.clear();
+    }
+    throw Error(error.kind(), fmt::format("{}; {}", error.what(), rebuild_by(plan, engine_dir)));
+  }
 }
 
 void add_file_checksums(const fs::path& directory,

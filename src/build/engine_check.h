@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/error.h"
 #include "base/file.h"
 #include "formats/safetensors.h"
 #include "spec/engine_plan.h"
@@ -26,9 +27,29 @@ void add_file_checksums(const fs::path& directory,
 /// here, tp, weight layouts.
 EnginePlan read_engine_plan(const SafetensorsFile& file, const fs::path& engine_dir);
 
-/// The sentence with the command that builds the same engine for this machine's CPU: for when the
-/// target is known, but its plugin, driver or GPU is not here.
-std::string rebuild_for_cpu(const SafetensorsFile& file, const fs::path& engine_dir);
+/// Opens the engine's file. What is missing or cut off is refused with the command of the plan
+/// beside it (config.json).
+SafetensorsFile open_engine(const fs::path& engine_dir);
+
+/// The sentence with the command that builds the same engine again, for the plan's target or for
+/// another one: for when its plugin, driver or GPU is not here.
+std::string rebuild_command(const EnginePlan& plan, const fs::path& engine_dir,
+                            std::string_view target = {});
+
+/// Whether what a cuda engine's plan was built with is also `here` (Backend::cuda_platform()).
+/// Throws Error{kUnsupported} for another CUDA major version, and where kernels were measured on a
+/// GPU of another compute capability. Returns a sentence for people where they were measured on
+/// another model of GPU, else nothing. What the plan does not know (built without plugin or GPU)
+/// does not matter.
+std::string check_cuda(const EnginePlan& plan, const CudaPlatform& here,
+                       const fs::path& engine_dir);
+
+/// An engine that cannot run here, which building it again mends: damaged, of another version, CUDA
+/// or GPU.
+class EngineRefused : public Error {
+ public:
+  using Error::Error;
+};
 
 /// Reads everything: each tensor, the bytes between them and each file beside the engine must be
 /// what was built. Throws Error{kInput} naming the tensor or file.

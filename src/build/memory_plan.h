@@ -12,10 +12,21 @@ namespace nibble {
 struct MemoryWish {
   uint64_t kv_bytes = 0;     // 0: by the fraction
   double kv_fraction = 0.9;  // of what weights and arena leave
+  uint64_t kv_at_most = 0;   // by the fraction, but no more than this; 0: no such bound
 };
 
-/// All in bytes but the last two.
+/// The device and what of the engine does not depend on its limits; bytes.
+struct MemoryFacts {
+  std::string device;        // Backend::name()
+  uint64_t free = 0;         // before loading
+  uint64_t weights = 0;      // the engine's tensors
+  uint64_t kv_block = 0;     // one KV block, all layers
+  uint64_t act_element = 0;  // Backend::act_bytes()
+};
+
+/// All in bytes but the first and the last two.
 struct MemoryPlan {
+  std::string device;
   uint64_t free = 0;     // before loading
   uint64_t weights = 0;  // the engine's tensors
   uint64_t arena = 0;  // activations, logits, sampling and kernels' workspaces for the largest step
@@ -26,10 +37,9 @@ struct MemoryPlan {
   std::string text() const;
 };
 
-/// block_bytes: of one KV block, all layers; act_bytes: Backend::act_bytes(). Throws
-/// Error{kMemory} that says what is too large for the device, by how much, and which limit to
-/// lower.
-MemoryPlan plan_memory(const EnginePlan& plan, uint64_t weight_bytes, uint64_t free_bytes,
-                       uint64_t block_bytes, uint64_t act_bytes, const MemoryWish& wish);
+/// Throws Error{kMemory} that says what is too large for the device, by how much, and which limit
+/// or flag to set to what, so that it fits; or that no limit helps, because the weights are too
+/// large.
+MemoryPlan plan_memory(const EnginePlan& plan, const MemoryFacts& facts, const MemoryWish& wish);
 
 }  // namespace nibble

@@ -74,23 +74,48 @@ LoadedModel load_source(std::unique_ptr<WeightSource> source, const LoadOptions&
   return model;
 }
 
+namespace {
+
+void load_engine(LoadedModel& model, const fs::path& directory, const LoadOptions& options) {
+  SafetensorsFile file = open_engine(directory);
+  model.plan = read_engine_plan(file, directory);
+  try {
+    open_backend(model, options);
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::kDevice) throw;
+    std::string others;
+    if (model.plan.target == "cuda:sm_90") {
+      others += "\nFor any GPU of compute capability 8.0 or newer, " +
+                rebuild_command(model.plan, directory, "cuda:portable");
+    }
+    others += "\nFor the CPU, " + rebuild_command(model.plan, directory, "cpu:native");
+    fail(ErrorKind::kDevice, "{} was built for {}, which cannot run here: {}{}",
+         (directory / "rank0.engine").string(), model.plan.target, error.what(), others);
+  }
+  const std::string notice = check_cuda(model.plan, model.backend->cuda_platform(), directory);
+  if (!notice.empty()) model.notices.push_back(notice);
+  if (options.verify) verify_engine(file, directory);
+  model.tensors = std::make_unique<EngineTensors>(EngineTensors::from_file(std::move(file)));
+  load_weights(model, options);
+}
+
+}  // namespace
+
 LoadedModel load_model(const fs::path& directory, const LoadOptions& options) {
   const ModelKind kind = model_kind(directory);
   LoadedModel model;
   if (kind == ModelKind::kEngine) {
-    SafetensorsFile file = SafetensorsFile::open(directory / "rank0.engine");
-    model.plan = read_engine_plan(file, directory);
     try {
-      open_backend(model, options);
+      load_engine(model, directory, options);
     } catch (const Error& error) {
-      if (error.kind() != ErrorKind::kDevice) throw;
-      fail(ErrorKind::kDevice, "{} was built for {}, which cannot run here: {}\nFor the CPU, {}",
-           (directory / "rank0.engine").string(), model.plan.target, error.what(),
-           rebuild_for_cpu(file, directory));
+      if (error.kind() != ErrorKind::kInput && error.kind() != ErrorKind::kUnsupported) throw;
+      std::string message = error.what();
+      if (message.find("nibble build") == message.npos) {  // weights, kernels: not as planned
+        message = fmt::format("{}: {}; {}", (directory / "rank0.engine").string(), message,
+                              rebuild_command(model.plan, directory));
+      }
+      throw EngineRefused(error.kind(), message);
     }
-    if (options.verify) verify_engine(file, directory);
-    model.tensors = std::make_unique<EngineTensors>(EngineTensors::from_file(std::move(file)));
-    load_weights(model, options);
   } else {
     model = load_source(
         kind == ModelKind::kCheckpoint ? open_checkpoint(directory) : open_hf(directory), options);

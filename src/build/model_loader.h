@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "build/engine_builder.h"
 #include "formats/weight_source.h"
@@ -45,9 +46,11 @@ struct LoadedModel {
   std::unique_ptr<EngineTensors> tensors;
   std::unique_ptr<Backend> backend;
   ModelWeights weights;
-  double load_seconds = 0;  // until the weights were where the backend reads them
+  std::vector<std::string> notices;  // of the engine on this machine, for people
+  double load_seconds = 0;           // until the weights were where the backend reads them
 };
 
+/// Throws EngineRefused (engine_check.h) for an engine that must be built again.
 LoadedModel load_model(const fs::path& directory, const LoadOptions& options);
 /// The same from an open source (synthetic models).
 LoadedModel load_source(std::unique_ptr<WeightSource> source, const LoadOptions& options);

@@ -31,9 +31,15 @@ std::optional<MemoryPlan> plan_device(const EnginePlan& plan, const EngineTensor
   if (wish.kv_bytes == 0 && options.kv_cache_free_fraction == 0 && options.kv_cache_sequences > 0) {
     const int per_sequence =
         (plan.limits.max_seq_len() + plan.kv_block_tokens - 1) / plan.kv_block_tokens;
-    wish.kv_bytes = block * static_cast<uint64_t>(options.kv_cache_sequences * per_sequence);
+    wish.kv_at_most = block * static_cast<uint64_t>(options.kv_cache_sequences * per_sequence);
   }
-  return plan_memory(plan, tensors.total_bytes(), free, block, backend.act_bytes(), wish);
+  return plan_memory(plan,
+                     {.device = backend.name(),
+                      .free = free,
+                      .weights = tensors.total_bytes(),
+                      .kv_block = block,
+                      .act_element = backend.act_bytes()},
+                     wish);
 }
 
 uint64_t available_memory_bytes() {
@@ -122,6 +128,7 @@ std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory,
   chat->plan_ = model.plan;
   chat->bytes_per_decode_step_ = model.weights.bytes_per_decode_step;
   chat->notices_ = chat->tokenizer_.notices();
+  chat->notices_.insert(chat->notices_.end(), model.notices.begin(), model.notices.end());
   if (model.source) {
     const auto& notices = model.source->notices();
     chat->notices_.insert(chat->notices_.end(), notices.begin(), notices.end());

@@ -18,7 +18,9 @@ std::unique_ptr<ChatModel> open_chat_model(const RunFlags& flags) {
   options.load.build.kv_format = kv_format_from_name(flags.kv_cache);
   options.tokenizer.regex = parse_tokenizer_regex(flags.tokenizer_regex);
   options.roles = flags.roles == "strict" ? RolePolicy::kStrict : RolePolicy::kTolerant;
-  options.kv_cache_bytes = static_cast<uint64_t>(flags.kv_memory_gib * (1 << 30));
+  options.kv_cache_bytes = flags.kv_memory_gib > 0
+                               ? static_cast<uint64_t>(flags.kv_memory_gib * (1 << 30))
+                               : flags.kv_cache_bytes;
   if (model_kind(flags.model) != ModelKind::kEngine) {
     print_stderr(
         "{} is not an engine: packing it in memory (nibble build makes one that starts at once)\n",

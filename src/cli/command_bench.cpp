@@ -385,10 +385,12 @@ int run_bench(const BenchFlags& given) {
   }
   if (flags.what == "ops") return run_ops(flags, progress);
   LoadedModel model = load(flags, progress);
+  for (const std::string& notice : model.notices) progress.note(notice);
   if (model.backend->free_memory_bytes() > 0) {  // others read the mapping where it is
     const auto bytes = static_cast<double>(model.tensors->total_bytes());
-    progress.note(fmt::format("weights: {:.2f} GB to the device in {:.2f} s, {:.1f} GB/s",
-                              bytes * 1e-9, model.load_seconds, bytes * 1e-9 / model.load_seconds));
+    progress.note(fmt::format("weights: {:.2f} GB to {} in {:.2f} s, {:.1f} GB/s", bytes * 1e-9,
+                              model.backend->name(), model.load_seconds,
+                              bytes * 1e-9 / model.load_seconds));
   }
   return flags.what == "latency" ? run_latency(flags, std::move(model))
                                  : run_throughput(flags, std::move(model));

@@ -62,6 +62,8 @@ int run_build(const BuildFlags& flags) {
   options.kv_format = kv_format_from_name(flags.kv_cache);
   options.activation_precision = activation_precision_from_flag(flags.activations);
   options.tune = !flags.no_tune;
+  options.synthetic = flags.synthetic;
+  options.synthetic_lm_head = flags.quantize_lm_head;
   if (!flags.tokenizer.empty()) options.tokenizer_dir = flags.tokenizer;
   const fs::path tokenizer_source = options.tokenizer_dir.value_or(flags.checkpoint);
   if (tokenizer_source.empty() ||

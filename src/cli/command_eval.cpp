@@ -30,7 +30,9 @@ LoadedModel load(const std::string& directory, const EvalFlags& flags) {
       : model_kind(directory) == ModelKind::kHuggingFace
           ? (flags.target.starts_with("cuda") ? KvFormat::kF16 : KvFormat::kF32)
           : KvFormat::kInt8Dynamic;
-  return load_model(directory, options);
+  LoadedModel model = load_model(directory, options);
+  for (const std::string& notice : model.notices) print_stderr("{}\n", notice);
+  return model;
 }
 
 // KL divergence compares two distributions over the same pieces of text, so equal sizes of the

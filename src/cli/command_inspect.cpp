@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "build/engine_check.h"
+#include "build/kernel_table.h"
 #include "build/model_loader.h"
 #include "cli/options.h"
 #include "formats/inspect.h"
@@ -40,6 +41,8 @@ json::object memory_plan(const EnginePlan& plan, uint64_t weight_bytes) {
 }  // namespace
 
 int run_inspect(const InspectFlags& flags) {
+  const bool is_engine = model_kind(flags.model) == ModelKind::kEngine;
+  if (is_engine) open_engine(flags.model);  // a refusal with the command that builds it again
   if (!flags.tensor.empty()) {
     const json::object report = inspect_tensor(flags.model, flags.tensor);
     fmt::print("{}\n", flags.json ? dump_json(report) : describe_tensor(report));
@@ -47,8 +50,8 @@ int run_inspect(const InspectFlags& flags) {
   }
   json::object report = inspect_model(flags.model);
   std::string text = describe_model(report);
-  if (model_kind(flags.model) == ModelKind::kEngine) {
-    const SafetensorsFile file = SafetensorsFile::open(fs::path(flags.model) / "rank0.engine");
+  if (is_engine) {
+    const SafetensorsFile file = open_engine(flags.model);
     const EnginePlan plan = read_engine_plan(file, flags.model);
     json::object memory;
     std::string unknown;
@@ -60,7 +63,14 @@ int run_inspect(const InspectFlags& flags) {
     }
     report["plan"] = plan.to_json();
     report["memory"] = memory;
-    text += "\nplan\n" + dump_json(plan.to_json(), {.indent = 2}) + "\nmemory\n" + unknown;
+    json::object shown = plan.to_json();
+    shown.erase("tactics");  // as a table
+    text += "\nplan\n" + dump_json(shown, {.indent = 2}) + "\n";
+    if (!plan.tactics.empty()) {
+      text += fmt::format("int4 kernels, as measured on {}\n{}\n{}\n", plan.cuda.gpu,
+                          chosen_kernels(plan.tactics), kernel_times(plan.tactics));
+    }
+    text += "memory\n" + unknown;
     for (const auto& [name, bytes] : memory) {
       text += fmt::format("  {:28} {}\n", std::string_view(name),
                           human_bytes(bytes.to_number<uint64_t>()));

@@ -5,10 +5,12 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <optional>
 #include <thread>
 
 #include "base/error.h"
 #include "base/interrupt.h"
+#include "build/engine_check.h"
 #include "build/model_loader.h"
 #include "build/tokenizer_files.h"
 #include "cli/names.h"
@@ -44,6 +46,7 @@ BuildFlags build_flags(const ServeFlags& flags, const fs::path& checkpoint) {
   build.checkpoint = checkpoint.string();
   build.target = flags.target;
   build.kv_cache = flags.kv_cache;
+  build.activations = flags.activations;
   build.max_batch_size = flags.max_batch_size;
   build.max_input_len =
       flags.max_input_len > 0 ? flags.max_input_len : std::min(8192, context - context / 4);
@@ -52,12 +55,23 @@ BuildFlags build_flags(const ServeFlags& flags, const fs::path& checkpoint) {
   return build;
 }
 
+struct Prepared {
+  fs::path engine;
+  /// Where the engine was there already: what makes it again.
+  std::optional<BuildFlags> again;
+};
+
+void build_for(const fs::path& dir, const BuildFlags& build) {
+  fmt::print(stderr, "building {} from {}\n", build.out, dir.string());
+  run_build(build);
+}
+
 /// The engine to serve, making what is missing. Every product keeps its name, so that the next
 /// start finds it.
-fs::path prepare_engine(const ServeFlags& flags) {
+Prepared prepare_engine(const ServeFlags& flags) {
   fs::path dir = without_trailing_slash(fs::absolute(flags.model).lexically_normal());
   ModelKind kind = model_kind(dir);
-  if (kind == ModelKind::kEngine) return dir;
+  if (kind == ModelKind::kEngine) return {dir, std::nullopt};
   if (kind == ModelKind::kHuggingFace && flags.quantize != "none") {
     const fs::path checkpoint = product_path(flags, dir, "-int4-" + flags.quantize);
     if (fs::exists(checkpoint)) {
@@ -83,20 +97,40 @@ fs::path prepare_engine(const ServeFlags& flags) {
   }
   BuildFlags build = build_flags(flags, dir);
   std::string target = resolve_target(flags.target);
+  const ActivationPrecision activations = activation_precision_from_flag(flags.activations)
+                                              .value_or(default_activation_precision(target));
+  check_activation_precision(target, activations);
   std::replace(target.begin(), target.end(), ':', '-');
-  const fs::path engine = product_path(
-      flags, dir,
-      fmt::format("-{}-nibble-{}-b{}-in{}-out{}-{}", target, NIBBLE_VERSION, build.max_batch_size,
-                  build.max_input_len, build.max_output_len, build.kv_cache));
+  // The name says all that tells engines of one checkpoint apart.
+  const fs::path engine =
+      product_path(flags, dir,
+                   fmt::format("-{}-nibble-{}-b{}-in{}-out{}-kv-{}-act-{}", target, NIBBLE_VERSION,
+                               build.max_batch_size, build.max_input_len, build.max_output_len,
+                               build.kv_cache, activation_precision_name(activations)));
+  build.out = engine.string();
   if (fs::exists(engine)) {
     fmt::print(stderr, "serving {}, the engine that was built from {}\n", engine.string(),
                dir.string());
-    return engine;
+    return {engine, build};
   }
-  fmt::print(stderr, "building {} from {}\n", engine.string(), dir.string());
-  build.out = engine.string();
-  run_build(build);
-  return engine;
+  build_for(dir, build);
+  return {engine, std::nullopt};
+}
+
+/// Opens the engine. One that was found where serve puts its own, but cannot run here (damaged, of
+/// another CUDA or GPU), is built again.
+std::unique_ptr<ChatModel> open_model(const Prepared& prepared, const ChatModelOptions& options) {
+  if (prepared.again) {
+    try {
+      return ChatModel::open(prepared.engine, options);
+    } catch (const EngineRefused& error) {
+      fmt::print(stderr, "the engine that is there cannot be served: {}\nso it is built again\n",
+                 error.what());
+    }
+    fs::remove_all(prepared.engine);
+    build_for(prepared.again->checkpoint, *prepared.again);
+  }
+  return ChatModel::open(prepared.engine, options);
 }
 
 SamplingParams read_sampling_defaults(const ServeFlags& flags, const fs::path& engine) {
@@ -168,7 +202,8 @@ int run_serve(const ServeFlags& flags) {
       fmt::format("{}://{}:{}", flags.tls_cert.empty() ? "http" : "https",
                   flags.host.find(':') == std::string::npos ? flags.host : "[" + flags.host + "]",
                   server->port());
-  const fs::path engine = prepare_engine(flags);
+  const Prepared prepared = prepare_engine(flags);
+  const fs::path& engine = prepared.engine;
   ChatModelOptions options;
   options.load.num_threads = flags.threads;
   options.tokenizer.regex = parse_tokenizer_regex(flags.tokenizer_regex);
@@ -178,8 +213,8 @@ int run_serve(const ServeFlags& flags) {
   options.kv_cache_free_fraction = flags.kv_cache_free_fraction;
   options.kv_cache_sequences = 0;
   options.max_queue = flags.max_queue;
+  auto model = open_model(prepared, options);
   const SamplingParams defaults = read_sampling_defaults(flags, engine);
-  auto model = ChatModel::open(engine, options);
   for (const std::string& notice : model->notices()) fmt::print(stderr, "{}\n", notice);
   fmt::print(stderr,
              "serving {} at {}/v1 ({} tokens of context, {} sequences a step, KV cache of {}; "

@@ -63,7 +63,8 @@ struct RunFlags : CommonOptions {
   std::string kv_cache = "int8";
   std::string roles = "tolerant";
   std::string tokenizer_regex = "shipped";
-  double kv_memory_gib = 0;  // 0: a share of free memory
+  double kv_memory_gib = 0;     // 0: by the next
+  uint64_t kv_cache_bytes = 0;  // the same in bytes; 0: enough for one long chat
   SamplingFlags sampling;
 };
 
@@ -148,6 +149,7 @@ struct ServeFlags : CommonOptions {
   std::string work_dir;          // empty: beside DIR
   std::string quantize = "awq";  // awq | rtn | none
   std::string target = "cpu:native", kv_cache = "int8";
+  std::string activations;  // f32 | int8 | fp8; empty: by target
   int max_batch_size = 64, max_input_len = 0, max_output_len = 0;  // 0: by the model
 };
 

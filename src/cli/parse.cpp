@@ -21,6 +21,10 @@
 namespace nibble::cli {
 namespace {
 
+constexpr const char* kActivations =
+    "feed int4 linears with exact activations or int8 per group (cpu targets), or with e4m3 in "
+    "steps "
+    "of 33 rows and more (fp8: cuda:sm_90; ref: all); default by target";
 constexpr const char* kTargets =
     "cpu:native, cpu:avx512, cpu:avx2, cpu:generic, cuda:sm_90, cuda:portable or ref";
 
@@ -270,9 +274,7 @@ class Parser {
                "int8 with scales per token and head, int8 with the checkpoint's scales, or f16")
         ->capture_default_str();
     add_choice(c, "--activations,--activation-precision", f.activations, {"f32", "int8", "fp8"},
-               "feed int4 linears with exact activations or int8 per group (cpu targets), or with "
-               "e4m3 in steps of 33 rows and more (fp8: cuda:sm_90; ref: all); default by "
-               "target");
+               kActivations);
     c->add_option("--tokenizer", f.tokenizer,
                   "directory with tokenizer.json when the checkpoint has none");
     c->add_flag("--no-tune", f.no_tune,
@@ -316,8 +318,11 @@ class Parser {
     add_choice(c, "--roles", f.roles, {"strict", "tolerant"},
                "what to do with unusual message orders")
         ->capture_default_str();
-    c->add_option("--kv-memory-gib", f.kv_memory_gib,
-                  "memory for the KV cache; default: enough for one long chat");
+    CLI::Option* gib = c->add_option("--kv-memory-gib", f.kv_memory_gib,
+                                     "memory for the KV cache; default: enough for one long chat");
+    c->add_option("--kv-cache-bytes", f.kv_cache_bytes, "the same in bytes (2GiB, 500MB, ...)")
+        ->transform(CLI::AsSizeValue(false))
+        ->excludes(gib);
     add_regex(c, f.tokenizer_regex);
     add_common(c, f, false);
   }
@@ -418,6 +423,9 @@ class Parser {
     add_choice(c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16"},
                "format of the KV cache")
         ->capture_default_str()
+        ->group(make);
+    add_choice(c, "--activations,--activation-precision", f.activations, {"f32", "int8", "fp8"},
+               kActivations)
         ->group(make);
     c->add_option("--max-batch-size", f.max_batch_size, "sequences in one step")
         ->capture_default_str()

@@ -70,12 +70,8 @@ ModelKind model_kind(const fs::path& given) {
     const json::object config = read_json_object(directory / "config.json");
     if (config.contains("architecture") || config.contains("pretrained_config"))
       return ModelKind::kCheckpoint;
-    if (config.contains("nibble_version") && config.contains("target")) {
-      fail(ErrorKind::kInput,
-           "{} is an engine without its rank0.engine (config.json is an engine's plan); remove it "
-           "and build it again: nibble build CHECKPOINT --out {}",
-           directory.string(), directory.string());
-    }
+    // An engine's plan: whoever opens it says that rank0.engine is missing.
+    if (config.contains("nibble_version") && config.contains("target")) return ModelKind::kEngine;
     return ModelKind::kHuggingFace;
   }
   for (fs::directory_iterator it(directory, ignored), end; it != end; it.increment(ignored)) {

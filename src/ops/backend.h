@@ -63,6 +63,8 @@ class Backend {
 
   virtual std::string name() const = 0;  // "reference", "cpu:avx2", ...
   virtual size_t act_bytes() const = 0;  // bytes of one activation element
+  /// The CUDA and the GPU behind it; empty for backends without.
+  virtual CudaPlatform cuda_platform() const { return {}; }
   /// Scratch the ops need for steps up to these sizes; called once before the first op.
   virtual void reserve(const ModelSpec& spec, const EngineLimits& limits, int max_logit_rows) = 0;
 

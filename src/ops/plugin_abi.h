@@ -1,5 +1,5 @@
-// The border between nibble and a backend plugin (a shared library opened at run time): one
-// exported C function. Both sides are C++ built from one source tree; the string says which, so
+// The border between nibble and a backend plugin (a shared library opened at run time): two
+// exported C functions. Both sides are C++ built from one source tree; the string says which, so
 // that a stale plugin is refused instead of called.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -23,5 +23,9 @@ inline constexpr const char* kPluginOpenSymbol = "nibble_plugin_open";
 /// kE4m3.
 using PluginOpenFn = Backend*(const char* abi, const char* target, ActivationPrecision precision,
                               char* message, size_t message_bytes);
+
+inline constexpr const char* kPluginCudaMajorSymbol = "nibble_plugin_cuda_major";
+/// The CUDA version the plugin was built with: 13. Needs neither driver nor GPU.
+using PluginCudaMajorFn = int();
 
 }  // namespace nibble

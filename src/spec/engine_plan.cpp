@@ -84,14 +84,27 @@ ActivationPrecision activation_precision_from_name(std::string_view name) {
 json::object EnginePlan::to_json() const {
   json::array measured;
   for (const LinearTactic& t : tactics) {
+    json::array slower;
+    for (const KernelTime& other : t.slower) {
+      slower.push_back({{"kernel", other.kernel}, {"microseconds", other.microseconds}});
+    }
     measured.push_back({{"out_features", t.out_features},
                         {"in_features", t.in_features},
                         {"max_rows", t.max_rows},
-                        {"kernel", t.kernel},
-                        {"tactic", t.tactic},
-                        {"microseconds", t.microseconds}});
+                        {"kernel", t.best.kernel},
+                        {"microseconds", t.best.microseconds},
+                        {"slower", std::move(slower)}});
   }
-  return {
+  json::object from;
+  const auto keep = [&](const char* key, const std::string& value) {
+    if (!value.empty()) from[key] = value;
+  };
+  keep("checkpoint", source.checkpoint);
+  keep("synthetic", source.synthetic);
+  keep("quantize_lm_head", source.quantize_lm_head);
+  keep("tokenizer", source.tokenizer);
+  if (source.no_tune) from["no_tune"] = true;
+  json::object plan = {
       {"format_version", kFormatVersion},
       {"nibble_version", nibble_version},
       {"target", target},
@@ -111,33 +124,83 @@ json::object EnginePlan::to_json() const {
       {"kv_format", kv_format_name(kv_format)},
       {"kv_block_tokens", kv_block_tokens},
       {"tactics", std::move(measured)},
+      {"source", std::move(from)},
   };
+  if (target.starts_with("cuda:")) {
+    plan["cuda"] = {
+        {"major", cuda.major}, {"gpu", cuda.gpu}, {"compute_capability", cuda.compute_capability}};
+  }
+  return plan;
 }
 
 namespace {
-std::vector<LinearTactic> tactics_from_json(ObjectReader& plan) {
-  constexpr int kMax = 1 << 30;
-  const json::value* value = plan.find("tactics");
+/// Calls `read` with each object of the array at `key`.
+template <typename Read>
+void for_each_object(ObjectReader& in, const char* key, const Read& read) {
+  const json::value* value = in.find(key);
   if (value == nullptr || !value->is_array()) {
-    fail(ErrorKind::kInput, "{}: tactics is {}; wanted an array", plan.where(),
+    fail(ErrorKind::kInput, "{}: {} is {}; wanted an array", in.where(), key,
          value == nullptr ? "missing" : show_json(*value));
   }
-  std::vector<LinearTactic> tactics;
+  size_t index = 0;
   for (const json::value& entry : value->get_array()) {
-    const std::string where = fmt::format("{}, tactics[{}]", plan.where(), tactics.size());
+    const std::string where = fmt::format("{}, {}[{}]", in.where(), key, index++);
     if (!entry.is_object()) {
       fail(ErrorKind::kInput, "{} is {}; wanted an object", where, show_json(entry));
     }
-    ObjectReader in(entry.get_object(), where);
+    ObjectReader reader(entry.get_object(), where);
+    read(reader);
+    reader.refuse_unknown_keys();
+  }
+}
+
+KernelTime kernel_time_from_json(ObjectReader& in) {
+  return {.kernel = in.string("kernel"), .microseconds = in.number("microseconds")};
+}
+
+std::vector<LinearTactic> tactics_from_json(ObjectReader& plan) {
+  constexpr int kMax = 1 << 30;
+  std::vector<LinearTactic> tactics;
+  for_each_object(plan, "tactics", [&](ObjectReader& in) {
     tactics.push_back({.out_features = in.integer("out_features", 1, kMax),
                        .in_features = in.integer("in_features", 1, kMax),
                        .max_rows = in.integer("max_rows", 1, kMax),
-                       .kernel = in.string("kernel"),
-                       .tactic = in.integer("tactic", 0, kMax),
-                       .microseconds = in.number("microseconds")});
-    in.refuse_unknown_keys();
-  }
+                       .best = kernel_time_from_json(in),
+                       .slower = {}});
+    for_each_object(in, "slower", [&](ObjectReader& other) {
+      tactics.back().slower.push_back(kernel_time_from_json(other));
+    });
+  });
   return tactics;
+}
+
+/// The object at `key`, which must be there.
+ObjectReader required_object(ObjectReader& in, const char* key) {
+  const json::object* object = in.object(key);
+  if (object == nullptr) {
+    fail(ErrorKind::kInput, "{}: {} is missing; wanted an object", in.where(), key);
+  }
+  return ObjectReader(*object, in.where() + ", " + key);
+}
+
+CudaPlatform cuda_from_json(ObjectReader& plan) {
+  ObjectReader in = required_object(plan, "cuda");
+  CudaPlatform cuda{.major = in.integer("major", 0, 1000),
+                    .gpu = in.string("gpu"),
+                    .compute_capability = in.string("compute_capability")};
+  in.refuse_unknown_keys();
+  return cuda;
+}
+
+BuildSource source_from_json(ObjectReader& plan) {
+  ObjectReader in = required_object(plan, "source");
+  BuildSource source{.checkpoint = in.string_or("checkpoint", ""),
+                     .synthetic = in.string_or("synthetic", ""),
+                     .quantize_lm_head = in.string_or("quantize_lm_head", ""),
+                     .tokenizer = in.string_or("tokenizer", ""),
+                     .no_tune = in.boolean_or("no_tune", false)};
+  in.refuse_unknown_keys();
+  return source;
 }
 }  // namespace
 
@@ -157,9 +220,7 @@ EnginePlan EnginePlan::from_json(const json::object& object, std::string_view wh
   plan.spec = ModelSpec::from_json(*spec);
   plan.tp_size = in.integer("tp_size", 1, 1024);
   plan.tp_rank = in.integer("tp_rank", 0, plan.tp_size - 1);
-  const json::object* limits = in.object("limits");
-  if (limits == nullptr) fail(ErrorKind::kInput, "{}: limits is missing; wanted an object", what);
-  ObjectReader limit(*limits, in.where() + ", limits");
+  ObjectReader limit = required_object(in, "limits");
   plan.limits.max_batch_size = limit.integer("max_batch_size", 1, kMax);
   plan.limits.max_input_len = limit.integer("max_input_len", 1, kMax / 2);
   plan.limits.max_output_len = limit.integer("max_output_len", 1, kMax / 2);
@@ -173,6 +234,8 @@ EnginePlan EnginePlan::from_json(const json::object& object, std::string_view wh
   plan.kv_format = kv_format_from_name(in.string("kv_format"));
   plan.kv_block_tokens = in.integer("kv_block_tokens", 1, 1 << 20);
   plan.tactics = tactics_from_json(in);
+  plan.source = source_from_json(in);
+  if (plan.target.starts_with("cuda:")) plan.cuda = cuda_from_json(in);
   in.refuse_unknown_keys();
   return plan;
 }

@@ -61,19 +61,44 @@ struct EngineLimits {
   bool operator==(const EngineLimits&) const = default;
 };
 
+/// What a kernel took, by its name (backends/cuda/tactic.h): "wgmma 256 rows cluster 2 split 1".
+struct KernelTime {
+  std::string kernel;
+  double microseconds = 0;
+  bool operator==(const KernelTime&) const = default;
+};
+
 /// The kernel that was measured fastest for an int4 matrix. Of entries with one shape, the first
 /// whose max_rows suffices counts.
 struct LinearTactic {
   int out_features = 0, in_features = 0;  // as packed: gate and up are one matrix
-  int max_rows = 0;                       // of activations
-  std::string kernel;                     // "small", "wgmma"
-  int tactic = 0;                         // a variant of it (backends/cuda/kernels.h)
-  double microseconds = 0;                // what it took for max_rows
+  int max_rows = 0;                       // of activations; what was measured
+  KernelTime best;
+  std::vector<KernelTime> slower;  // the others that were measured, fastest first
   bool operator==(const LinearTactic&) const = default;
 };
 
+/// The CUDA of a plugin and its GPU; of a plan, those that were there when it was built.
+struct CudaPlatform {
+  int major = 0;                   // version the plugin was built with; 0: there was no plugin
+  std::string gpu;                 // "NVIDIA H200"; of a plan: where its kernels were measured,
+                                   // empty: nowhere
+  std::string compute_capability;  // of that GPU: "9.0"
+  bool operator==(const CudaPlatform&) const = default;
+};
+
+/// What `build` was given, for the command that builds the engine again.
+struct BuildSource {
+  std::string checkpoint;        // absolute path; empty: synthetic
+  std::string synthetic;         // the shape; both empty: made in memory
+  std::string quantize_lm_head;  // of a synthetic one
+  std::string tokenizer;         // absolute path; empty: the checkpoint's own
+  bool no_tune = false;
+  bool operator==(const BuildSource&) const = default;
+};
+
 struct EnginePlan {
-  static constexpr int kFormatVersion = 4;
+  static constexpr int kFormatVersion = 5;
   std::string nibble_version;
   std::string target =
       "ref";  // "ref", "cpu:avx512", "cpu:avx2", "cpu:generic", "cuda:sm_90", "cuda:portable"
@@ -88,6 +113,8 @@ struct EnginePlan {
   KvFormat kv_format = KvFormat::kInt8Dynamic;
   int kv_block_tokens = 32;
   std::vector<LinearTactic> tactics;  // empty: not measured, the backend has rules of its own
+  CudaPlatform cuda;                  // of cuda targets
+  BuildSource source;
 
   json::object to_json() const;
   static EnginePlan from_json(const json::object& object,

@@ -6,6 +6,7 @@
 
 #include "base/hash.h"
 #include "build/engine_check.h"
+#include "build/kernel_table.h"
 #include "build/model_loader.h"
 #include "formats/synthetic.h"
 #include "formats/testing.h"
@@ -17,6 +18,7 @@ namespace {
 
 using testing::AllOf;
 using testing::HasSubstr;
+using testing::Not;
 using testing_::catch_error;
 using testing_::Caught;
 using testing_::TemporaryDirectory;
@@ -302,7 +304,10 @@ TEST_F(EngineDirectory, TruncatedAndMissingFilesAreRefused) {
   const std::string whole = read_file(path);
   for (const size_t size : {size_t{0}, size_t{7}, size_t{500}, whole.size() - 1}) {
     fs::resize_file(path, size);
-    EXPECT_THAT(refusal(engine_, false), HasSubstr("rank0.engine")) << size;
+    EXPECT_THAT(refusal(engine_, false),
+                AllOf(HasSubstr("rank0.engine"),
+                      HasSubstr("nibble build " + checkpoint_.string() + " --out ")))
+        << size;
     testing_::write_text(path, whole);
   }
   fs::rename(engine_ / "tokenizer.json", engine_ / "kept");
@@ -312,14 +317,15 @@ TEST_F(EngineDirectory, TruncatedAndMissingFilesAreRefused) {
   fs::remove(path);
   EXPECT_THAT(refusal(engine_),
               AllOf(HasSubstr("without its rank0.engine"),
-                    HasSubstr("nibble build CHECKPOINT --out " + engine_.string())));
+                    HasSubstr(fmt::format("nibble build {} --out {} --max-batch-size 4 ",
+                                          checkpoint_.string(), engine_.string()))));
   EXPECT_THAT(refusal(scratch_ / "nothing"), HasSubstr("is not a directory"));
 }
 
 TEST_F(EngineDirectory, ForeignPlansAreRefusedWithTheCommandThatRebuilds) {
   const auto command = [&](const std::string& name, const std::string& flags) {
     return AllOf(HasSubstr((scratch_ / name / "rank0.engine").string()),
-                 HasSubstr(fmt::format("nibble build CHECKPOINT --out {}{}",
+                 HasSubstr(fmt::format("nibble build {} --out {}{}", checkpoint_.string(),
                                        (scratch_ / name).string(), flags)));
   };
   const std::string limits = " --max-batch-size 4 --max-input-len 200 --max-output-len 50";
@@ -330,17 +336,24 @@ TEST_F(EngineDirectory, ForeignPlansAreRefusedWithTheCommandThatRebuilds) {
                                 })),
               AllOf(HasSubstr("was built by nibble 9.9.9, this is nibble " NIBBLE_VERSION),
                     command("version", limits)));
-  EXPECT_THAT(refusal(with_plan("cuda", [](json::object& plan) { plan["target"] = "cuda:sm_80"; })),
+  const json::object no_cuda = {{"major", 0}, {"gpu", ""}, {"compute_capability", ""}};
+  EXPECT_THAT(refusal(with_plan("cuda",
+                                [&](json::object& plan) {
+                                  plan["target"] = "cuda:sm_80";
+                                  plan["cuda"] = no_cuda;
+                                })),
               AllOf(HasSubstr("was built for cuda:sm_80"), command("cuda", limits)));
   // Known, but not here; where it is here, these are not the weights of such an engine.
   EXPECT_THAT(refusal(with_plan("gpu",
-                                [](json::object& plan) {
+                                [&](json::object& plan) {
                                   plan["target"] = "cuda:sm_90";
+                                  plan["cuda"] = no_cuda;
                                   plan["linear_layout"] = "cuda-int4";
                                   plan["kv_block_tokens"] = 64;
                                 })),
               AnyOf(AllOf(HasSubstr("was built for cuda:sm_90"), command("gpu", limits)),
-                    AllOf(HasSubstr("layers.0.qkv.weight"), HasSubstr("rebuild"))));
+                    AllOf(HasSubstr("layers.0.qkv.weight"),
+                          command("gpu", " --target cuda:sm_90" + limits))));
   EXPECT_THAT(refusal(with_plan("mips", [](json::object& plan) { plan["target"] = "mips"; })),
               AllOf(HasSubstr("was built for mips"), command("mips", limits)));
   EXPECT_THAT(
@@ -364,7 +377,7 @@ TEST_F(EngineDirectory, ForeignPlansAreRefusedWithTheCommandThatRebuilds) {
               command("kv", limits + " --max-num-tokens 100 --kv-cache f16 --activations f32"));
   // Weights of other sizes than the plan says are found before a kernel reads them.
   EXPECT_THAT(refusal(with_plan("group", [](json::object& plan) { plan["group_size"] = 64; })),
-              AllOf(HasSubstr("layers.0.qkv.weight"), HasSubstr("rebuild")));
+              AllOf(HasSubstr("layers.0.qkv.weight"), command("group", limits)));
   EXPECT_THAT(refusal(with_plan("dense", [](json::object& p) { p["dense_layout"] = "f32-rows"; })),
               HasSubstr("embedding.weight"));
   EXPECT_THAT(
@@ -375,6 +388,128 @@ TEST_F(EngineDirectory, ForeignPlansAreRefusedWithTheCommandThatRebuilds) {
       refusal(with_plan("eight", [](json::object& p) { p["lm_head_layout"] = "cpu-int8"; })),
       HasSubstr("lm_head.weight"));
   load(with_plan("same", [](json::object&) {}));  // and the helper itself makes good engines
+}
+
+TEST_F(EngineDirectory, TheRebuildCommandNamesWhatTheEngineWasBuiltFrom) {
+  const LoadedModel model = load(engine_);
+  EXPECT_EQ(model.plan.source.checkpoint, checkpoint_.string());
+  const std::string limits = " --max-batch-size 4 --max-input-len 200 --max-output-len 50";
+  EXPECT_EQ(rebuild_command(model.plan, engine_),
+            fmt::format("remove it and build it again: nibble build {} --out {}{}",
+                        checkpoint_.string(), engine_.string(), limits));
+  // Gone: a placeholder, and what stood there.
+  fs::rename(checkpoint_, scratch_ / "moved");
+  EXPECT_EQ(rebuild_command(model.plan, engine_),
+            fmt::format("remove it and build it again: nibble build CHECKPOINT --out {}{} "
+                        "(CHECKPOINT: it was built from {}, which is not there any more)",
+                        engine_.string(), limits, checkpoint_.string()));
+  EnginePlan unknown = model.plan;
+  unknown.source = {};
+  EXPECT_THAT(rebuild_command(unknown, engine_),
+              AllOf(HasSubstr("nibble build CHECKPOINT --out"), HasSubstr("does not say")));
+
+  SilentProgress progress;
+  BuildOptions options = small_options("cuda:sm_90");
+  options.synthetic = "nano-like";
+  options.synthetic_lm_head = "int8";
+  options.kv_format = KvFormat::kF16;
+  options.activation_precision = ActivationPrecision::kE4m3;
+  options.limits.max_num_tokens = 100;
+  options.tokenizer_dir = kNano;
+  options.tune = false;
+  const fs::path out = scratch_ / "random ones";
+  build_engine("", *open_synthetic(synthetic_shape("nano-like").spec, 1, true, LmHeadFormat::kInt8),
+               options, out, progress);
+  const EnginePlan plan = read_engine_plan(open_engine(out), out);
+  const std::string both = limits + " --max-num-tokens 100 --kv-cache f16";
+  EXPECT_EQ(rebuild_command(plan, out),
+            fmt::format("remove it and build it again: nibble build --synthetic nano-like "
+                        "--quantize-lm-head int8 --out '{}' --target cuda:sm_90{} --activations "
+                        "fp8 --tokenizer {} --no-tune",
+                        out.string(), both, kNano.string()));
+  // For other targets: without what only cuda:sm_90 knows.
+  for (const auto& [target, flag] :
+       {std::pair{"cuda:portable", " --target cuda:portable"}, {"cpu:native", ""}}) {
+    EXPECT_EQ(rebuild_command(plan, out, target),
+              fmt::format("remove it and build it again: nibble build --synthetic nano-like "
+                          "--quantize-lm-head int8 --out '{}'{}{} --tokenizer {}",
+                          out.string(), flag, both, kNano.string()));
+  }
+}
+
+TEST_F(EngineDirectory, WhereItsGpuIsMissingTheOtherTargetsCommandsAreNamed) {
+  const fs::path hopper = build("hopper", small_options("cuda:sm_90")),
+                 portable = build("portable", small_options("cuda:portable"));
+  const auto refused = [&](const fs::path& engine) {
+    try {
+      load(engine);
+    } catch (const Error& error) {
+      EXPECT_EQ(error.kind(), ErrorKind::kDevice) << error.what();
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  const std::string message = refused(hopper), other = refused(portable);
+  if (message.empty() || other.empty()) GTEST_SKIP() << "the plugin and its GPU are here";
+  const auto command = [&](const fs::path& engine, const std::string& flags) {
+    return HasSubstr(fmt::format("nibble build {} --out {}{} --max-batch-size 4",
+                                 checkpoint_.string(), engine.string(), flags));
+  };
+  EXPECT_THAT(message, AllOf(HasSubstr("was built for cuda:sm_90, which cannot run here"),
+                             command(hopper, " --target cuda:portable"), command(hopper, "")));
+  EXPECT_THAT(other, AllOf(HasSubstr("was built for cuda:portable, which cannot run here"),
+                           command(portable, ""), Not(HasSubstr("--target"))));
+}
+
+TEST_F(EngineDirectory, AnotherCudaOrGpuIsRefusedOrSaid) {
+  EnginePlan plan = load(engine_).plan;
+  const CudaPlatform h200{.major = 13, .gpu = "NVIDIA H200", .compute_capability = "9.0"},
+      h100{.major = 13, .gpu = "NVIDIA H100 80GB HBM3", .compute_capability = "9.0"};
+  plan.cuda = h100;
+  EXPECT_EQ(check_cuda(plan, {}, engine_), "") << "of no matter to a CPU";
+  plan.target = "cuda:sm_90";
+  const std::string command = fmt::format("nibble build {} --out {} --target cuda:sm_90",
+                                          checkpoint_.string(), engine_.string());
+  const auto refused = [&](const CudaPlatform& here) {
+    const Caught caught = catch_error([&] { check_cuda(plan, here, engine_); });
+    EXPECT_EQ(caught.kind, ErrorKind::kUnsupported);
+    EXPECT_THAT(caught.message, AllOf(HasSubstr("rank0.engine"), HasSubstr(command)));
+    return caught.message;
+  };
+  EXPECT_EQ(check_cuda(plan, h100, engine_), "");
+  EXPECT_THAT(check_cuda(plan, h200, engine_),
+              AllOf(HasSubstr("measured on NVIDIA H100 80GB HBM3, this is NVIDIA H200"),
+                    HasSubstr("stays in use"), HasSubstr(command)));
+  CudaPlatform here = h100;
+  here.major = 12;
+  EXPECT_THAT(refused(here), AllOf(HasSubstr("CUDA 13"), HasSubstr("is of CUDA 12")));
+  here = {.major = 13, .gpu = "NVIDIA B200", .compute_capability = "10.0"};
+  EXPECT_THAT(refused(here), AllOf(HasSubstr("compute capability 9.0"), HasSubstr("NVIDIA B200")));
+  // Built where there was no GPU, or no plugin either: nothing in it comes from one.
+  plan.cuda = {.major = 13, .gpu = "", .compute_capability = ""};
+  EXPECT_EQ(check_cuda(plan, here, engine_), "");
+  plan.cuda = {};
+  EXPECT_EQ(check_cuda(plan, here, engine_), "");
+}
+
+TEST(KernelTable, NamesTheChosenAndKeepsEveryTime) {
+  const std::vector<LinearTactic> tactics = {
+      {.out_features = 6144, .in_features = 5120, .max_rows = 1, .best = {"a", 7}, .slower = {}},
+      {.out_features = 6144,
+       .in_features = 5120,
+       .max_rows = 8,
+       .best = {"a", 7.5},
+       .slower = {{"b", 8}, {"c", 9.125}}},
+      {.out_features = 6144, .in_features = 5120, .max_rows = 64, .best = {"c", 9}, .slower = {}},
+      {.out_features = 5120, .in_features = 4096, .max_rows = 1, .best = {"c", 3}, .slower = {}}};
+  EXPECT_EQ(chosen_kernels(tactics),
+            "  6144 x 5120         1 ... 8 rows  a\n"
+            "                     9 ... 64 rows  c\n"
+            "  5120 x 4096         1 ... 1 rows  c");
+  EXPECT_THAT(kernel_times(tactics),
+              AllOf(HasSubstr("  6144 x 5120 with 8 rows: a 7.50 us; slower: b 8.00, c 9.12\n"),
+                    HasSubstr("  5120 x 4096 with 1 rows: c 3.00 us")));
+  EXPECT_EQ(chosen_kernels({}), "");
 }
 
 TEST_F(EngineDirectory, RefEnginesRebuildForRef) {

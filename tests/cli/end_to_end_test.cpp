@@ -1,7 +1,11 @@
 // The main job and every command around it over the binary, on the model that ships with nibble.
 // SPDX-License-Identifier: Apache-2.0
+#include <signal.h>
+
 #include <boost/json/value_to.hpp>
 #include <cmath>
+#include <iterator>
+#include <sstream>
 
 #include "base/json.h"
 #include "cli/process.h"
@@ -11,6 +15,7 @@ namespace nibble::cli_test {
 namespace {
 
 using testing::AllOf;
+using testing::AnyOf;
 using testing::HasSubstr;
 using testing::Not;
 using testing_::TemporaryDirectory;
@@ -392,6 +397,85 @@ TEST_F(EndToEnd, Bench) {
               HasSubstr("attention"));
   EXPECT_THAT(must({"bench", "latency", kNano, "--prompt-tokens", "8", "--output-tokens", "2"}),
               HasSubstr("tokens/s"));
+}
+
+// What a refusal prints is what to type, and it gives the same engine.
+TEST_F(EndToEnd, TheRebuildCommandOfARefusalWorks) {
+  const std::string engine = build(
+      rtn(), "engine", {"--kv-cache", "f16", "--activations", "f32", "--max-num-tokens", "64"});
+  const std::string plan = read_file(engine + "/config.json"), before = answer(engine);
+  fs::resize_file(engine + "/rank0.engine", 1000);
+  const Result refused = nibble({"run", engine, "Hello"});
+  EXPECT_EQ(refused.status, 1);
+  const size_t at = refused.err.find("nibble build ");
+  ASSERT_NE(at, std::string::npos) << refused.err;
+  std::istringstream words(refused.err.substr(at, refused.err.find('\n', at) - at));
+  std::vector<std::string> arguments{std::istream_iterator<std::string>(words), {}};
+  arguments.erase(arguments.begin());
+  fs::remove_all(engine);
+  must(arguments);
+  EXPECT_EQ(read_file(engine + "/config.json"), plan);
+  EXPECT_EQ(answer(engine), before);
+}
+
+TEST_F(EndToEnd, ASyntheticCudaEngineIsBuiltWithoutAGpuAndSaysHowItsKernelsAreChosen) {
+  const std::string engine = path("engine");
+  const Result result = nibble({"build", "--synthetic", "nano-like", "--target", "cuda:sm_90",
+                                "--max-input-len", "500", "--no-tune", "--out", engine});
+  ASSERT_EQ(result.status, 0) << result.err;
+  EXPECT_THAT(result.err, HasSubstr("kernels are chosen by built-in rules, not measured"));
+  const json::object report = must_json({"inspect", engine, "--json"});
+  const json::object& plan = report.at("plan").as_object();
+  EXPECT_EQ(plan.at("source").at("synthetic"), "nano-like");
+  EXPECT_EQ(plan.at("cuda").at("gpu"), "") << "nothing was measured";
+  fs::resize_file(engine + "/rank0.engine", 1000);
+  EXPECT_THAT(nibble({"inspect", engine}).err,
+              HasSubstr("nibble build --synthetic nano-like --out " + engine +
+                        " --target cuda:sm_90 --max-input-len 500 --no-tune\n"));
+}
+
+// The engine that serve made for itself is made again when it cannot be served; a user's own is
+// left alone.
+TEST_F(EndToEnd, ServeBuildsARefusedEngineAgain) {
+  const std::string checkpoint = rtn();
+  const auto serve = [&](const std::string& model, const std::function<bool()>& until) {
+    return run_nibble(
+        {.arguments = {"serve", model, "--port", "0", "--work-dir", path("made"), "--activations",
+                       "f32", "--max-batch-size", "2", "--access-log", "off"},
+         .signal_when = until,
+         .signal = SIGTERM});
+  };
+  fs::create_directory(path("made"));
+  fs::path engine;
+  const auto there = [&] {
+    for (const auto& entry : fs::directory_iterator(path("made"))) {
+      if (entry.path().extension() != ".tmp") engine = entry.path();
+    }
+    return !engine.empty();
+  };
+  Result result = serve(checkpoint, there);
+  ASSERT_TRUE(there()) << result.err;
+  // Stopped while it served or just before.
+  EXPECT_THAT(result.status, AnyOf(0, 130)) << result.err;
+  EXPECT_THAT(engine.filename().string(), AllOf(HasSubstr("-kv-int8"), HasSubstr("-act-f32")));
+  const std::string whole = read_file(engine / "rank0.engine");
+
+  fs::resize_file(engine / "rank0.engine", 1000);
+  const auto whole_again = [&] {
+    return fs::exists(engine / "rank0.engine") &&
+           fs::file_size(engine / "rank0.engine") == whole.size();
+  };
+  result = serve(checkpoint, whole_again);
+  EXPECT_THAT(result.status, AnyOf(0, 130)) << result.err;
+  EXPECT_THAT(result.err, AllOf(HasSubstr("cannot be served"), HasSubstr("built again"),
+                                HasSubstr("building " + engine.string())));
+  EXPECT_EQ(read_file(engine / "rank0.engine"), whole);
+
+  fs::resize_file(engine / "rank0.engine", 1000);
+  result = serve(engine.string(), whole_again);
+  EXPECT_EQ(result.status, 1) << result.err;
+  EXPECT_THAT(result.err, HasSubstr("nibble build " + checkpoint));
+  EXPECT_FALSE(whole_again());
 }
 
 }  // namespace

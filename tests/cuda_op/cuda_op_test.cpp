@@ -8,6 +8,7 @@
 #include <map>
 
 #include "backends/cuda/kernels.h"
+#include "backends/cuda/tactic.h"
 #include "backends/reference/reference_backend.h"
 #include "base/error.h"
 #include "bench/op_cases.h"
@@ -84,6 +85,16 @@ TEST_P(CudaOps, LinearsMatchReference) {
   EXPECT_GT(fused_cases, 10);
 }
 
+TEST_P(CudaOps, TheBackendSaysWhichGpuItFound) {
+  const CudaPlatform platform = cuda_->cuda_platform();
+  EXPECT_GE(platform.major, 12);
+  EXPECT_EQ(platform.major, cuda_plugin_major(portable() ? "cuda:portable" : "cuda:sm_90"));
+  EXPECT_FALSE(platform.gpu.empty());
+  EXPECT_NE(cuda_->name().find(platform.gpu), std::string::npos) << cuda_->name();
+  EXPECT_GE(std::stod(platform.compute_capability), 8.0);
+  EXPECT_EQ(reference_->cuda_platform(), CudaPlatform{});
+}
+
 // Whatever tune() finds fastest here, and any other tactic it could have found, serves its shape.
 TEST_P(CudaOps, TunedLinearsMatchReference) {
   const ModelSpec spec = synthetic_shape("nano-like").spec;
@@ -108,30 +119,34 @@ TEST_P(CudaOps, TunedLinearsMatchReference) {
     cuda_->use_tactics({&t, 1});
     const std::vector<float> want = run(*reference_, c, host, x, c.rows),
                              got = run(*cuda_, c, weights, x, c.rows);
-    const auto name = [&] { return fmt::format("{} {} {}", c.name(), t.kernel, t.tactic); };
+    const auto name = [&] { return fmt::format("{} {}", c.name(), t.best.kernel); };
     EXPECT_LT(rms_error(got, want), 0.012) << name();
     EXPECT_LT(rms_error(got, by_rules), 0.006) << name();
   };
   for (LinearTactic t : found) {
-    EXPECT_GT(t.microseconds, 0);
+    EXPECT_GT(t.best.microseconds, 0);
     check(t);
-    if (t.max_rows > 8) {
-      for (const int tactic : {211, 213, 222, 411, 421}) {
-        t.kernel = "wgmma";
-        t.tactic = tactic;
-        check(t);
-      }
+    EXPECT_FALSE(t.slower.empty());
+    double before = t.best.microseconds;
+    for (const KernelTime& other : t.slower) {
+      EXPECT_NE(other.kernel, t.best.kernel);
+      EXPECT_GE(other.microseconds, before) << other.kernel;
+      before = other.microseconds;
     }
-    if (t.max_rows <= 16) {
-      for (const int tactic : {1, 12, 22}) {
-        if (tactic / 10 == 2 && t.max_rows > cuda::kMaxStream128Tokens) continue;
-        t.kernel = "small";
-        t.tactic = tactic;
-        check(t);
-      }
+    for (const char* kernel :
+         {"wgmma 128 rows cluster 1 split 1", "wgmma 128 rows cluster 1 split 3",
+          "wgmma 128 rows cluster 2 split 2", "wgmma 256 rows cluster 1 split 1",
+          "wgmma 256 rows cluster 2 split 1", "small 64 rows whole early 1",
+          "small 64 rows shared early 2", "small 128 rows shared early 2"}) {
+      t.best.kernel = kernel;
+      if (cuda::linear_kernel_of(kernel).value().takes(t.max_rows)) check(t);
     }
   }
-  LinearTactic unknown{.out_features = 128, .in_features = 128, .max_rows = 4, .kernel = "wgmma"};
+  LinearTactic unknown{.out_features = 128,
+                       .in_features = 128,
+                       .max_rows = 4,
+                       .best = {"wgmma 128 rows cluster 1 split 1", 1},
+                       .slower = {}};
   if (!portable()) {
     EXPECT_THROW(cuda_->use_tactics({&unknown, 1}), Error);
   }

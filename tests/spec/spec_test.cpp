@@ -436,15 +436,31 @@ EnginePlan some_plan() {
   plan.tactics = {{.out_features = 6144,
                    .in_features = 5120,
                    .max_rows = 16,
-                   .kernel = "wgmma",
-                   .tactic = 421,
-                   .microseconds = 9.64}};
+                   .best = {"wgmma 256 rows cluster 2 split 1", 9.64},
+                   .slower = {{"small 64 rows whole early 1", 10.5},
+                              {"wgmma 128 rows cluster 1 split 2", 11}}}};
+  plan.cuda = {.major = 13, .gpu = "NVIDIA H200", .compute_capability = "9.0"};
+  plan.source = {.checkpoint = "/models/a b",
+                 .synthetic = "",
+                 .quantize_lm_head = "",
+                 .tokenizer = "/t",
+                 .no_tune = true};
   return plan;
 }
 
 TEST(EnginePlan, JsonIsTheIdentity) {
   const EnginePlan plan = some_plan();
   EXPECT_TRUE(EnginePlan::from_json(parse(dump_json(plan.to_json())), "rank0.engine") == plan);
+  EnginePlan other = plan;
+  other.target = "cpu:avx2";
+  other.cuda = {};
+  other.source = {.checkpoint = "",
+                  .synthetic = "mistral-24b",
+                  .quantize_lm_head = "int8",
+                  .tokenizer = "",
+                  .no_tune = false};
+  EXPECT_FALSE(other.to_json().contains("cuda"));
+  EXPECT_TRUE(EnginePlan::from_json(parse(dump_json(other.to_json())), "rank0.engine") == other);
   for (const WeightLayout layout :
        {WeightLayout::kF32Rows, WeightLayout::kBf16Rows, WeightLayout::kF16Rows,
         WeightLayout::kInt4Portable, WeightLayout::kCpuInt4, WeightLayout::kCudaInt4,
@@ -477,12 +493,24 @@ TEST(EnginePlan, RefusalsNameTheNearest) {
   EXPECT_THAT(read([](json::object& o) { o["tactics"] = "none"; }).message,
               HasSubstr("tactics is \"none\"; wanted an array"));
   EXPECT_THAT(
-      read([](json::object& o) { o["tactics"].as_array()[0].as_object().erase("tactic"); }).message,
-      HasSubstr("tactics[0]: tactic is missing"));
+      read([](json::object& o) { o["tactics"].as_array()[0].as_object().erase("kernel"); }).message,
+      HasSubstr("tactics[0]: kernel is missing"));
+  EXPECT_THAT(read([](json::object& o) {
+                o["tactics"].at(0).at("slower").at(1).as_object().erase("microseconds");
+              }).message,
+              HasSubstr("tactics[0], slower[1]: microseconds is missing"));
+  EXPECT_THAT(read([](json::object& o) { o.erase("cuda"); }).message, HasSubstr("cuda is missing"));
+  EXPECT_THAT(read([](json::object& o) { o["target"] = "ref"; }).message, HasSubstr("\"cuda\""));
+  EXPECT_THAT(read([](json::object& o) { o["cuda"].as_object()["major"] = "13"; }).message,
+              HasSubstr("major is \"13\""));
+  EXPECT_THAT(read([](json::object& o) { o.erase("source"); }).message,
+              HasSubstr("source is missing"));
+  EXPECT_THAT(read([](json::object& o) { o["source"].as_object()["chekpoint"] = "/"; }).message,
+              HasSubstr("\"checkpoint\""));
   EXPECT_THAT(read([](json::object& o) { o["tp_rank"] = 2; }).message, HasSubstr("tp_rank is 2"));
   const Caught version = read([](json::object& o) { o["format_version"] = 1; });
   EXPECT_EQ(version.kind, ErrorKind::kUnsupported);
-  EXPECT_THAT(version.message, HasSubstr("format_version is 1; this nibble reads 4"));
+  EXPECT_THAT(version.message, HasSubstr("format_version is 1; this nibble reads 5"));
 }
 
 TEST(Nearest, EditDistance) {

@@ -1,4 +1,4 @@
-// The one exported function of both plugins (variant.h). SPDX-License-Identifier: Apache-2.0
+// What both plugins export (variant.h). SPDX-License-Identifier: Apache-2.0
 #include "ops/plugin_abi.h"
 
 #include <algorithm>
@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "backends/cuda/cuda_backend.h"
+#include "backends/cuda/runtime.h"
 #include "backends/cuda/variant.h"
 #include "base/error.h"
 
@@ -43,4 +44,8 @@ extern "C" __attribute__((visibility("default"))) nibble::Backend* nibble_plugin
     write_message(error.what(), message, message_bytes);
     return nullptr;
   }
+}
+
+extern "C" __attribute__((visibility("default"))) int nibble_plugin_cuda_major() {
+  return nibble::cuda::runtime_major();
 }

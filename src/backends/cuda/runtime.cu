@@ -36,6 +36,8 @@ void runtime_versions(int* driver, int* runtime) {
   if (cudaRuntimeGetVersion(runtime) != cudaSuccess) *runtime = 0;
 }
 
+int runtime_major() { return CUDART_VERSION / 1000; }
+
 int stream_create(void** stream) {
   cudaStream_t created = nullptr;
   const cudaError_t status = cudaStreamCreateWithFlags(&created, cudaStreamNonBlocking);

@@ -22,6 +22,8 @@ struct Device {
 int open_device(Device* device, int* count);
 /// Versions as 1000 * major + 10 * minor; driver 0: none installed.
 void runtime_versions(int* driver, int* runtime);
+/// The CUDA version this plugin was built with (13). Needs neither driver nor GPU.
+int runtime_major();
 
 int stream_create(void** stream);
 void stream_destroy(void* stream);

@@ -14,29 +14,16 @@
 namespace nibble::cuda {
 namespace {
 
-constexpr const char *kSmall = "small", *kWgmma = "wgmma";
-constexpr int kMaxSmallRows = 16, kMaxEarly = 2;
-constexpr int kMinWgmmaRows = 9;  // its tiles of tokens begin at 16: never faster below
 // Weights that take turns: more than L2 holds (50 ... 60 MB), unless the whole model would fit
 // there.
 constexpr int64_t kTurnBytes = int64_t{256} << 20, kMaxCopies = 32;
 constexpr double kReplaySeconds = 2e-3;
 constexpr int kReplays = 7;
 
-// A small kernel's number: SmallTactic, then how much it asks for before its dependency is met.
-int encode(SmallTactic tactic, int early) { return static_cast<int>(tactic) * 10 + early; }
-
-bool small_takes(SmallTactic tactic, int rows) {
-  return rows <= (tactic == SmallTactic::kStream128 ? kMaxStream128Tokens : kMaxSmallRows);
-}
-
-void choose(LinearArgs& args, const LinearTactic& t) {
-  const bool small = t.kernel == kSmall;
-  args.tactic = small ? t.tactic / 10 : t.tactic;
-  args.early = small ? t.tactic % 10 : 0;
-}
-int launch(const LinearArgs& args, const LinearTactic& t, void* stream) {
-  return t.kernel == kSmall ? linear_small(args, stream) : linear_wgmma(args, stream);
+int launch(LinearArgs args, const LinearKernel& kernel, void* stream) {
+  args.tactic = kernel.tactic;
+  args.early = kernel.early;
+  return kernel.small ? linear_small(args, stream) : linear_wgmma(args, stream);
 }
 
 struct Matrix {
@@ -67,40 +54,38 @@ class Bench {
           "clearing outputs");
   }
 
-  LinearTactic best(int rows) {
+  LinearTactic measure(int rows) {
     check(make_tensor_map(&map_, x_.data(), rows, matrix_.k, matrix_.k * 2,
                           linear_wgmma_box_rows(rows)),
           "making a tensor map");
-    LinearTactic best{.out_features = static_cast<int>(matrix_.rows),
-                      .in_features = static_cast<int>(matrix_.k),
-                      .max_rows = rows,
-                      .kernel = {},
-                      .tactic = 0,
-                      .microseconds = INFINITY};
-    const auto consider = [&](const char* kernel, int tactic) {
-      LinearTactic t = best;
-      t.kernel = kernel;
-      t.tactic = tactic;
-      t.microseconds = time(t);
-      if (t.microseconds < best.microseconds) best = t;
-    };
-    if (rows <= kMaxSmallRows) {
-      for (const SmallTactic tactic :
-           {SmallTactic::kWhole64, SmallTactic::kStream64, SmallTactic::kStream128}) {
-        if (!small_takes(tactic, rows)) continue;
-        for (int early = 1; early <= kMaxEarly; ++early) consider(kSmall, encode(tactic, early));
-      }
+    std::vector<KernelTime> times;
+    for (const LinearKernel& kernel : candidates(rows)) {
+      times.push_back(
+          {.kernel = kernel.name(), .microseconds = std::round(time(kernel, rows) * 100) / 100});
     }
-    if (rows >= kMinWgmmaRows) {
-      for (const WgmmaTactic& tactic : wgmma_tactics(args(rows, 0))) {
-        consider(kWgmma, tactic.encode());
-      }
-    }
-    best.microseconds = std::round(best.microseconds * 100) / 100;
-    return best;
+    std::ranges::stable_sort(times, {}, &KernelTime::microseconds);
+    return {.out_features = static_cast<int>(matrix_.rows),
+            .in_features = static_cast<int>(matrix_.k),
+            .max_rows = rows,
+            .best = times.front(),
+            .slower = {times.begin() + 1, times.end()}};
   }
 
  private:
+  /// Those that differ for this shape.
+  std::vector<LinearKernel> candidates(int rows) const {
+    const std::vector<WgmmaTactic> wgmma = wgmma_tactics(args(rows, 0));
+    std::vector<LinearKernel> out;
+    for (const LinearKernel& kernel : all_linear_kernels()) {
+      const bool differs =
+          kernel.small || std::ranges::any_of(wgmma, [&](const WgmmaTactic& tactic) {
+            return tactic.encode() == kernel.tactic;
+          });
+      if (kernel.takes(rows) && differs) out.push_back(kernel);
+    }
+    return out;
+  }
+
   LinearArgs args(int rows, int64_t copy) const {
     return {.weights = weights_.as<std::byte>() + copy % copies_ * shape_.packed_bytes(),
             .rows = matrix_.rows,
@@ -126,11 +111,9 @@ class Bench {
             .trace = nullptr};
   }
 
-  void launches(const LinearTactic& t, int64_t count) const {
+  void launches(const LinearKernel& kernel, int rows, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
-      LinearArgs a = args(t.max_rows, i);
-      choose(a, t);
-      check(launch(a, t, stream_), "measuring a kernel");
+      check(launch(args(rows, i), kernel, stream_), "measuring a kernel");
     }
   }
   static double seconds(const std::function<void()>& what) {
@@ -140,18 +123,18 @@ class Bench {
   }
 
   /// Median of replays, microseconds a launch.
-  double time(const LinearTactic& t) const {
-    launches(t, copies_);  // compiles nothing, but the first launch of a kernel loads it
+  double time(const LinearKernel& kernel, int rows) const {
+    launches(kernel, rows, copies_);  // compiles nothing, but the first launch of a kernel loads it
     check(stream_sync(stream_), "measuring a kernel");
     const double rough = seconds([&] {
-      launches(t, copies_);
+      launches(kernel, rows, copies_);
       check(stream_sync(stream_), "measuring a kernel");
     });
     const auto turns = static_cast<int64_t>(kReplaySeconds / rough);
     const int64_t count = copies_ * std::clamp<int64_t>(turns, 1, 16);
     void* graph = nullptr;
     check(capture_begin(stream_), "beginning a graph");
-    launches(t, count);
+    launches(kernel, rows, count);
     check(capture_end(stream_, &graph), "ending a graph");
     std::vector<double> times;
     for (int replay = 0; replay < kReplays; ++replay) {
@@ -194,7 +177,7 @@ std::vector<LinearTactic> tune_linears(Backend& backend, const ModelSpec& spec, 
     const int most = std::min(max_rows, kRows[std::size(kRows) - 1]);
     Bench bench(backend, matrix, most, num_sms, workspace, stream);
     for (const int rows : kRows) {
-      if (rows <= most) found.push_back(bench.best(rows));
+      if (rows <= most) found.push_back(bench.measure(rows));
     }
     check(stream_sync(stream), "measuring kernels");  // before the memory goes
   }
@@ -202,32 +185,24 @@ std::vector<LinearTactic> tune_linears(Backend& backend, const ModelSpec& spec, 
 }
 
 void TacticTable::set(std::span<const LinearTactic> tactics) {
+  std::vector<Entry> entries;
   for (const LinearTactic& t : tactics) {
-    const WgmmaTactic w = WgmmaTactic::decode(t.tactic);
-    const bool known = t.kernel == kSmall
-                           ? t.tactic % 10 >= 1 && t.tactic % 10 <= kMaxEarly &&
-                                 t.tactic / 10 <= static_cast<int>(SmallTactic::kStream128) &&
-                                 small_takes(static_cast<SmallTactic>(t.tactic / 10), t.max_rows)
-                           : t.kernel == kWgmma && t.max_rows >= kMinWgmmaRows &&
-                                 (w.row_blocks == 2 || w.row_blocks == 4) &&
-                                 (w.cluster == 1 || w.cluster == 2) && w.split >= 1 && w.split <= 8;
-    if (!known) {
+    const std::optional<LinearKernel> kernel = linear_kernel_of(t.best.kernel);
+    if (!kernel || !kernel->takes(t.max_rows)) {
       fail(ErrorKind::kInput,
-           "the engine's tactic for {} x {}, up to {} rows, is {} {}, which cuda:sm_90 does not "
-           "have; build the engine again",
-           t.out_features, t.in_features, t.max_rows, t.kernel, t.tactic);
+           "the engine's kernel for {} x {}, up to {} rows, is \"{}\", which cuda:sm_90 does not "
+           "have for so many; build the engine again",
+           t.out_features, t.in_features, t.max_rows, t.best.kernel);
     }
+    entries.push_back({t.out_features, t.in_features, t.max_rows, *kernel});
   }
-  tactics_.assign(tactics.begin(), tactics.end());
+  entries_ = std::move(entries);
 }
 
 int TacticTable::linear(const LinearArgs& args, void* stream) const {
-  for (const LinearTactic& t : tactics_) {
-    if (t.out_features != args.rows || t.in_features != args.k || t.max_rows < args.tokens)
-      continue;
-    LinearArgs a = args;
-    choose(a, t);
-    return launch(a, t, stream);
+  for (const Entry& entry : entries_) {
+    if (entry.rows == args.rows && entry.k == args.k && args.tokens <= entry.max_tokens)
+      return launch(args, entry.kernel, stream);
   }
   return cuda::linear(args, stream);
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "backends/cuda/kernels.h"
+#include "backends/cuda/tactic.h"
 #include "ops/backend.h"
 
 namespace nibble::cuda {
@@ -26,7 +27,12 @@ class TacticTable {
   int linear(const LinearArgs& args, void* stream) const;
 
  private:
-  std::vector<LinearTactic> tactics_;
+  struct Entry {
+    int64_t rows, k;
+    int max_tokens;
+    LinearKernel kernel;
+  };
+  std::vector<Entry> entries_;
 };
 
 }  // namespace nibble::cuda
