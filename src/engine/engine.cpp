@@ -325,11 +325,11 @@ class EngineImpl final : public Engine {
     publish_stats();
   }
 
-  /// Whether the step after this one cannot be made without its tokens: penalties count them, and
-  /// what a constraint allows next depends on them.
+  /// Whether the step after this one cannot be made without its tokens: what a constraint allows
+  /// next depends on them. (Penalties count them where they were drawn.)
   static bool needs_tokens(const StepPlan& plan) {
     return std::ranges::any_of(plan.sequences, [](const ScheduledSequence& scheduled) {
-      return scheduled.draws && (scheduled.seq->has_history || scheduled.seq->matcher != nullptr);
+      return scheduled.draws && scheduled.seq->matcher != nullptr;
     });
   }
 

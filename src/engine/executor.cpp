@@ -34,6 +34,7 @@ ModelExecutor::ModelExecutor(Backend& backend, const EnginePlan& plan, const Mod
   const StepShape shape = step_shape(plan, max_logit_rows);
   const size_t result_bytes = size_t(max_logit_rows) * (2 + 2 * kMaxTopLogprobs) * sizeof(int32_t);
   device_result_ = backend.alloc(result_bytes);
+  previous_tokens_ = backend.alloc(size_t(max_logit_rows) * sizeof(int32_t));
   for (Flight& flight : flights_) {
     flight.input = HostBuffer(backend, StepBuffer::capacity_bytes(shape));
     flight.output = HostBuffer(backend, result_bytes);
@@ -80,6 +81,10 @@ void ModelExecutor::launch(const StepPlan& plan) {
   const auto run = [&] {
     StepBatch batch = step.step_batch(device_step_.data());
     batch.previous_tokens = device;
+    // Sampling writes there, row by row, while other rows still want to know.
+    if (step.counts_previous()) {
+      backend_.copy(previous_tokens_.data(), device, previous_tokens_.bytes());
+    }
     decoder_.forward(batch, kv_cache_.layers());
     if (num_rows == 0) return;
     const SampleResult sampled{
@@ -87,8 +92,9 @@ void ModelExecutor::launch(const StepPlan& plan) {
         .logprobs = reinterpret_cast<float*>(device + num_rows),
         .top_tokens = device + 2 * num_rows,
         .top_logprobs = reinterpret_cast<float*>(device + 2 * num_rows + num_top)};
-    backend_.sample(step.sample_batch(device_step_.data(), device_allowed_.as<uint64_t>()),
-                    decoder_.logits(), sampled);
+    SampleBatch samples = step.sample_batch(device_step_.data(), device_allowed_.as<uint64_t>());
+    samples.previous_tokens = previous_tokens_.as<int32_t>();
+    backend_.sample(samples, decoder_.logits(), sampled);
   };
   backend_.run(step.graph_key(device_step_.data()),
                std::ref(run));  // by reference: a copy might allocate

@@ -63,7 +63,7 @@ class ModelExecutor final : public Executor {
   Decoder decoder_;
   KvCache kv_cache_;
   size_t kv_block_bytes_;  // of one layer
-  Buffer device_step_, device_result_, device_allowed_;
+  Buffer device_step_, device_result_, device_allowed_, previous_tokens_;
   Flight flights_[2];
   uint64_t num_launched_ = 0, num_collected_ = 0;
   std::chrono::steady_clock::time_point last_end_;

@@ -71,6 +71,7 @@ void StepBuffer::build(const StepPlan& plan) {
   size_t num_history = 0, num_bias = 0;
   max_logprobs_ = 0;
   num_masks_ = 0;
+  counts_previous_ = false;
   for (const ScheduledSequence& scheduled : plan.sequences) {
     const Sequence& seq = *scheduled.seq;
     num_blocks = std::max(num_blocks, num_blocks_of(scheduled.first_token + scheduled.num_tokens,
@@ -137,6 +138,8 @@ void StepBuffer::build(const StepPlan& plan) {
         const auto entries = seq.history.entries();
         std::ranges::copy(entries, history + history_end);
         history_end += static_cast<int>(entries.size());
+        sample.pending = seq.pending_row;
+        counts_previous_ |= seq.is_pending();
       }
       sample.history_end = history_end;
       sample.bias_begin = bias_end;
@@ -176,7 +179,8 @@ uint64_t StepBuffer::graph_key(const void* base) const {
                          layout_.rows,
                          layout_.history,
                          layout_.bias,
-                         num_masks_ > 0 ? layout_.masks : 0};
+                         num_masks_ > 0 ? layout_.masks : 0,
+                         counts_previous_ ? size_t{1} : 0};
   return xxh3_64(std::as_bytes(std::span(what))) | 1;  // not 0
 }
 

@@ -44,6 +44,8 @@ class StepBuffer {
   uint64_t graph_key(const void* base) const;
   int num_rows() const { return step_.num_logit_rows; }
   int max_logprobs() const { return max_logprobs_; }  // over the step's rows
+  /// Whether rows have a SampleRow::pending.
+  bool counts_previous() const { return counts_previous_; }
 
  private:
   // Byte offsets of the arrays in this step.
@@ -63,6 +65,7 @@ class StepBuffer {
   const StepShape shape_;
   const int mask_words_;  // of one mask
   int num_masks_ = 0;
+  bool counts_previous_ = false;
   size_t used_bytes_ = 0;
   std::unique_ptr<std::byte[]> owned_;
   std::byte* host_;

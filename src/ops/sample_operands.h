@@ -26,6 +26,8 @@ struct SampleRow {
   int32_t forced_token =
       -1;             // >= 0: "drawn" whatever the logits and masks say (log-probs of a given text)
   int32_t mask = -1;  // >= 0: which of SampleBatch::masks its id must be in, besides `allowed`
+  // >= 0: SampleBatch::previous_tokens[pending] has been generated too; `history` does not count it
+  int32_t pending = -1;
 };
 
 struct TokenCount {
@@ -40,10 +42,11 @@ struct TokenBias {
 struct SampleBatch {
   int num_rows = 0;  // R
   int vocab_size = 0;
-  const SampleRow* rows = nullptr;      // [R]
-  const TokenCount* history = nullptr;  // ragged; each id once a row
-  const TokenBias* bias = nullptr;      // ragged; each id once a row
-  const uint64_t* allowed = nullptr;    // [vocab/64 bits]; null: every id may be drawn
+  const SampleRow* rows = nullptr;           // [R]
+  const TokenCount* history = nullptr;       // ragged; each id once a row
+  const int32_t* previous_tokens = nullptr;  // what the step before drew; read where rows say so
+  const TokenBias* bias = nullptr;           // ragged; each id once a row
+  const uint64_t* allowed = nullptr;         // [vocab/64 bits]; null: every id may be drawn
   // [masks, mask_words] bits of the ids that rows naming one may draw (structured output)
   const uint64_t* masks = nullptr;
   int mask_words = 0;    // ceil(vocab/64)

@@ -521,6 +521,7 @@ struct Drawn {
 struct SampleInput {
   std::vector<SampleRow> rows;
   std::vector<TokenCount> history;
+  std::vector<int32_t> previous;  // SampleBatch::previous_tokens
   std::vector<TokenBias> bias;
   std::vector<uint64_t> allowed;  // empty: all
   std::vector<uint64_t> masks;    // [n, ceil(vocab / 64)]
@@ -540,8 +541,9 @@ std::vector<T> from_device(Backend& backend, const Buffer& buffer, size_t count)
 Drawn draw(Backend& backend, const SampleInput& in) {
   const size_t rows = in.rows.size(), top = rows * kLogprobs;
   const Buffer device_rows = to_device(backend, in.rows), history = to_device(backend, in.history),
-               bias = to_device(backend, in.bias), allowed = to_device(backend, in.allowed),
-               masks = to_device(backend, in.masks), logits = to_device(backend, in.logits);
+               previous = to_device(backend, in.previous), bias = to_device(backend, in.bias),
+               allowed = to_device(backend, in.allowed), masks = to_device(backend, in.masks),
+               logits = to_device(backend, in.logits);
   const Buffer tokens = to_device(backend, std::vector<int32_t>(rows, -7)),
                top_tokens = to_device(backend, std::vector<int32_t>(top, -7)),
                logprobs = to_device(backend, std::vector<float>(rows, -7)),
@@ -550,6 +552,7 @@ Drawn draw(Backend& backend, const SampleInput& in) {
                   .vocab_size = in.vocab,
                   .rows = device_rows.as<SampleRow>(),
                   .history = history.as<TokenCount>(),
+                  .previous_tokens = previous.as<int32_t>(),
                   .bias = bias.as<TokenBias>(),
                   .allowed = in.allowed.empty() ? nullptr : allowed.as<uint64_t>(),
                   .masks = masks.as<uint64_t>(),
@@ -589,6 +592,9 @@ TEST_P(CudaOps, SampleMatchesReference) {
               row.frequency_penalty = 0.2f;
               row.history_end = std::min(vocab, 5);
               row.bias_end = std::min(vocab, 2);
+              // In the history, at its end, and in it or not.
+              if (in.rows.size() % 8 == 6)
+                row.pending = static_cast<int32_t>(in.rows.size() / 8 % 3);
             }
             if (in.rows.size() % 16 == 9) row.forced_token = vocab / 2;
             if (in.rows.size() % 5 == 3) row.mask = static_cast<int32_t>(in.rows.size() % 3);
@@ -599,6 +605,7 @@ TEST_P(CudaOps, SampleMatchesReference) {
     }
     for (int i = 0; i < std::min(vocab, 5); ++i)
       in.history.push_back({i * (vocab / std::min(vocab, 5)), i % 3});
+    in.previous = {0, vocab - 1, vocab / 2};
     in.bias = {{0, -std::numeric_limits<float>::infinity()}, {vocab - 1, 2.5f}};
     if (vocab == 1000) {
       in.allowed.assign(static_cast<size_t>(vocab) / 64 + 1, ~uint64_t{0});

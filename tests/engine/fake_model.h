@@ -186,6 +186,7 @@ class FakeExecutor final : public Executor {
       : shape_(with_masks(shape)), step_(shape_), overlaps_(overlaps) {
     kv_.assign(size_t(num_blocks) * shape.block_tokens, -1);
     writer_.assign(num_blocks, -1);
+    history_.reserve(size_t(shape.vocab_size) + 1);
     for (Flight& flight : flights_) {
       flight.tokens.resize(shape.max_logit_rows);
       flight.logprobs.resize(shape.max_logit_rows);
@@ -212,7 +213,7 @@ class FakeExecutor final : public Executor {
   void launch(const StepPlan& plan) override {
     NIBBLE_CHECK(num_launched_ - num_collected_ <= (overlaps_ ? 1 : 0));
     if (before_step) before_step();
-    const std::span<const int32_t> previous = flights_[(num_launched_ + 1) % 2].result.tokens;
+    previous_ = flights_[(num_launched_ + 1) % 2].result.tokens;
     Flight& flight = flights_[num_launched_++ % 2];
     step_.build(plan);
     const StepBatch batch = step_.step_batch(step_.bytes().data());
@@ -236,7 +237,7 @@ class FakeExecutor final : public Executor {
         writer_[block] = s;
         const int32_t id = batch.token_ids[t];
         NIBBLE_CHECK(id >= 0 || overlaps_);
-        kv_[size_t(block) * size + position % size] = id >= 0 ? id : previous[-1 - id];
+        kv_[size_t(block) * size + position % size] = id >= 0 ? id : previous_[-1 - id];
       }
     }
     int row = 0;
@@ -275,7 +276,17 @@ class FakeExecutor final : public Executor {
   void draw(Flight& flight, const SampleBatch& samples, int r, uint64_t prefix) {
     auto& [tokens, top_tokens, logprobs, top_logprobs, result] = flight;
     const SampleRow& row = samples.rows[r];
-    const std::span history(samples.history + row.history_begin, samples.history + row.history_end);
+    std::vector<TokenCount>& history = history_;
+    history.assign(samples.history + row.history_begin, samples.history + row.history_end);
+    if (row.pending >= 0) {
+      NIBBLE_CHECK(overlaps_ && step_.counts_previous());
+      const int32_t token = previous_[row.pending];
+      const auto seen = std::ranges::find(history, token, &TokenCount::token);
+      if (seen != history.end())
+        ++seen->output_count;
+      else
+        history.push_back({token, 1});
+    }
     const std::span bias(samples.bias + row.bias_begin, samples.bias + row.bias_end);
     std::span<const uint64_t> mask;
     if (row.mask >= 0) {
@@ -297,6 +308,8 @@ class FakeExecutor final : public Executor {
   std::vector<int32_t> writer_;  // [blocks] of this step
   const bool overlaps_;
   Flight flights_[2];
+  std::span<const int32_t> previous_;  // what the step before drew
+  std::vector<TokenCount> history_;    // of the row at hand
   uint64_t num_launched_ = 0, num_collected_ = 0;
 };
 

@@ -153,9 +153,8 @@ class Simulation {
     flying_ = &plan;
     ++totals_->steps;
     totals_->copies += plan.copies.size();
-    const bool needs_tokens = std::ranges::any_of(plan.sequences, [](const auto& s) {
-      return s.draws && (s.seq->has_history || s.seq->matcher != nullptr);
-    });
+    const bool needs_tokens = std::ranges::any_of(
+        plan.sequences, [](const auto& s) { return s.draws && s.seq->matcher != nullptr; });
     if (!executor_.overlaps() || needs_tokens) {
       ASSERT_NO_FATAL_FAILURE(land());
     } else {

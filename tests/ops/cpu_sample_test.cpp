@@ -49,6 +49,8 @@ TEST_P(CpuSample, MatchesReference) {
               row.frequency_penalty = 0.2f;
               row.history_end = std::min(vocab, 5);
               row.bias_end = std::min(vocab, 2);
+              // In the history, at its end, and in it or not.
+              if (rows.size() % 8 == 6) row.pending = static_cast<int32_t>(rows.size() / 8 % 3);
             }
             if (rows.size() % 6 == 4) {  // log-probs of a given text; 4 is also a scored row
               row.forced_token = static_cast<int32_t>(rows.size()) % vocab;
@@ -61,6 +63,7 @@ TEST_P(CpuSample, MatchesReference) {
     std::vector<TokenCount> history;
     for (int i = 0; i < std::min(vocab, 5); ++i)
       history.push_back({i * (vocab / std::min(vocab, 5)), i % 3});
+    const std::vector<int32_t> previous = {0, vocab - 1, vocab / 2};
     const std::vector<TokenBias> bias = {{0, -std::numeric_limits<float>::infinity()},
                                          {vocab - 1, 2.5f}};
     std::vector<uint64_t> allowed(static_cast<size_t>(vocab) / 64 + 1, ~uint64_t{0});
@@ -87,6 +90,7 @@ TEST_P(CpuSample, MatchesReference) {
                             .vocab_size = vocab,
                             .rows = rows.data(),
                             .history = history.data(),
+                            .previous_tokens = previous.data(),
                             .bias = bias.data(),
                             .allowed = vocab == 1000 ? allowed.data() : nullptr,
                             .masks = masks.data(),

@@ -25,6 +25,7 @@ class Sample : public ::testing::Test {
                             .vocab_size = static_cast<int>(logits.size()),
                             .rows = &row,
                             .history = history_.data(),
+                            .previous_tokens = previous_tokens_.data(),
                             .bias = bias_.data(),
                             .allowed = nullptr,
                             .max_logprobs = 3};
@@ -33,6 +34,7 @@ class Sample : public ::testing::Test {
   }
   std::unique_ptr<Backend> backend_ = make_reference_backend();
   std::vector<TokenCount> history_;
+  std::vector<int32_t> previous_tokens_;
   std::vector<TokenBias> bias_;
   int32_t token_ = -1;
   float logprob_ = NAN;
@@ -83,6 +85,27 @@ TEST_F(Sample, PenaltiesAndBias) {
                                     .history_end = 2,
                                     .bias_end = 1}),
             1);
+}
+
+TEST_F(Sample, PendingTokensCountAsHistory) {
+  history_ = {{0, 2}, {1, 0}};
+  previous_tokens_ = {3, 0, 1};
+  SampleRow row{.temperature = 0,
+                .repetition_penalty = 2,
+                .presence_penalty = 0.5f,
+                .frequency_penalty = 0.25f,
+                .history_end = 2};
+  // Id 0: 4/2 - 0.5 - 2*0.25 = 1, once more 0.75. Id 1, of the prompt: 3/2, drawn once 0.75. Id 3,
+  // new: 1.25, drawn once 1.25/2 - 0.75.
+  const std::vector<float> logits = {4, 3, -9, 1.25f};
+  EXPECT_EQ(draw(logits, row), 1);
+  row.pending = 2;
+  EXPECT_EQ(draw(logits, row), 3);
+  EXPECT_EQ(draw({4, 3, -9, 0.9f}, row), 0);
+  row.pending = 1;
+  EXPECT_EQ(draw({4, 1.8f, -9, 0.5f}, row), 1);  // 0.9 against 0.75
+  row.pending = 0;
+  EXPECT_EQ(draw({4, 1.8f, -9, 3.2f}, row), 0);  // 1 against 0.9 and 3.2/2 - 0.75
 }
 
 TEST_F(Sample, LogprobsAreTheModels) {

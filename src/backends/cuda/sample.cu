@@ -402,20 +402,30 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const Params p) {
   int token = row.forced_token;
   if (token < 0) {
     load();
+    const auto penalize = [&](int id, int output_count) {
+      const int at = id - first;
+      if (at < 0 || at >= count) return;
+      float logit = x[at];
+      logit = logit > 0 ? logit / row.repetition_penalty : logit * row.repetition_penalty;
+      if (output_count > 0) {
+        logit -= row.presence_penalty + row.frequency_penalty * static_cast<float>(output_count);
+      }
+      x[at] = logit;
+    };
+    const int pending = row.pending >= 0 ? p.batch.previous_tokens[row.pending] : -1;
+    bool is_known = pending < 0;
     for (int i = row.history_begin + static_cast<int>(threadIdx.x); i < row.history_end;
          i += kThreads) {
       const TokenCount seen = p.batch.history[i];
-      const int at = seen.token - first;
-      if (at < 0 || at >= count) continue;
-      float logit = x[at];
-      logit = logit > 0 ? logit / row.repetition_penalty : logit * row.repetition_penalty;
-      if (seen.output_count > 0) {
-        logit -=
-            row.presence_penalty + row.frequency_penalty * static_cast<float>(seen.output_count);
-      }
-      x[at] = logit;
+      const bool again = seen.token == pending;
+      penalize(seen.token, seen.output_count + (again ? 1 : 0));
+      is_known = is_known || again;
     }
-    __syncthreads();
+    // Of all threads: each CTA of the row has seen the whole history.
+    if (!__syncthreads_or(is_known)) {
+      if (threadIdx.x == 0) penalize(pending, 1);
+      __syncthreads();
+    }
     for (int i = row.bias_begin + static_cast<int>(threadIdx.x); i < row.bias_end; i += kThreads) {
       const int at = p.batch.bias[i].token - first;
       if (at >= 0 && at < count) x[at] += p.batch.bias[i].bias;

@@ -40,14 +40,22 @@ void write_logprobs(const SampleBatch& batch, int r, const std::vector<float>& r
 }
 
 void apply_bias_and_penalties(const SampleBatch& batch, const SampleRow& row, float* logits) {
+  const auto penalize = [&](int32_t token, int32_t output_count) {
+    float& logit = logits[token];
+    logit = logit > 0 ? logit / row.repetition_penalty : logit * row.repetition_penalty;
+    if (output_count > 0) {
+      logit -= row.presence_penalty + row.frequency_penalty * static_cast<float>(output_count);
+    }
+  };
+  const int32_t pending = row.pending >= 0 ? batch.previous_tokens[row.pending] : -1;
+  bool is_new = pending >= 0;
   for (int i = row.history_begin; i < row.history_end; ++i) {
     const TokenCount& seen = batch.history[i];
-    float& logit = logits[seen.token];
-    logit = logit > 0 ? logit / row.repetition_penalty : logit * row.repetition_penalty;
-    if (seen.output_count > 0) {
-      logit -= row.presence_penalty + row.frequency_penalty * static_cast<float>(seen.output_count);
-    }
+    const bool again = seen.token == pending;
+    penalize(seen.token, seen.output_count + (again ? 1 : 0));
+    is_new = is_new && !again;
   }
+  if (is_new) penalize(pending, 1);
   for (int i = row.bias_begin; i < row.bias_end; ++i)
     logits[batch.bias[i].token] += batch.bias[i].bias;
   if (batch.allowed != nullptr) {
