@@ -105,7 +105,7 @@ if(NOT NIBBLE_CUDA STREQUAL "OFF")
   add_custom_target(cuda_bench ALL DEPENDS ${PROJECT_BINARY_DIR}/nibble_cuda_bench)
 
   # A plugin: the kernels and the host code that calls them. It brings its own copy of what it
-  # needs of base/, exports one function, and links neither libcuda nor anything of the program.
+  # needs of base/, exports two functions, and links neither libcuda nor anything of the program.
   function(nibble_cuda_plugin name variant objects)
     set(host nibble_${name}_host)
     set(host_sources src/backends/cuda/blas.cpp src/backends/cuda/cuda_backend.cpp src/backends/cuda/cuda_calibration.cpp

@@ -193,15 +193,7 @@ std::string check_cuda(const EnginePlan& plan, const CudaPlatform& here,
          "{} was built with a plugin of CUDA {}, this nibble's plugin for {} is of CUDA {}; {}",
          what, built.major, plan.target, here.major, rebuild_command(plan, engine_dir));
   }
-  if (built.gpu.empty()) return {};
-  if (built.compute_capability != here.compute_capability) {
-    fail(ErrorKind::kUnsupported,
-         "{} has kernels chosen on {} (compute capability {}), this is {} (compute capability {}); "
-         "{}",
-         what, built.gpu, built.compute_capability, here.gpu, here.compute_capability,
-         rebuild_command(plan, engine_dir));
-  }
-  if (built.gpu == here.gpu) return {};
+  if (built.gpu.empty() || built.gpu == here.gpu) return {};
   return fmt::format(
       "{}: its kernels were measured on {}, this is {}. The choice stays in use: every kernel of "
       "it "

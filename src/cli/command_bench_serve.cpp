@@ -89,8 +89,8 @@ int run_bench_serve(const BenchServeFlags& flags) {
         report.completed / seconds, static_cast<double>(report.output_tokens) / seconds,
         static_cast<double>(report.input_tokens + report.output_tokens) / seconds,
         report.cached_tokens, report.input_tokens);
-    if (report.ends_per_s > 0) {
-      fmt::print("{:.2f} requests/s between the first end and the last\n", report.ends_per_s);
+    if (report.arrivals_per_s > 0) {
+      fmt::print("{:.2f} sessions/s arrived\n", report.arrivals_per_s);
     }
     if (flags.slo_ttft_ms > 0 || flags.slo_tpot_ms > 0 || flags.slo_e2e_ms > 0) {
       fmt::print("goodput {:.2f} requests/s ({} of {} met the bounds)\n", report.good / seconds,

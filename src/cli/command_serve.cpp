@@ -9,7 +9,9 @@
 #include <thread>
 
 #include "base/error.h"
+#include "base/hash.h"
 #include "base/interrupt.h"
+#include "build/cuda_plugin.h"
 #include "build/engine_check.h"
 #include "build/model_loader.h"
 #include "build/tokenizer_files.h"
@@ -33,9 +35,19 @@ fs::path without_trailing_slash(const fs::path& path) {
 }
 
 /// Where quantize and build put what they make of DIR.
+/// Beside `dir`, or in --work-dir. There models of one name may meet, so the name says, as a hash,
+/// where `dir` lies, unless that is --work-dir itself.
 fs::path product_path(const ServeFlags& flags, const fs::path& dir, std::string_view suffix) {
-  const fs::path parent = flags.work_dir.empty() ? dir.parent_path() : fs::path(flags.work_dir);
-  return parent / (dir.filename().string() + std::string(suffix));
+  const fs::path from = dir.parent_path();
+  const fs::path to = flags.work_dir.empty()
+                          ? from
+                          : without_trailing_slash(fs::absolute(flags.work_dir).lexically_normal());
+  std::string name = dir.filename().string();
+  if (to != from) {
+    const std::string where = from.string();
+    name += "-" + hex64(xxh3_64(std::as_bytes(std::span(where)))).substr(0, 8);
+  }
+  return to / (name + std::string(suffix));
 }
 
 BuildFlags build_flags(const ServeFlags& flags, const fs::path& checkpoint) {
@@ -48,6 +60,7 @@ BuildFlags build_flags(const ServeFlags& flags, const fs::path& checkpoint) {
   build.kv_cache = flags.kv_cache;
   build.activations = flags.activations;
   build.max_batch_size = flags.max_batch_size;
+  build.max_num_tokens = flags.max_num_tokens;
   build.max_input_len =
       flags.max_input_len > 0 ? flags.max_input_len : std::min(8192, context - context / 4);
   build.max_output_len =
@@ -100,13 +113,16 @@ Prepared prepare_engine(const ServeFlags& flags) {
   const ActivationPrecision activations = activation_precision_from_flag(flags.activations)
                                               .value_or(default_activation_precision(target));
   check_activation_precision(target, activations);
+  const int cuda = target.starts_with("cuda:") ? cuda_plugin_major(target) : 0;
   std::replace(target.begin(), target.end(), ':', '-');
+  if (cuda > 0) target += fmt::format("-cuda{}", cuda);
   // The name says all that tells engines of one checkpoint apart.
-  const fs::path engine =
-      product_path(flags, dir,
-                   fmt::format("-{}-nibble-{}-b{}-in{}-out{}-kv-{}-act-{}", target, NIBBLE_VERSION,
-                               build.max_batch_size, build.max_input_len, build.max_output_len,
-                               build.kv_cache, activation_precision_name(activations)));
+  const fs::path engine = product_path(
+      flags, dir,
+      fmt::format("-{}-nibble-{}-b{}-in{}-out{}{}-kv-{}-act-{}", target, NIBBLE_VERSION,
+                  build.max_batch_size, build.max_input_len, build.max_output_len,
+                  build.max_num_tokens > 0 ? fmt::format("-step{}", build.max_num_tokens) : "",
+                  build.kv_cache, activation_precision_name(activations)));
   build.out = engine.string();
   if (fs::exists(engine)) {
     fmt::print(stderr, "serving {}, the engine that was built from {}\n", engine.string(),
@@ -127,8 +143,13 @@ std::unique_ptr<ChatModel> open_model(const Prepared& prepared, const ChatModelO
       fmt::print(stderr, "the engine that is there cannot be served: {}\nso it is built again\n",
                  error.what());
     }
+    // Beside it: what fails leaves the old one where it is.
+    BuildFlags beside = *prepared.again;
+    beside.out = prepared.engine.string() + ".again";
+    fs::remove_all(beside.out);
+    build_for(beside.checkpoint, beside);
     fs::remove_all(prepared.engine);
-    build_for(prepared.again->checkpoint, *prepared.again);
+    fs::rename(beside.out, prepared.engine);
   }
   return ChatModel::open(prepared.engine, options);
 }

@@ -151,6 +151,7 @@ struct ServeFlags : CommonOptions {
   std::string target = "cpu:native", kv_cache = "int8";
   std::string activations;  // f32 | int8 | fp8; empty: by target
   int max_batch_size = 64, max_input_len = 0, max_output_len = 0;  // 0: by the model
+  int max_num_tokens = 0;                                          // 0: by target
 };
 
 int run_quantize(const QuantizeFlags& flags);

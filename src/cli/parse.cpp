@@ -25,6 +25,9 @@ constexpr const char* kActivations =
     "feed int4 linears with exact activations or int8 per group (cpu targets), or with e4m3 in "
     "steps "
     "of 33 rows and more (fp8: cuda:sm_90; ref: all); default by target";
+constexpr const char* kMaxNumTokens =
+    "tokens in one step: longer prompts are computed in chunks of this, between the steps of other "
+    "answers; default 512, 2048 for cuda targets (never less than --max-batch-size)";
 constexpr const char* kTargets =
     "cpu:native, cpu:avx512, cpu:avx2, cpu:generic, cuda:sm_90, cuda:portable or ref";
 
@@ -266,10 +269,7 @@ class Parser {
     c->add_option("--max-input-len", f.max_input_len, "tokens of a prompt")->capture_default_str();
     c->add_option("--max-output-len", f.max_output_len, "tokens of an answer")
         ->capture_default_str();
-    c->add_option("--max-num-tokens", f.max_num_tokens,
-                  "tokens in one step: longer prompts are computed in chunks of this, between the "
-                  "steps of other answers; default 512 (never less than --max-batch-size)")
-        ->check(CLI::PositiveNumber);
+    c->add_option("--max-num-tokens", f.max_num_tokens, kMaxNumTokens)->check(CLI::PositiveNumber);
     add_choice(c, "--kv-cache", f.kv_cache, {"int8", "int8-static", "f16"},
                "int8 with scales per token and head, int8 with the checkpoint's scales, or f16")
         ->capture_default_str();
@@ -435,6 +435,9 @@ class Parser {
         ->group(make);
     c->add_option("--max-output-len", f.max_output_len,
                   "tokens of an answer; default: 2048, or a quarter of the model's context")
+        ->group(make);
+    c->add_option("--max-num-tokens", f.max_num_tokens, kMaxNumTokens)
+        ->check(CLI::PositiveNumber)
         ->group(make);
   }
 

@@ -111,6 +111,10 @@ class LoadGenerator {
     if (options_.warm_prefixes) warm();
     plan_arrivals();
     progress_.begin("requests", int64_t{options_.num_sessions} * options_.turns, "requests");
+    const double arriving_s = ms_between(Clock::time_point{}, sessions_.back().due) * 1e-3;
+    if (options_.rate > 0 && arriving_s > 0) {
+      report_.arrivals_per_s = static_cast<double>(sessions_.size() - 1) / arriving_s;
+    }
     start_ = last_piece_ = Clock::now();
     for (auto& session : sessions_) session.due = start_ + (session.due - Clock::time_point{});
     send_all();
@@ -454,16 +458,11 @@ class LoadGenerator {
     const auto meets = [](double value, double bound) { return bound <= 0 || value <= bound; };
     report_.good += meets(ttft, options_.slo_ttft_ms) && meets(tpot, options_.slo_tpot_ms) &&
                     meets(e2e, options_.slo_e2e_ms);
-    first_end_ = std::min(first_end_, *running.last);
     last_piece_ = std::max(last_piece_, *running.last);
   }
 
   LoadTestReport report() {
     report_.seconds = ms_between(start_, last_piece_) * 1e-3;
-    const double ending_s = ms_between(first_end_, last_piece_) * 1e-3;
-    if (options_.rate > 0 && report_.completed > 1 && ending_s > 0) {
-      report_.ends_per_s = (report_.completed - 1) / ending_s;
-    }
     report_.peak_concurrency = peak_;
     report_.ttft_ms = Percentiles::of(std::move(ttft_));
     report_.tpot_ms = Percentiles::of(std::move(tpot_));
@@ -489,7 +488,7 @@ class LoadGenerator {
   std::vector<std::unique_ptr<Running>> running_;
   int num_open_sessions_ = 0, peak_ = 0;
   int64_t num_finished_ = 0;
-  Clock::time_point start_, first_end_ = Clock::time_point::max(), last_piece_;
+  Clock::time_point start_, last_piece_;
   std::vector<double> ttft_, tpot_, itl_, e2e_;
   std::map<std::string, int> errors_;
   LoadTestReport report_;
@@ -534,7 +533,7 @@ json::object LoadTestReport::to_json() const {
           {"cached_tokens", cached_tokens},
           {"output_tokens", output_tokens},
           {"requests_per_s", rate(completed)},
-          {"ends_per_s", ends_per_s},
+          {"arrivals_per_s", arrivals_per_s},
           {"output_tokens_per_s", rate(static_cast<double>(output_tokens))},
           {"total_tokens_per_s", rate(static_cast<double>(input_tokens + output_tokens))},
           {"goodput_requests_per_s", rate(good)},

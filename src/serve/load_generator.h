@@ -51,9 +51,9 @@ struct Percentiles {
 struct LoadTestReport {
   int completed = 0, failed = 0, good = 0;
   double seconds = 0;  // first send to last piece
-  // Ends a second between the first end and the last: at a rate of arrivals what the server does
-  // while they last, without the pauses at either side. 0 without a rate.
-  double ends_per_s = 0;
+  // Sessions begun a second, from the first to the last: what `rate` came to in this draw. 0
+  // without a rate. Requests a second by `seconds` are fewer, for the last ones take their time.
+  double arrivals_per_s = 0;
   int64_t input_tokens = 0, cached_tokens = 0, output_tokens = 0;
   int peak_concurrency = 0;
   Percentiles ttft_ms, tpot_ms, itl_ms, e2e_ms;

@@ -127,8 +127,7 @@ json::object EnginePlan::to_json() const {
       {"source", std::move(from)},
   };
   if (target.starts_with("cuda:")) {
-    plan["cuda"] = {
-        {"major", cuda.major}, {"gpu", cuda.gpu}, {"compute_capability", cuda.compute_capability}};
+    plan["cuda"] = {{"major", cuda.major}, {"gpu", cuda.gpu}};
   }
   return plan;
 }
@@ -185,9 +184,7 @@ ObjectReader required_object(ObjectReader& in, const char* key) {
 
 CudaPlatform cuda_from_json(ObjectReader& plan) {
   ObjectReader in = required_object(plan, "cuda");
-  CudaPlatform cuda{.major = in.integer("major", 0, 1000),
-                    .gpu = in.string("gpu"),
-                    .compute_capability = in.string("compute_capability")};
+  CudaPlatform cuda{.major = in.integer("major", 0, 1000), .gpu = in.string("gpu")};
   in.refuse_unknown_keys();
   return cuda;
 }

@@ -80,10 +80,8 @@ struct LinearTactic {
 
 /// The CUDA of a plugin and its GPU; of a plan, those that were there when it was built.
 struct CudaPlatform {
-  int major = 0;                   // version the plugin was built with; 0: there was no plugin
-  std::string gpu;                 // "NVIDIA H200"; of a plan: where its kernels were measured,
-                                   // empty: nowhere
-  std::string compute_capability;  // of that GPU: "9.0"
+  int major = 0;    // version the plugin was built with; 0: there was no plugin
+  std::string gpu;  // "NVIDIA H200"; of a plan: where its kernels were measured, empty: nowhere
   bool operator==(const CudaPlatform&) const = default;
 };
 

@@ -471,6 +471,20 @@ TEST_F(EndToEnd, ServeBuildsARefusedEngineAgain) {
                                 HasSubstr("building " + engine.string())));
   EXPECT_EQ(read_file(engine / "rank0.engine"), whole);
 
+  // Another model of the same name, in the same --work-dir, has an engine of its own.
+  fs::create_directory(path("other"));
+  const std::string other = path("other/" + fs::path(checkpoint).filename().string());
+  fs::copy(checkpoint, other, fs::copy_options::recursive);
+  size_t num_engines = 0;
+  result = serve(other, [&] {
+    num_engines = 0;
+    for (const auto& entry : fs::directory_iterator(path("made")))
+      num_engines += entry.path().extension() != ".tmp";
+    return num_engines == 2;
+  });
+  EXPECT_EQ(num_engines, 2u) << result.err;
+  EXPECT_EQ(read_file(engine / "rank0.engine"), whole);
+
   fs::resize_file(engine / "rank0.engine", 1000);
   result = serve(engine.string(), whole_again);
   EXPECT_EQ(result.status, 1) << result.err;

@@ -91,7 +91,6 @@ TEST_P(CudaOps, TheBackendSaysWhichGpuItFound) {
   EXPECT_EQ(platform.major, cuda_plugin_major(portable() ? "cuda:portable" : "cuda:sm_90"));
   EXPECT_FALSE(platform.gpu.empty());
   EXPECT_NE(cuda_->name().find(platform.gpu), std::string::npos) << cuda_->name();
-  EXPECT_GE(std::stod(platform.compute_capability), 8.0);
   EXPECT_EQ(reference_->cuda_platform(), CudaPlatform{});
 }
 

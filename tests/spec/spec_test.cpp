@@ -439,7 +439,7 @@ EnginePlan some_plan() {
                    .best = {"wgmma 256 rows cluster 2 split 1", 9.64},
                    .slower = {{"small 64 rows whole early 1", 10.5},
                               {"wgmma 128 rows cluster 1 split 2", 11}}}};
-  plan.cuda = {.major = 13, .gpu = "NVIDIA H200", .compute_capability = "9.0"};
+  plan.cuda = {.major = 13, .gpu = "NVIDIA H200"};
   plan.source = {.checkpoint = "/models/a b",
                  .synthetic = "",
                  .quantize_lm_head = "",

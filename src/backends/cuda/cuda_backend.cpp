@@ -67,9 +67,7 @@ class CudaBackend final : public Backend {
   std::string name() const override { return fmt::format("{} ({})", kTarget, device_.name); }
   size_t act_bytes() const override { return kActBytes; }
   CudaPlatform cuda_platform() const override {
-    return {.major = runtime_major(),
-            .gpu = device_.name,
-            .compute_capability = fmt::format("{}.{}", device_.major, device_.minor)};
+    return {.major = runtime_major(), .gpu = device_.name};
   }
 
   void reserve(const ModelSpec& spec, const EngineLimits& limits, int max_logit_rows) override {
