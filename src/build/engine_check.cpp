@@ -195,9 +195,8 @@ std::string check_cuda(const EnginePlan& plan, const CudaPlatform& here,
   }
   if (built.gpu.empty() || built.gpu == here.gpu) return {};
   return fmt::format(
-      "{}: its kernels were measured on {}, this is {}. The choice stays in use: every kernel of "
-      "it "
-      "is right here, but others may be faster. To measure here, {}",
+      "{}: its kernels were measured on {}, this is {}. The choice stays in use: all of them are "
+      "right here, but others may be faster. To measure here, {}",
       what, built.gpu, here.gpu, rebuild_command(plan, engine_dir));
 }
 

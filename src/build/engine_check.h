@@ -37,15 +37,14 @@ std::string rebuild_command(const EnginePlan& plan, const fs::path& engine_dir,
                             std::string_view target = {});
 
 /// Whether what a cuda engine's plan was built with is also `here` (Backend::cuda_platform()).
-/// Throws Error{kUnsupported} for another CUDA major version, and where kernels were measured on a
-/// GPU of another compute capability. Returns a sentence for people where they were measured on
-/// another model of GPU, else nothing. What the plan does not know (built without plugin or GPU)
-/// does not matter.
+/// Throws Error{kUnsupported} for another CUDA major version. Returns a sentence for people where
+/// kernels were measured on another model of GPU, else nothing. What the plan does not know (built
+/// without plugin or GPU) does not matter.
 std::string check_cuda(const EnginePlan& plan, const CudaPlatform& here,
                        const fs::path& engine_dir);
 
-/// An engine that cannot run here, which building it again mends: damaged, of another version, CUDA
-/// or GPU.
+/// An engine that cannot run here, which building it again mends: damaged, of another version or
+/// CUDA.
 class EngineRefused : public Error {
  public:
   using Error::Error;

@@ -114,8 +114,7 @@ std::string lower_limits(const EnginePlan& plan, const MemoryFacts& facts, const
 std::string MemoryPlan::text() const {
   return fmt::format(
       "device memory: {} free on {}; weights {}, steps {}, KV cache {} ({} tokens in blocks of "
-      "{}), "
-      "{} left",
+      "{}), {} left",
       human_bytes(free), device, human_bytes(weights), human_bytes(arena), human_bytes(kv),
       int64_t{kv_blocks} * block_tokens, block_tokens, human_bytes(free - weights - arena - kv));
 }
@@ -135,8 +134,7 @@ MemoryPlan plan_memory(const EnginePlan& plan, const MemoryFacts& facts, const M
     const std::string lower = lower_limits(plan, facts, any);
     const std::string gap = fmt::format(
         "{} has {} free, {} too little for {} of weights, {} for steps of {} tokens and {} "
-        "sequences "
-        "and {} of KV cache for one sequence of {} tokens",
+        "sequences and {} of KV cache for one sequence of {} tokens",
         facts.device, human_bytes(facts.free), human_bytes(needed - facts.free),
         human_bytes(memory.weights), human_bytes(memory.arena), plan.limits.max_num_tokens,
         plan.limits.max_batch_size, human_bytes(cache_needed), plan.limits.max_seq_len());

@@ -57,6 +57,14 @@ int run_bench_serve(const BenchServeFlags& flags) {
   if (!options.random_ids) {
     options.text = flags.text.empty() ? shipped_text() : read_file(flags.text);
   }
+  if (!flags.extra_body.empty()) {
+    const json::value extra = parse_json(flags.extra_body, "--extra-body");
+    if (!extra.is_object()) {
+      fail(ErrorKind::kUsage, "--extra-body is {}, but must be a JSON object such as {}",
+           flags.extra_body, R"({"repetition_penalty": 1.1})");
+    }
+    options.extra_body = extra.get_object();
+  }
   options.num_sessions = flags.sessions;
   options.turns = flags.turns;
   options.think_s = flags.think_s;

@@ -133,8 +133,8 @@ Prepared prepare_engine(const ServeFlags& flags) {
   return {engine, std::nullopt};
 }
 
-/// Opens the engine. One that was found where serve puts its own, but cannot run here (damaged, of
-/// another CUDA or GPU), is built again.
+/// Opens the engine. One that was found where serve puts its own, but is refused (damaged, of
+/// another plan format), is built again.
 std::unique_ptr<ChatModel> open_model(const Prepared& prepared, const ChatModelOptions& options) {
   if (prepared.again) {
     try {
@@ -144,12 +144,15 @@ std::unique_ptr<ChatModel> open_model(const Prepared& prepared, const ChatModelO
                  error.what());
     }
     // Beside it: what fails leaves the old one where it is.
+    const fs::path refused = prepared.engine.string() + ".refused";
     BuildFlags beside = *prepared.again;
     beside.out = prepared.engine.string() + ".again";
     fs::remove_all(beside.out);
     build_for(beside.checkpoint, beside);
-    fs::remove_all(prepared.engine);
+    fs::remove_all(refused);
+    fs::rename(prepared.engine, refused);
     fs::rename(beside.out, prepared.engine);
+    fs::remove_all(refused);
   }
   return ChatModel::open(prepared.engine, options);
 }

@@ -112,7 +112,7 @@ struct SynthesizeFlags : CommonOptions {
 };
 
 struct BenchServeFlags : CommonOptions {
-  std::string url, model, api_key_file, text;
+  std::string url, model, api_key_file, text, extra_body;
   std::string prompts = "text";  // text | random-ids
   int vocab_size = 32000, sessions = 100, turns = 1, shared_prefix = 0, prefixes = 1;
   bool warm = false;

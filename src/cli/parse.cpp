@@ -23,8 +23,7 @@ namespace {
 
 constexpr const char* kActivations =
     "feed int4 linears with exact activations or int8 per group (cpu targets), or with e4m3 in "
-    "steps "
-    "of 33 rows and more (fp8: cuda:sm_90; ref: all); default by target";
+    "steps of 33 rows and more (fp8: cuda:sm_90; ref: all); default by target";
 constexpr const char* kMaxNumTokens =
     "tokens in one step: longer prompts are computed in chunks of this, between the steps of other "
     "answers; default 512, 2048 for cuda targets (never less than --max-batch-size)";
@@ -591,6 +590,8 @@ class Parser {
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
     c->add_option("--seed", f.seed, "of arrivals, lengths and ids")->capture_default_str();
+    c->add_option("--extra-body", f.extra_body,
+                  "JSON object that goes into every request: '{\"repetition_penalty\": 1.1}'");
     c->add_option("--slo-ttft-ms", f.slo_ttft_ms, "a good request's first token comes within this");
     c->add_option("--slo-tpot-ms", f.slo_tpot_ms, "its mean time per token is at most this");
     c->add_option("--slo-e2e-ms", f.slo_e2e_ms, "it is complete within this");

@@ -315,6 +315,7 @@ class LoadGenerator {
           json::object{{"role", "user"}, {"content", take_words(session.next_word, input)}});
       body["messages"] = session.messages;
     }
+    for (const auto& [key, value] : options_.extra_body) body[key] = value;
     running->body = dump_json(body);
     CurlEasy& curl = running->curl;
     set_common(curl, options_.url + (options_.random_ids ? "/completions" : "/chat/completions"));

@@ -34,6 +34,7 @@ struct LoadTestOptions {
   int input_min = 128, input_max = 128;  // words (ids) of a turn's new text, drawn uniformly
   int output_min = 64, output_max = 64;  // tokens of an answer (ignore_eos is sent)
   int concurrency = 0;                   // sessions at a time; 0: no bound
+  json::object extra_body;               // goes into every request, over what is there
   double rate = 0;         // sessions begun a second, Poisson arrivals; 0: as soon as possible
   double timeout_s = 600;  // of a request
   uint64_t seed = 1;

@@ -207,6 +207,13 @@ class Judge {
       expect_close(told.prompt_logprobs[i], alone.prompt_logprobs[i]);
     num_tokens_ += static_cast<int>(told.tokens.size());
   }
+  /// A wrong block would move few log-probs far, or many a little.
+  void expect_small_on_average() const {
+    if (tolerance_ > 0) {
+      EXPECT_LT(root_mean_square(), tolerance_ / 3);
+    }
+  }
+  double root_mean_square() const { return std::sqrt(squares_ / std::max(num_compared_, 1)); }
   double largest_difference() const { return largest_; }
   int num_other_tokens() const { return num_other_tokens_; }
   int num_tokens() const { return num_tokens_; }
@@ -216,12 +223,15 @@ class Judge {
     if (tolerance_ == 0) {
       EXPECT_EQ(std::memcmp(&a, &b, sizeof a), 0) << a << " and " << b;
     } else {
+      const double difference = double{a} - double{b};
       EXPECT_NEAR(a, b, tolerance_);
-      largest_ = std::max(largest_, std::fabs(double{a} - double{b}));
+      largest_ = std::max(largest_, std::fabs(difference));
+      squares_ += difference * difference;
+      ++num_compared_;
     }
   }
-  double tolerance_, largest_ = 0;
-  int num_other_tokens_ = 0, num_tokens_ = 0;
+  double tolerance_, largest_ = 0, squares_ = 0;
+  int num_other_tokens_ = 0, num_tokens_ = 0, num_compared_ = 0;
 };
 
 std::unique_ptr<Engine> make_engine(const Sharing& sharing, const EngineLimits& limits,
@@ -345,18 +355,20 @@ void expect_as_alone(const Sharing& sharing) {
     totals.step_us += stats.step_us;
     totals.forward_us += stats.forward_us;
   }
+  judge.expect_small_on_average();
   EXPECT_GT(totals.preemptions, 0u);
   EXPECT_GT(num_cancelled, 0);
   EXPECT_GT(totals.prefix_hit_tokens, 200u * static_cast<unsigned>(sharing.num_rounds));
   std::printf(
       "%d requests, %d choices cancelled, %lu steps of %.1f rows, %lu preemptions, %lu hit tokens, "
-      "%.1f us a step outside the model; log-probs within %.2e, %d of %d tokens others than "
-      "alone\n",
+      "%.1f us a step outside the model; log-probs within %.2e (%.2e rms), %d greedy ones of %d "
+      "tokens others than alone\n",
       num_requests, num_cancelled, totals.steps,
       static_cast<double>(totals.step_tokens) / static_cast<double>(totals.steps),
       totals.preemptions, totals.prefix_hit_tokens,
       static_cast<double>(totals.step_us - totals.forward_us) / static_cast<double>(totals.steps),
-      judge.largest_difference(), judge.num_other_tokens(), judge.num_tokens());
+      judge.largest_difference(), judge.root_mean_square(), judge.num_other_tokens(),
+      judge.num_tokens());
 }
 
 }  // namespace nibble

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "serve/load_generator.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "base/error.h"
@@ -87,6 +88,20 @@ TEST_F(LoadGenerator, RandomIdsAtARate) {
   EXPECT_EQ(report.good, 0);  // nothing is that fast
 }
 
+TEST_F(LoadGenerator, ExtraBodyGoesIntoEveryRequest) {
+  start();
+  LoadTestOptions options = this->options();
+  options.extra_body = {{"max_tokens", 3}, {"n", 1}};
+  const LoadTestReport report = run_load_test(options, progress_);
+  EXPECT_EQ(report.failed, 0);
+  EXPECT_EQ(report.output_tokens, 3 * report.completed);
+  options.extra_body = {{"repetition_penalty", -1}};
+  const LoadTestReport refused = run_load_test(options, progress_);
+  EXPECT_EQ(refused.completed, 0);
+  ASSERT_FALSE(refused.errors.empty());
+  EXPECT_THAT(refused.errors[0].first, ::testing::HasSubstr("repetition_penalty"));
+}
+
 // Conversations of their own that the server has had before: no session computes its prefix again.
 TEST_F(LoadGenerator, PrefixesOfTheirOwnAreWarm) {
   start();
@@ -106,8 +121,8 @@ TEST_F(LoadGenerator, PrefixesOfTheirOwnAreWarm) {
     EXPECT_EQ(report.completed, 9);
     EXPECT_EQ(report.failed, 0);
     EXPECT_GE(report.cached_tokens, 9 * 96);
-    // Eight gaps of 10 ms on average; the seed draws the same ones everywhere but for the library's
-    // rounding. What is served cannot be more.
+    // Eight gaps of 10 ms on average, as the standard library draws them. What is served cannot be
+    // more.
     EXPECT_GT(report.arrivals_per_s, 30);
     EXPECT_LT(report.arrivals_per_s, 400);
     EXPECT_LT((report.completed - 1) / report.seconds, report.arrivals_per_s);

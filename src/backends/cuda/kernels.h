@@ -70,7 +70,8 @@ inline constexpr int kMaxStream128Tokens = 8;
 int linear_small(const LinearArgs& args, void* stream);
 
 // linear_wgmma.cu: any M, made for 9 and more. A tactic as one printable number: row blocks of 64
-// per CTA (2 or 4), CTAs per cluster (1 or 2), CTAs that share a tile's k (1 .. 8).
+// per CTA (2 or 4), CTAs per cluster (1 or 2), CTAs that share a tile's k (1 .. kMaxSplit).
+inline constexpr int kMaxSplit = 8;  // linear_fp8.cu too
 struct WgmmaTactic {
   int row_blocks, cluster, split;
   int encode() const { return row_blocks * 100 + cluster * 10 + split; }

@@ -54,7 +54,6 @@ constexpr int kThreads = (kConsumerWarps + 1 + kIdleWarps) * 32;
 constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
 constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 constexpr int kSmemLimit = 232448;
-constexpr int kMaxSplit = 8;
 constexpr uint32_t kRaised = 0x80008000u;  // in a pair of scales: see prepare_scales()
 constexpr float kCodeUndo = 512.0f;        // codes read as u * 2^-9
 

@@ -50,7 +50,6 @@ constexpr int kIdleWarps = 3;
 constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
 constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 constexpr int kSmemLimit = 232448;
-constexpr int kMaxSplit = 8;
 
 template <int kTokens, int kRowBlocks>
 struct Config {

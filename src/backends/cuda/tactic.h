@@ -14,8 +14,7 @@
 namespace nibble::cuda {
 
 inline constexpr int kMaxSmallRows = 16, kMaxEarly = 2;
-inline constexpr int kMinWgmmaRows = 9;   // its tiles of tokens begin at 16: never faster below
-inline constexpr int kMaxWgmmaSplit = 8;  // linear_wgmma.cu
+inline constexpr int kMinWgmmaRows = 9;  // its tiles of tokens begin at 16: never faster below
 
 /// A kernel with its variant, as the launchers take it.
 struct LinearKernel {
@@ -54,7 +53,7 @@ inline std::vector<LinearKernel> all_linear_kernels() {
   }
   for (const int row_blocks : {2, 4}) {
     for (const int cluster : {1, 2}) {
-      for (int split = 1; split <= kMaxWgmmaSplit; ++split) {
+      for (int split = 1; split <= kMaxSplit; ++split) {
         all.push_back({.tactic = WgmmaTactic{row_blocks, cluster, split}.encode()});
       }
     }
