@@ -130,5 +130,6 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
 int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** argv);
 int bench_prefill(cudaStream_t stream, int argc, char** argv);
 int bench_ops(cudaStream_t stream, const Limits& limits, int argc, char** argv);
+void bench_unpack(cudaStream_t stream);
 
 }  // namespace nibble::bench
