@@ -2,9 +2,11 @@
 """Where the device's time went, from what bench/cuda/kernel_trace.cpp wrote.
 
     python3 bench/kernel_timeline.py trace.tsv [--pause-us 300] [--last 1]
+    python3 bench/kernel_timeline.py trace.tsv --window-ms 1500 1200
 
 The trace is cut at pauses; of the last parts of some length each kernel's calls, mean duration, and what it adds: the
 time behind the end of the kernel before it (with dependent launches a kernel begins, and waits, while that one runs).
+Steps that overlap have no pauses: --window-ms reports what ran between two times before the trace's end.
 """
 # SPDX-License-Identifier: Apache-2.0
 import argparse
@@ -60,7 +62,19 @@ def main():
     parser.add_argument("trace")
     parser.add_argument("--pause-us", type=float, default=300)
     parser.add_argument("--last", type=int, default=1, help="parts to report, of 50 kernels and more")
+    parser.add_argument("--window-ms", type=float, nargs=2, metavar=("FROM", "TO"),
+                        help="what began and ended between these times before the end, instead of parts")
     flags = parser.parse_args()
+    if flags.window_ms:
+        rows = read(flags.trace)
+        end = max((row[1] for row in rows), default=0)
+        first, last = (end - ms * 1e6 for ms in flags.window_ms)
+        inside = [row for row in rows if first <= row[0] and row[1] <= last]
+        if not inside:
+            raise SystemExit(f"{flags.trace}: nothing between {flags.window_ms[0]} and {flags.window_ms[1]} ms before "
+                             f"its end (of {len(rows)} kernels and copies); want FROM larger than TO")
+        report(inside)
+        return
     long = [part for part in parts(read(flags.trace), flags.pause_us * 1e3) if len(part) >= 50]
     if not long:
         raise SystemExit(f"{flags.trace}: no 50 kernels without a pause of {flags.pause_us} us")

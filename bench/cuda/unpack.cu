@@ -2,8 +2,9 @@
 // weights and x lie in shared memory, with the instructions of linear_wgmma.cu (K2: 16 warps, two
 // wgmma together, the operand in two buffers) and of linear_small.cu (K1: mma.sync, a block of 64
 // rows a warp, here two warps a scheduler). No barriers, no reading of memory: what a kernel takes
-// beyond it is its own. Addresses move by `step` (0) every round, or ptxas would load and unpack
-// once. SPDX-License-Identifier: Apache-2.0
+// beyond it is its own. "Alone" is without weights: x (mma.sync: and scales) is still read.
+// Addresses move by `step` (0) every round, or ptxas would load and unpack once.
+// SPDX-License-Identifier: Apache-2.0
 #include "backends/cuda/layout.h"
 #include "backends/cuda/ptx/barrier.cuh"
 #include "backends/cuda/ptx/dequant.cuh"
@@ -166,15 +167,16 @@ double measure(void (*kernel)(uint32_t, float*, long long*), int threads, int sm
 template <int kTokens>
 void bench_wgmma(cudaStream_t stream) {
   constexpr int kSmem = kTokens * 256 + 4 * kBlockBytes;
-  std::printf("unpack: wgmma, %2d tokens: %6.0f clocks a group of 256 rows, %6.0f unpacking too\n",
-              kTokens, measure(wgmma_loop<kTokens, false>, 512, kSmem, stream),
-              measure(wgmma_loop<kTokens, true>, 512, kSmem, stream));
+  std::printf(
+      "unpack: wgmma, %2d tokens: %6.0f clocks a group of 256 rows alone, %6.0f unpacking too\n",
+      kTokens, measure(wgmma_loop<kTokens, false>, 512, kSmem, stream),
+      measure(wgmma_loop<kTokens, true>, 512, kSmem, stream));
 }
 template <int kOctets>
 void bench_mma(cudaStream_t stream) {  // a round is eight blocks: 512 rows
   constexpr int kSmem = kOctets * 2048 + 8 * kBlockBytes;
   std::printf(
-      "unpack: mma.sync, %2d tokens: %3.0f clocks a group of 256 rows, %3.0f unpacking too\n",
+      "unpack: mma.sync, %2d tokens: %3.0f clocks a group of 256 rows alone, %3.0f unpacking too\n",
       kOctets * 8, measure(mma_loop<kOctets, false>, 256, kSmem, stream) / 2,
       measure(mma_loop<kOctets, true>, 256, kSmem, stream) / 2);
 }
