@@ -267,9 +267,14 @@ class CudaBackend final : public Backend {
     if (put_off_linear_ && put_off_linear_->y == x && put_off_linear_->rows == rows &&
         put_off_linear_->w.out_features == hidden) {
       // The linear that is still to come writes x; it writes the norm's input to the next one too.
-      const ResidualLinear l = *put_off_linear_;
+      ResidualLinear l = *put_off_linear_;
       put_off_linear_.reset();
-      void* rounded = rounds_inputs(rows) ? rounding_buffer(rows, hidden) : nullptr;
+      void* rounded = nullptr;
+      if (rounds_inputs(rows)) {
+        // Its own input first: two buffers take turns, and the linear after the norm writes again.
+        if (!l.rounded) l.rounded = quantized(l.x, l.w, rows, {});
+        rounded = rounding_buffer(rows, hidden);
+      }
       int4(l.x, l.w, hidden, rows, Epilogue::kResidual, nullptr, l.y,
            {.next = rounded ? rounded : y, .next_weight = weight, .x = l.rounded});
       put_off_norm_ = {x, weight, eps, rows, hidden, y, false, rounded};
@@ -706,6 +711,7 @@ class CudaBackend final : public Backend {
               "making a tensor map");
       }
     }
+    NIBBLE_CHECK(x != fused.next && x != rounded);  // other CTAs still read it
     const LinearArgs args{.weights = w.weight,
                           .rows = out_rows,
                           .k = w.in_features,
