@@ -37,6 +37,7 @@ CLIENTS = 64
 # tokens: (must, aim) in us
 LAYER_BARS = {1: (80, 72), 4: (80, 72), 8: (80, 72), 16: (80, 72), 32: (95, 80), 64: (125, 110),
               128: (240, 212), 256: (410, 385), 5525: (9300, 8800)}
+DIGITS = range(9, 17)  # rows at which linears read x as digits
 FP8_BARS = {64: (105, 85), 128: (140, 120), 5525: (6000, 4900)}
 
 
@@ -164,24 +165,29 @@ def kernels(table, limits, bench, python):
     except Failure as error:
         table.note(f"no peer: {error}")
         peer, peer_attention = {}, None
-    tokens = ",".join(map(str, LAYER_BARS))
+    tokens = ",".join(str(m) for m in LAYER_BARS if m not in DIGITS)
     out = run([bench, "linear", "--no-check", "--no-shapes", "--m", tokens, "--", "attention", "--no-check",
                "--", "prefill", "--", "ops"], timeout=580)
     for m, us in re.findall(r"M=(\d+)\s+tactic.*?layer\s+([\d.]+) us", out):
         must, aim = LAYER_BARS[int(m)]
         table.add(f"int4 linears of one layer, M = {m}", float(us), "us", limits.linears(int(m)) * 1e6, must, aim,
                   peer=peer.get(int(m)))
-    fp8 = run([bench, "linear", "--kernel", "fp8", "--no-check", "--m", ",".join(map(str, FP8_BARS))])
-    for m, what, us in re.findall(r"M=(\d+)\s+tactic\s+-1 (sum|layer)\s+([\d.]+) us", fp8):
-        limit = limits.linears(int(m), "e4m3") * 1e6
-        if what == "sum":
-            table.add(f"the same with e4m3 inputs, one by one, M = {m}", float(us), "us", limit, *FP8_BARS[int(m)],
-                      peer=peer.get(int(m)))
-        else:
-            table.add(f"  as a chain, rounding included, M = {m}", float(us), "us", limit, peer=peer.get(int(m)))
-    for m, what, us, percent in re.findall(
-            r"M=(\d+)\s+quantize_x (\w+)\s+([\d.]+) us\s+\d+ GB/s \(\s*([\d.]+) % of read\)", fp8):
-        table.add(f"rounding to e4m3, input of {what}, M = {m}", float(us), "us", float(us) * float(percent) / 100)
+    for kernel, name, kind, bars in (
+            ("digits", "digits", "bf16", {m: bar for m, bar in LAYER_BARS.items() if m in DIGITS}),
+            ("fp8", "e4m3", "e4m3", FP8_BARS)):
+        rounded = run([bench, "linear", "--kernel", kernel, "--no-check", "--m", ",".join(map(str, bars))])
+        for m, what, us in re.findall(r"M=(\d+)\s+tactic\s+-1 (sum|layer)\s+([\d.]+) us", rounded):
+            limit = limits.linears(int(m), kind) * 1e6
+            if what == "sum":
+                table.add(f"the same, inputs as {name}, one by one, M = {m}", float(us), "us", limit, *bars[int(m)],
+                          peer=peer.get(int(m)))
+            else:
+                table.add(f"  as a chain, rounding included, M = {m}", float(us), "us", limit, peer=peer.get(int(m)))
+        for m, what, us, percent in re.findall(
+                r"M=(\d+)\s+(?:quantize_x|split_digits) (\w+)\s+([\d.]+) us\s+\d+ GB/s \(\s*([\d.]+) % of read\)",
+                rounded):
+            table.add(f"rounding to {name}, input of {what}, M = {m}", float(us), "us",
+                      float(us) * float(percent) / 100)
     for name, batch, length, us in re.findall(
             r"decode (attention|step)\s+(\d+) x\s+(\d+) tokens.*?([\d.]+) us", out):
         bar = (200, 185) if (int(batch), int(length)) == (64, 5600) else (None, None)

@@ -1,15 +1,16 @@
 // The int4 linears: correctness against a float64 reference, then time per shape and per layer.
-//   linear [--m 1,8,16] [--kernel auto|small|wgmma|portable|fp8] [--tactic N,N] [--early N]
+//   linear [--m 1,8,16] [--kernel auto|small|wgmma|portable|fp8|digits] [--tactic N,N] [--early N]
 //          [--no-check] [--no-shapes] [--no-layer] [--odd-only] [--trace] [--cached]
 // --cached: weights that repeat every 16 MB and so come out of L2 (not checked): how fast the
 // kernels are where memory is not what binds, as on a device with faster memory.
 // fp8: x is quantized by quantize_x, which has rows of its own; the reference quantizes by itself,
 // in plain loops. In the layer it comes before every linear, up to 64 tokens before o only, where a
-// step's attention does it: gate_up, o and down round for the next, norms included. Time: CUDA
-// graph of calls that walk through separate copies of the weights (more than L2 holds), each call
-// depending on the one before (programmatic dependent launch, as in a real step), median of 21
-// replays. Rates count packed weight bytes (0.515625 per weight) and 2*M*N*K flops.
-// SPDX-License-Identifier: Apache-2.0
+// step's attention does it: gate_up, o and down round for the next, norms included. digits: the
+// same by split_digits, up to 16 tokens; the reference multiplies by x itself. Time: CUDA graph of
+// calls that walk through separate copies of the weights (more than L2 holds), each call depending
+// on the one before (programmatic dependent launch, as in a real step), median of 21 replays. Rates
+// count packed weight bytes (0.515625 per weight) and 2*M*N*K flops. SPDX-License-Identifier:
+// Apache-2.0
 #include <cuda_fp8.h>
 
 #include <cmath>
@@ -173,6 +174,7 @@ int run(const Options& o, const cuda::LinearArgs& args, cudaStream_t stream) {
          : o.kernel == "wgmma"    ? cuda::linear_wgmma(args, stream)
          : o.kernel == "portable" ? cuda::portable_linear(args, stream)
          : o.kernel == "fp8"      ? cuda::linear_fp8(args, stream)
+         : o.kernel == "digits"   ? cuda::linear_digits(args, stream)
                                   : cuda::linear(args, stream);
 }
 
@@ -181,6 +183,7 @@ int tactic_of(const Options& o, const cuda::LinearArgs& args) {
   if (args.tactic >= 0) return args.tactic;
   return o.kernel == "portable" ? cuda::portable_tactic(args).encode()
          : o.kernel == "fp8"    ? cuda::fp8_tactic(args).encode()
+         : o.kernel == "digits" ? cuda::digits_tactic(args)
                                 : args.tactic;
 }
 
@@ -268,6 +271,26 @@ void free_weights(Weights& w) {
   for (auto* p : w.packed) BENCH_CHECK(cudaFree(p));
 }
 
+// Kernels whose x another kernel prepares.
+bool prepares(const Options& o) { return o.kernel == "fp8" || o.kernel == "digits"; }
+size_t prepared_bytes(const Options& o, int tokens, int64_t k) {
+  return o.kernel == "digits" ? cuda::digits_bytes(tokens, k) : cuda::quantized_x_bytes(tokens, k);
+}
+int prepare(const Options& o, const void* x, int64_t x_stride, int tokens, int64_t k, void* out,
+            bool dependent, cudaStream_t stream) {
+  const cuda::QuantizeArgs args{.x = x,
+                                .x_stride = x_stride,
+                                .norm_weight = nullptr,
+                                .eps = 0,
+                                .pre_scale = nullptr,
+                                .out = out,
+                                .squares = nullptr,
+                                .tokens = tokens,
+                                .k = static_cast<int>(k),
+                                .dependent = dependent};
+  return o.kernel == "digits" ? cuda::split_digits(args, stream) : cuda::quantize_x(args, stream);
+}
+
 int check_pack(cudaStream_t stream) {
   int failures = 0;
   for (bool interleave : {false, true}) {
@@ -330,20 +353,10 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
                         .tactic = tactic,
                         .early = o.early};
   uint8_t* quantized = nullptr;
-  if (o.kernel == "fp8") {
-    quantized = device_alloc<uint8_t>(cuda::quantized_x_bytes(tokens, s.k));
+  if (prepares(o)) {
+    quantized = device_alloc<uint8_t>(prepared_bytes(o, tokens, s.k));
     args.x = quantized;
-    BENCH_CHECK(cuda::quantize_x({.x = x,
-                                  .x_stride = s.k,
-                                  .norm_weight = nullptr,
-                                  .eps = 0,
-                                  .pre_scale = nullptr,
-                                  .out = quantized,
-                                  .squares = nullptr,
-                                  .tokens = tokens,
-                                  .k = static_cast<int>(s.k),
-                                  .dependent = false},
-                                 stream));
+    BENCH_CHECK(prepare(o, x, s.k, tokens, s.k, quantized, false, stream));
   }
   BENCH_CHECK(run(o, args, stream));
   BENCH_CHECK(cudaStreamSynchronize(stream));
@@ -532,27 +545,18 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
   auto* act = device_alloc<__nv_bfloat16>(static_cast<size_t>(max_tokens) * 32768);
   auto* out = device_alloc<__nv_bfloat16>(static_cast<size_t>(max_tokens) * 32768);
   fill_normal<<<1056, 256, 0, stream>>>(x, static_cast<size_t>(max_tokens) * 32768, 5120, 1.0f, 1);
-  const bool fp8 = o.kernel == "fp8";
-  const WgmmaKind kind = fp8 ? WgmmaKind::kE4m3 : WgmmaKind::kBf16;
+  const bool rounds = prepares(o);
+  const WgmmaKind kind = o.kernel == "fp8" ? WgmmaKind::kE4m3 : WgmmaKind::kBf16;
   wgmma_tflops(kind, stream);
-  auto* quantized = device_alloc<uint8_t>(fp8 ? cuda::quantized_x_bytes(max_tokens, 32768) : 1);
+  auto* quantized = device_alloc<uint8_t>(rounds ? prepared_bytes(o, max_tokens, 32768) : 1);
   // What a linear rounds for the next, and what goes with a norm.
-  auto* rounded = device_alloc<uint8_t>(fp8 ? cuda::quantized_x_bytes(64, 32768) : 1);
+  auto* rounded =
+      device_alloc<uint8_t>(rounds ? prepared_bytes(o, std::min(max_tokens, 64), 32768) : 1);
   auto* norm_weight = device_alloc<float>(5120);
   auto* squares = device_alloc<float>(size_t{64} * 5120 / cuda::kNormTileRows);
   fill_uniform<<<16, 256, 0, stream>>>(norm_weight, 5120, 0.5f, 2.0f, 19);
   auto quantize = [&](const void* from, int64_t stride, int tokens, int64_t k, bool dependent) {
-    BENCH_CHECK(cuda::quantize_x({.x = from,
-                                  .x_stride = stride,
-                                  .norm_weight = nullptr,
-                                  .eps = 0,
-                                  .pre_scale = nullptr,
-                                  .out = quantized,
-                                  .squares = nullptr,
-                                  .tokens = tokens,
-                                  .k = static_cast<int>(k),
-                                  .dependent = dependent},
-                                 stream));
+    BENCH_CHECK(prepare(o, from, stride, tokens, k, quantized, dependent, stream));
   };
   auto rates = [&](double bytes, double flops, double us) {
     print_gbps(bytes, us, limits);
@@ -576,13 +580,15 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
           args.rows = s.rows, args.k = s.k, args.x = x, args.x_stride = s.k, args.x_map = &map;
           args.out = out;
           args.residual = h, args.epilogue = matrices[i].epilogue;
-          if (fp8) {
+          if (rounds) {
             const Timing q = time_graph(stream, 8, [&] {
               for (int c = 0; c < 8; ++c) quantize(x, s.k, tokens, s.k, c > 0);
             });
-            std::printf("M=%-4d quantize_x %-8s %8.2f us", tokens, matrices[i].name, q.median_us);
+            std::printf("M=%-4d %s %-8s %8.2f us", tokens,
+                        o.kernel == "digits" ? "split_digits" : "quantize_x", matrices[i].name,
+                        q.median_us);
             print_gbps(2.0 * tokens * static_cast<double>(s.k) +
-                           static_cast<double>(cuda::quantized_x_bytes(tokens, s.k)),
+                           static_cast<double>(prepared_bytes(o, tokens, s.k)),
                        q.median_us, limits);
             std::printf("\n");
             args.x = quantized;
@@ -638,8 +644,8 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
                 args.epilogue = matrices[i].epilogue;
                 read_weights(args, weights[i], layer);
                 args.dependent = layer + i > 0;
-                const bool fused = fp8 && tactic < 0 && tokens <= cuda::kFp8GroupedTokens;
-                if (fp8 && (!fused || i == 1 || layer + i == 0)) {
+                const bool fused = rounds && tactic < 0 && tokens <= cuda::kFp8GroupedTokens;
+                if (rounds && (!fused || i == 1 || layer + i == 0)) {
                   quantize(args.x, args.x_stride, tokens, args.k, args.dependent);
                   args.x = quantized, args.dependent = true;
                 }

@@ -1,9 +1,10 @@
 // Whether unpacking int4 weights overlaps with the tensor cores: clocks for 256 rows x 128 k whose
 // weights and x lie in shared memory, with the instructions of linear_wgmma.cu (K2: 16 warps, two
-// wgmma together, the operand in two buffers) and of linear_small.cu (K1: mma.sync, a block of 64
-// rows a warp, here two warps a scheduler). No barriers, no reading of memory: what a kernel takes
-// beyond it is its own. "Alone" is without weights: x (mma.sync: and scales) is still read.
-// Addresses move by `step` (0) every round, or ptxas would load and unpack once.
+// wgmma together, the operand in two buffers), of linear_digits.cu (K7: 16 warps, a group's
+// integers are scaled and added up; alone: only multiplied) and of linear_small.cu (K1: mma.sync, a
+// block of 64 rows a warp, here two warps a scheduler). No barriers, no reading of memory: what a
+// kernel takes beyond it is its own. "Alone" is without weights: x (mma.sync: and scales) is still
+// read. Addresses move by `step` (0) every round, or ptxas would load and unpack once.
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/cuda/layout.h"
 #include "backends/cuda/ptx/barrier.cuh"
@@ -82,6 +83,68 @@ __global__ void __launch_bounds__(512, 1)
   if (threadIdx.x == 0) *clocks = clock64() - start;
   float sum = 0;
   for (const float v : acc) sum += v;
+  if (sum == 123.456f) *sink = sum;
+}
+
+template <int kTokens, bool kAddUp>
+__global__ void __launch_bounds__(512, 1)
+    digits_loop(uint32_t step, float* sink, long long* clocks) {
+  extern __shared__ __align__(1024) uint8_t smem[];
+  constexpr uint32_t kXBytes = kTokens * 256, kFactorBytes = 1024;
+  using Multiply = ptx::Wgmma<2 * kTokens>;
+  fill_shared(smem, kXBytes + kFactorBytes + 4 * kBlockBytes);
+  const uint32_t base = ptx::smem_address(smem), lane = threadIdx.x & 31;
+  const uint32_t warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), m16 = warp & 3;
+  uint32_t block = base + kXBytes + kFactorBytes + (warp >> 2) * kBlockBytes;
+  uint32_t x = ptx::descriptor_address(base), factors_at = base + kXBytes + (lane & 3) * 16;
+  uint32_t a[2][4][4];
+  int digits[kTokens] = {};
+  float sums[kTokens / 2] = {};
+  auto fetch = [&](uint32_t(&operand)[4][4]) {
+    uint32_t words[2][4];
+    ptx::load_shared_16(words[0], block + m16 * 1024 + lane * 16);
+    ptx::load_shared_16(words[1], block + m16 * 1024 + lane * 16 + 512);
+    ptx::mask_digits(operand, words);
+  };
+  fetch(a[0]);
+  __syncthreads();
+  const long long start = clock64();
+#pragma unroll 2
+  for (int round = 0; round < kRounds; ++round) {
+    block += step;
+    x += step;
+    factors_at += step;
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (kAddUp && k == 0) {
+        Multiply::rs_u8_first(digits, a[round & 1][k], ptx::descriptor_k_major(x));
+      } else {
+        Multiply::rs_u8(digits, a[round & 1][k], ptx::descriptor_k_major(x + k * 2));
+      }
+    }
+    ptx::wgmma_commit();
+    fetch(a[~round & 1]);
+    const uint32_t pair = ptx::load_shared_4(block + kNibbleBytes + (lane >> 2) * 16 + m16 * 4);
+    float factors[kTokens / 8][4];
+#pragma unroll
+    for (int o = 0; o < kTokens / 8; ++o) {
+      ptx::load_shared_f32x4(factors[o], factors_at + o * 64);
+    }
+    ptx::wgmma_wait<0>();
+    if constexpr (kAddUp) {
+#pragma unroll
+      for (int o = 0; o < kTokens / 8; ++o) {
+        ptx::add_digits(*reinterpret_cast<float(*)[4]>(&sums[o * 4]),
+                        *reinterpret_cast<const int(*)[8]>(&digits[o * 8]), pair, factors[o]);
+      }
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) *clocks = clock64() - start;
+  float sum = 0;
+  for (const float v : sums) sum += v;
+  for (const int v : digits) sum += static_cast<float>(v);
   if (sum == 123.456f) *sink = sum;
 }
 
@@ -172,6 +235,14 @@ void bench_wgmma(cudaStream_t stream) {
       kTokens, measure(wgmma_loop<kTokens, false>, 512, kSmem, stream),
       measure(wgmma_loop<kTokens, true>, 512, kSmem, stream));
 }
+template <int kTokens>
+void bench_digits(cudaStream_t stream) {
+  constexpr int kSmem = kTokens * 256 + 1024 + 4 * kBlockBytes;
+  std::printf(
+      "unpack: digits, %2d tokens: %6.0f clocks a group of 256 rows alone, %6.0f adding up too\n",
+      kTokens, measure(digits_loop<kTokens, false>, 512, kSmem, stream),
+      measure(digits_loop<kTokens, true>, 512, kSmem, stream));
+}
 template <int kOctets>
 void bench_mma(cudaStream_t stream) {  // a round is eight blocks: 512 rows
   constexpr int kSmem = kOctets * 2048 + 8 * kBlockBytes;
@@ -187,6 +258,8 @@ void bench_unpack(cudaStream_t stream) {
   bench_wgmma<16>(stream);
   bench_wgmma<32>(stream);
   bench_wgmma<64>(stream);
+  bench_digits<8>(stream);
+  bench_digits<16>(stream);
   bench_mma<1>(stream);
   bench_mma<2>(stream);
   bench_mma<4>(stream);

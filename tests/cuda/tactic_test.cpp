@@ -44,8 +44,8 @@ TEST(LinearKernel, KnowsHowManyRowsItTakes) {
   };
   EXPECT_TRUE(takes("small 128 rows shared early 1", 8));
   EXPECT_FALSE(takes("small 128 rows shared early 1", 9));
-  EXPECT_TRUE(takes("small 64 rows shared early 1", 16));
-  EXPECT_FALSE(takes("small 64 rows shared early 1", 17));
+  EXPECT_TRUE(takes("small 64 rows shared early 1", 8));
+  EXPECT_FALSE(takes("small 64 rows shared early 1", 9));
   EXPECT_FALSE(takes("wgmma 128 rows cluster 1 split 1", 8));
   EXPECT_TRUE(takes("wgmma 128 rows cluster 1 split 1", 9));
 }

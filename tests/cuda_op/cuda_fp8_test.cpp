@@ -1,12 +1,10 @@
 // --activations fp8 on cuda:sm_90 against the reference that rounds as it does. Skipped where the
 // plugin finds no GPU.
 // SPDX-License-Identifier: Apache-2.0
-#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <functional>
-#include <tuple>
 
 #include "backends/cuda/kernels.h"
 #include "backends/reference/reference_backend.h"
@@ -190,82 +188,6 @@ TEST_F(CudaFp8, ScalesOfAnySize) {
             << rows << " rows, weight scales " << ws << ", input scales " << xs;
       }
     }
-  }
-}
-
-// From a decode step's attention to the next layer's first linear, up to 64 sequences: what linears
-// read is rounded by the kernel before them, where its tiles have whole groups of 128 channels.
-// Looked at on the way, every op is done by itself.
-TEST_F(CudaFp8, KernelsRoundForTheNext) {
-  const auto reference = make_reference_backend(ActivationPrecision::kE4m3);
-  const AttentionShape shape{32, 8, 128, 64, KvFormat::kInt8Dynamic};
-  for (const auto& [hidden, ffn, rows] :
-       {std::tuple{1152, 8704, 64}, {384, 8704, 33}, {1152, 384, 50}, {640, 17024, 41}}) {
-    const auto name = fmt::format("hidden {} ffn {} rows {}", hidden, ffn, rows);
-    const auto h = static_cast<size_t>(hidden), f = static_cast<size_t>(ffn),
-               n = static_cast<size_t>(rows);
-    const auto linear_case = [&, rows = rows](int out, int in, bool gate_up, uint64_t seed) {
-      return LinearCase{.layout = WeightLayout::kCpuInt4,
-                        .out_features = out,
-                        .in_features = in,
-                        .group_size = 128,
-                        .rows = rows,
-                        .gate_up = gate_up,
-                        .seed = seed};
-    };
-    const auto result = [&, hidden = hidden, ffn = ffn, rows = rows](Backend& backend, bool look) {
-      const bool on_gpu = &backend == cuda_.get();
-      const WeightLayout layout = on_gpu ? WeightLayout::kCudaInt4 : WeightLayout::kInt4Portable;
-      const Weights o(backend, linear_case(hidden, 32 * 128, false, 61), layout),
-          gate_up(backend, linear_case(ffn, hidden, true, 62), layout, on_gpu),
-          down(backend, linear_case(hidden, ffn, false, 63), layout),
-          qkv(backend, linear_case(264, hidden, false, 64), layout);
-      const Buffer weight = to_device(backend, normal(h, 12)),
-                   scale = to_device(backend, normal(f, 14));
-      const size_t act = backend.act_bytes();
-      GuardedOutput x(backend, n * h, act), normed(backend, n * h, act), y(backend, n * f, act),
-          out(backend, n * 264, act);
-      x.fill(normal(n * h, 15));
-      AttentionRun attention(backend, shape, rows, 200, 3, true);
-      std::vector<AttentionRun::Chunk> step;
-      for (int s = 0; s < rows; ++s) step.push_back({s, 1});
-      for (int i = 0; i < 3; ++i) attention.step(step);
-      attention.prepare(step);
-      attention.store();
-      attention.attend();
-      if (look) backend.sync();
-      const auto norm = [&] {
-        backend.rms_norm(x.data(), weight.as<float>(), 1e-5f, rows, hidden, normed.data());
-        if (look) backend.sync();
-      };
-      backend.linear(attention.result(), o.gate_operand, rows, true, x.data());
-      norm();
-      backend.gate_up(normed.data(), gate_up.gate_operand, gate_up.up_operand, rows,
-                      scale.as<float>(), y.data());
-      if (look) backend.sync();
-      backend.linear(y.data(), down.gate_operand, rows, true, x.data());
-      norm();
-      backend.linear(normed.data(), qkv.gate_operand, rows, false, out.data());
-      std::vector<float> all;
-      for (const GuardedOutput* part : {&y, &x, &out}) {
-        const std::vector<float> values = part->read();
-        all.insert(all.end(), values.begin(), values.end());
-      }
-      return all;
-    };
-    const std::vector<float> want = result(*reference, false), fused = result(*cuda_, false),
-                             again = result(*cuda_, false), apart = result(*cuda_, true);
-    const size_t ends[4] = {0, n * f, n * (f + h), n * (f + h + 264)};
-    for (int i = 0; i < 3; ++i) {
-      const auto part = [&](const std::vector<float>& all) {
-        return std::vector<float>(all.begin() + static_cast<int64_t>(ends[i]),
-                                  all.begin() + static_cast<int64_t>(ends[i + 1]));
-      };
-      // A bf16 rounding before e4m3 moves one value in sixteen by a step, 2 % of a linear's result.
-      EXPECT_LT(rms_error(part(fused), part(want)), 0.06) << name << " part " << i;
-      EXPECT_LT(rms_error(part(fused), part(apart)), 0.05) << name << " part " << i;
-    }
-    EXPECT_TRUE(same_bits(fused.data(), again.data(), fused.size())) << name;
   }
 }
 

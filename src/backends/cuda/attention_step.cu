@@ -24,6 +24,8 @@
 
 #include <type_traits>
 
+#include "backends/cuda/digits_layout.h"
+#include "backends/cuda/digits_store.cuh"
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/kv_layout.h"
 #include "backends/cuda/kv_quant.cuh"
@@ -360,13 +362,22 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
     }
     if (p.rounded == nullptr) return;
     __syncthreads();
-    if (warp > 0) return;  // one has 16 channels a lane
-    float v[16];
-    const auto* from = reinterpret_cast<const uint4*>(outputs) + lane * 2;
-    unpack_bf16(v, from[0], from[1]);
-    const int heads = kGroup * p.kv_heads;
-    store_group(static_cast<uint8_t*>(p.rounded), cuda_x::Shape{p.sequences, heads * kHeadDim},
-                sequence, head * kGroup + lane / 8, lane & 7, v, true);
+    auto* rounded = static_cast<uint8_t*>(p.rounded);
+    const int64_t features = int64_t{kGroup} * p.kv_heads * kHeadDim;
+    const auto* from = reinterpret_cast<const uint4*>(outputs);
+    if (p.sequences <= kDigitTokens) {
+      if (tid >= kOutputs / 8) return;  // 8 channels a thread
+      float v[8];
+      unpack_eight(v, from[tid]);
+      store_digits(rounded, cuda_digits::Shape{p.sequences, features}, sequence,
+                   head * kGroup + tid / 16, tid & 15, v, true);
+    } else {
+      if (warp > 0) return;  // 16 channels a thread
+      float v[16];
+      unpack_bf16(v, from[lane * 2], from[lane * 2 + 1]);
+      store_group(rounded, cuda_x::Shape{p.sequences, features}, sequence, head * kGroup + lane / 8,
+                  lane & 7, v, true);
+    }
   } else {
     // To the owner of the slice: outputs [rank * kSlice, (rank + 1) * kSlice).
     constexpr int kEntry = 2 * kGroup + kSlice;

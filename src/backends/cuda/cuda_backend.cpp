@@ -79,11 +79,12 @@ class CudaBackend final : public Backend {
     scratch_.get(rows * widest * kActBytes, stream_);
     page_starts_.get((static_cast<size_t>(limits.max_batch_size) + 1) * sizeof(int), stream_);
     if constexpr (!kPortable) {
+      const auto widest_input = std::max({spec.hidden_size, spec.q_size(), spec.ffn_size});
+      for (Scratch& rounded : rounded_bytes_) {
+        rounded.get(digits_bytes(kDigitTokens, widest_input), stream_);
+        if (fp8_) rounded.get(quantized_x_bytes(kFp8GroupedTokens, widest_input), stream_);
+      }
       if (fp8_) {
-        const auto widest_input = std::max({spec.hidden_size, spec.q_size(), spec.ffn_size});
-        for (Scratch& rounded : rounded_bytes_) {
-          rounded.get(quantized_x_bytes(kFp8GroupedTokens, widest_input), stream_);
-        }
         rounded_bytes_[0].get(quantized_x_bytes(limits.max_num_tokens, widest_input), stream_);
       }
       if (spec.num_heads == kFastGroup * spec.num_kv_heads) {
@@ -270,9 +271,9 @@ class CudaBackend final : public Backend {
       ResidualLinear l = *put_off_linear_;
       put_off_linear_.reset();
       void* rounded = nullptr;
-      if (rounds_inputs(rows)) {
+      if (input_of(rows) != Input::kBf16) {
         // Its own input first: two buffers take turns, and the linear after the norm writes again.
-        if (!l.rounded) l.rounded = quantized(l.x, l.w, rows, {});
+        if (!l.rounded) l.rounded = rounded_input(l.x, l.w, rows, {});
         rounded = rounding_buffer(rows, hidden);
       }
       int4(l.x, l.w, hidden, rows, Epilogue::kResidual, nullptr, l.y,
@@ -281,7 +282,7 @@ class CudaBackend final : public Backend {
       return;
     }
     flush();
-    if (rounds_inputs(rows)) {
+    if (input_of(rows) != Input::kBf16) {
       put_off_norm_ = {x, weight, eps, rows, hidden, y, true, nullptr};
       return;
     }
@@ -297,7 +298,7 @@ class CudaBackend final : public Backend {
       const Fused before = take_before(x, w, rows);  // flushes
       const Epilogue epilogue = add ? Epilogue::kResidual : Epilogue::kPlain;
       if (!kPortable && add && w.pre_scale == nullptr && linear_fuses_norm(rows, w.out_features) &&
-          (!rounds_inputs(rows) || rounds_output(w.out_features, w, rows, epilogue))) {
+          (input_of(rows) == Input::kBf16 || rounds_output(w.out_features, w, rows, epilogue))) {
         put_off_linear_ = {x, w, rows, y, before.x};
         return;
       }
@@ -482,7 +483,7 @@ class CudaBackend final : public Backend {
     const bool fixed = kv.format == KvFormat::kInt8Static;
     const int features = kFastGroup * kv.num_kv_heads * kHeadDim;
     void* rounded = nullptr;
-    if (rounds_inputs(batch.num_seqs) &&
+    if (input_of(batch.num_seqs) != Input::kBf16 &&
         step_attention_rounds(batch.num_seqs, kv.num_kv_heads, device_.num_sms)) {
       rounded = rounding_buffer(batch.num_seqs, features);
     }
@@ -694,21 +695,22 @@ class CudaBackend final : public Backend {
            "this one is {} x {} in groups of {}",
            out_rows, w.in_features, w.group_size);
     }
-    const bool fp8 = rounds_inputs(tokens) && epilogue != Epilogue::kFloat;
-    if (!fp8) x = pre_scaled(x, w, tokens);
-    const float largest = fp8 ? largest_scale_of(w.weight, out_rows, w.in_features) : 0;
+    const Input input = epilogue == Epilogue::kFloat ? Input::kBf16 : input_of(tokens);
+    if (input == Input::kBf16) x = pre_scaled(x, w, tokens);
+    const float largest =
+        input == Input::kE4m3 ? largest_scale_of(w.weight, out_rows, w.in_features) : 0;
     TensorMap map;
     bool scales = fused.scales;
     if constexpr (!kPortable) {
-      if (fp8 && fused.x) {
-        x = fused.x;
-      } else if (fp8) {
-        x = quantized(x, w, tokens, fused);
-        scales = scales || (fused.weight && tokens <= kFp8GroupedTokens);
-      } else {
+      if (input == Input::kBf16) {
         check(make_tensor_map(&map, x, tokens, w.in_features, int64_t{w.in_features} * 2,
                               linear_wgmma_box_rows(tokens)),
               "making a tensor map");
+      } else if (fused.x) {
+        x = fused.x;
+      } else {
+        x = rounded_input(x, w, tokens, fused);
+        scales = scales || (fused.weight && tokens <= kFp8GroupedTokens);
       }
     }
     NIBBLE_CHECK(x != fused.next && x != rounded);  // other CTAs still read it
@@ -739,7 +741,10 @@ class CudaBackend final : public Backend {
     if constexpr (kPortable) {
       check(portable_linear(args, stream_), "int4 linear");
     } else {
-      check(fp8 ? linear_fp8(args, stream_) : tactics_.linear(args, stream_), "int4 linear");
+      check(input == Input::kDigits ? linear_digits(args, stream_)
+            : input == Input::kE4m3 ? linear_fp8(args, stream_)
+                                    : tactics_.linear(args, stream_),
+            "int4 linear");
     }
   }
 
@@ -757,10 +762,15 @@ class CudaBackend final : public Backend {
     }
   }
 
-  /// Whether the int4 linears of a step round what they read to e4m3.
-  bool rounds_inputs(int rows) const { return !kPortable && fp8_ && rows >= kFp8MinTokens; }
+  /// As what the int4 linears of a step read x.
+  enum class Input { kBf16, kDigits, kE4m3 };
+  Input input_of(int rows) const {
+    if (kPortable) return Input::kBf16;
+    if (rows >= kMinDigitTokens && rows <= kDigitTokens) return Input::kDigits;
+    return fp8_ && rows >= kFp8MinTokens ? Input::kE4m3 : Input::kBf16;
+  }
 
-  /// Whether an int4 linear of this shape can write its result in e4m3 too.
+  /// Whether an int4 linear of this shape can write its result as the next one reads it, too.
   bool rounds_output(int64_t out_rows, const LinearOperand& w, int rows, Epilogue epilogue) const {
     if constexpr (kPortable) {
       return false;
@@ -772,7 +782,12 @@ class CudaBackend final : public Backend {
       args.epilogue = epilogue;
       args.num_sms = device_.num_sms;
       args.tactic = -1;
-      return rounds_inputs(rows) && linear_fp8_rounds(args);
+      switch (input_of(rows)) {
+        case Input::kBf16: return false;
+        case Input::kDigits: return linear_digits_rounds(args);
+        case Input::kE4m3: return linear_fp8_rounds(args);
+      }
+      return false;
     }
   }
 
@@ -783,11 +798,12 @@ class CudaBackend final : public Backend {
     } else {
       next_rounded_ ^= 1;
       return rounded_bytes_[rows > kFp8GroupedTokens ? 0 : next_rounded_].get(
-          quantized_x_bytes(rows, k), stream_);
+          input_of(rows) == Input::kDigits ? digits_bytes(rows, k) : quantized_x_bytes(rows, k),
+          stream_);
     }
   }
 
-  const void* quantized(const void* x, const LinearOperand& w, int rows, const Fused& fused) {
+  const void* rounded_input(const void* x, const LinearOperand& w, int rows, const Fused& fused) {
     void* out = rounding_buffer(rows, w.in_features);
     const QuantizeArgs args{.x = x,
                             .x_stride = w.in_features,
@@ -799,7 +815,9 @@ class CudaBackend final : public Backend {
                             .tokens = rows,
                             .k = w.in_features,
                             .dependent = kDependent};
-    check(quantize_x(args, stream_), "rounding activations to e4m3");
+    check(
+        input_of(rows) == Input::kDigits ? split_digits(args, stream_) : quantize_x(args, stream_),
+        "rounding activations");
     return out;
   }
 

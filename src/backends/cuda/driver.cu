@@ -43,8 +43,7 @@ size_t linear_workspace_bytes(int num_sms) {
 int linear(const LinearArgs& args, void* stream) {
   LinearArgs a = args;
   a.tactic = -1;
-  const bool wide = args.rows >= 32768, long_k = args.k >= 16384;
-  if (args.tokens <= 8 || (args.tokens <= 16 && !wide && !long_k)) {
+  if (args.tokens <= kMaxSmallTokens) {
     // Half a ring is requested before the dependency is met: x would wait behind a whole one.
     a.early = 1;
     return linear_small(a, stream);

@@ -39,12 +39,14 @@ struct LinearArgs {
   // RMSNorm without a kernel of its own, for linear_fuses_norm() sizes. The linear that writes the
   // residual stream (kResidual) also writes it times the norm's weight, and of each 64 rows of W
   // the sum of the squares it wrote; the linear that takes `next` as its x multiplies by 1/rms.
-  void* next;                // bf16 [tokens, rows] (linear_fp8: e4m3, x_layout.h), or null
+  // [tokens, rows] as the next linear takes it, or null: bf16, of linear_fp8 e4m3 (x_layout.h), of
+  // linear_digits digits (digits_layout.h).
+  void* next;
   const float* next_weight;  // [rows]
   float* next_squares;       // [ceil(rows / kNormTileRows), tokens up to a multiple of 8]
   const float* squares;      // of x, or null: x is plain
   float eps;
-  void* rounded;        // linear_fp8, kSiluMul: `out` once more, in e4m3 (x_layout.h); or null
+  void* rounded;  // linear_fp8, linear_digits, kSiluMul: `out` once more, like `next`; or null
   float largest_scale;  // of the weights, or more: for linear_fp8
   void* workspace;      // linear_workspace_bytes(), every byte 0xff once
   int num_sms;
@@ -60,13 +62,13 @@ inline bool linear_fuses_norm(int tokens, int64_t hidden) {
   return tokens <= kMaxNormTokens && hidden <= kMaxNormRows;
 }
 
-// linear_small.cu: M <= 16.
+// linear_small.cu: up to kMaxSmallTokens tokens.
 enum class SmallTactic : int {
   kWhole64 = 0,  // 64-row tiles, each CTA whole tiles
   kStream64,     // 64-row tiles, equal bytes per CTA, cut tiles handed over
-  kStream128,    // the same, 128-row tiles; up to 8 tokens
+  kStream128,    // the same, 128-row tiles
 };
-inline constexpr int kMaxStream128Tokens = 8;
+inline constexpr int kMaxSmallTokens = 8;
 int linear_small(const LinearArgs& args, void* stream);
 
 // linear_wgmma.cu: any M, made for 9 and more. A tactic as one printable number: row blocks of 64
@@ -116,6 +118,17 @@ int largest_scale(const void* weights, int64_t rows, int64_t k, void* scratch, f
 // Whether `next` (kResidual) or `rounded` (kSiluMul) can be had: a CTA has whole groups of 128.
 bool linear_fp8_rounds(const LinearArgs& args);
 int linear_fp8(const LinearArgs& args, void* stream);
+
+// linear_digits.cu: up to kDigitTokens tokens. x, `next` and `rounded` as split_digits() writes x;
+// x_stride and x_map are not used. The tactic: row blocks of 64 per tile, 2 or 4.
+inline constexpr int kMinDigitTokens = kMaxSmallTokens + 1, kDigitTokens = 16;
+size_t digits_bytes(int tokens, int64_t k);
+// x to digits (digits_layout.h). 1/rms is left to the linear, as above.
+int split_digits(const QuantizeArgs& args, void* stream);
+int digits_tactic(const LinearArgs& args);
+// Whether `next` (kResidual) or `rounded` (kSiluMul) can be had: a CTA has whole groups of 128.
+bool linear_digits_rounds(const LinearArgs& args);
+int linear_digits(const LinearArgs& args, void* stream);
 
 // By shape, from what was measured on an H200 (docs/kernels.md); x_map has linear_wgmma_box_rows.
 int linear(const LinearArgs& args, void* stream);
@@ -178,7 +191,9 @@ struct StepAttentionArgs {
   float k_scale, v_scale;  // 0: dynamic, per token and head; else static
   float softmax_scale;     // 1 / sqrt(128)
   const float* out_scale;  // as above
-  void* rounded;           // `out` once more, in e4m3 (x_layout.h); or null
+  // `out` once more for the next linear, or null: digits (digits_layout.h) of up to kDigitTokens
+  // sequences, else e4m3 (x_layout.h).
+  void* rounded;
   int num_sms;
   bool dependent;
 };

@@ -122,6 +122,25 @@ int launch_linear(void (*kernel)(Parameters...), const LinearArgs& args, int gri
   return cudaLaunchKernelEx(&config, kernel, parameters...);
 }
 
+// Eight adjacent values of a thread.
+__device__ __forceinline__ uint4 pack_eight(const float (&v)[8]) {
+  return make_uint4(ptx::pack_bf16(v[0], v[1]), ptx::pack_bf16(v[2], v[3]),
+                    ptx::pack_bf16(v[4], v[5]), ptx::pack_bf16(v[6], v[7]));
+}
+__device__ __forceinline__ void unpack_eight(float (&v)[8], const uint4& x) {
+  const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[2 * i] = ptx::low_bf16(words[i]), v[2 * i + 1] = ptx::high_bf16(words[i]);
+  }
+}
+__device__ __forceinline__ void load_eight(float (&v)[8], const float* from) {
+  const float4 a = reinterpret_cast<const float4*>(from)[0];
+  const float4 b = reinterpret_cast<const float4*>(from)[1];
+  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+  v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+
 // The sums of squares of a norm: [tile of kNormTileRows][token], tokens rounded up.
 __device__ __forceinline__ int norm_stride(int tokens) { return (tokens + 7) / 8 * 8; }
 __device__ __forceinline__ int norm_tiles(int rows) {

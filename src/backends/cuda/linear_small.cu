@@ -1,9 +1,9 @@
-// K1: out[M, N] = x[M, K] W4[N, K]^T for M <= 16 tokens: a pure bandwidth problem.
+// K1: out[M, N] = x[M, K] W4[N, K]^T for M <= 8 tokens: a pure bandwidth problem.
 //
 // Layouts: W in layout.h's blocks (64 rows x 128 k, 4224 B, scales inline); x, out bf16 row-major.
 // Bytes: N*K*0.515625 of weights once from device memory; x is re-read from L2 by every CTA:
 //   2*M/(0.5156*R) of the weight bytes, R = rows a warp covers (64 or 128).
-// Flops: 2*M*N*K, on mma.sync m16n8k16 with weights as operand A and tokens as N (pads M to 8).
+// Flops: 2*M*N*K, on mma.sync m16n8k16 with weights as operand A and tokens as N (M padded to 8).
 //
 // Work split: "units" of R rows x 128 k in memory order (row tile major). CTA c of one per SM takes
 // its share of them, equal bytes for everyone, whatever the shape; where whole tiles come out even
@@ -15,7 +15,7 @@
 // by the owner: no fence, no atomic, one trip through L2), added in CTA order: run-to-run
 // deterministic.
 //
-// Warps are many (16 up to 8 tokens) because a warp alone waits: for its own chain of unpacking and
+// Warps are many (16) because a warp alone waits: for its own chain of unpacking and
 // mma.sync, 400 instructions a block. With weights that lie in L2 that chain, not the reading, is
 // the limit (docs/kernels.md).
 //
@@ -26,7 +26,7 @@
 // griddepcontrol.wait: under programmatic dependent launch 68 KB per SM of the next linear stream
 // in while the tail of this one drains. The whole ring would be in x's way.
 //
-// Limits: N, K padded to 128 by the packer; K a multiple of 8; M <= 16; sm_90 (bulk copies). All
+// Limits: N, K padded to 128 by the packer; K a multiple of 8; M <= 8; sm_90 (bulk copies). All
 // CTAs of the grid must be resident at once (one per SM: they are) for the hand-over to end.
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
@@ -48,10 +48,12 @@ namespace {
 constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
 constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 
-template <int kTokens, int kHalves>
+constexpr int kTokens = kMaxSmallTokens;  // mma.sync's N
+
+template <int kHalves>
 struct Config {
   static constexpr int kRows = 64 * kHalves;
-  static constexpr int kWarps = kTokens == 8 ? 16 : 12, kThreads = kWarps * 32;
+  static constexpr int kWarps = 16, kThreads = kWarps * 32;
   static constexpr int kTeams = kWarps / kHalves;  // of warps that have one unit
   static constexpr int kSlots = 2;                 // blocks in a warp's ring
   static_assert(kTeams >= 8, "a team stores one of eight tokens");
@@ -82,11 +84,10 @@ __device__ __forceinline__ int cta_of(const LinearParams& p, int unit) {
   return rest < 0 ? unit / (p.units + 1) : p.units_left + rest / p.units;
 }
 
-template <int kTokens, int kHalves, Epilogue kEpilogue>
-__global__ void __launch_bounds__(Config<kTokens, kHalves>::kThreads, 1)
+template <int kHalves, Epilogue kEpilogue>
+__global__ void __launch_bounds__(Config<kHalves>::kThreads, 1)
     linear_small_kernel(const LinearParams p) {
-  using C = Config<kTokens, kHalves>;
-  constexpr int kNt = kTokens / 8;
+  using C = Config<kHalves>;
   extern __shared__ __align__(1024) uint8_t smem[];
   const int tid = threadIdx.x, lane = tid & 31;
   const int warp = __shfl_sync(0xffffffffu, tid >> 5, 0);
@@ -182,15 +183,11 @@ __global__ void __launch_bounds__(Config<kTokens, kHalves>::kThreads, 1)
 
   // Where a lane's row of x lies for ldmatrix. Past the last token the last one again: what comes
   // of it is not stored.
-  uint32_t x_at[kNt];
-#pragma unroll
-  for (int n = 0; n < kNt; ++n) {
-    const int row = min(n * 8 + (lane & 7), p.tokens - 1);
-    x_at[n] = row * 128 + (((lane >> 3) ^ (row & 7)) << 4);
-  }
+  const int x_row_of_lane = min(lane & 7, p.tokens - 1);
+  const uint32_t x_at = x_row_of_lane * 128 + (((lane >> 3) ^ (x_row_of_lane & 7)) << 4);
   int slot = 0, slot_phase = 0, x_slot = 0;
   int u = first;
-  float acc[4][kNt][4];
+  float acc[4][4];
 
   for (int tile = first_tile; tile * groups < u_end; ++tile) {
     const int tile_begin = tile * groups, tile_end = tile_begin + groups;
@@ -198,14 +195,12 @@ __global__ void __launch_bounds__(Config<kTokens, kHalves>::kThreads, 1)
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
-      for (int n = 0; n < kNt; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.0f;
+      for (int i = 0; i < 4; ++i) acc[m][i] = 0.0f;
 
 #pragma unroll 1
     for (; u < stop; u += C::kTeams) {
       // Operand B of all 8 k16 steps: registers, so that the slot is free again at once.
-      uint32_t b[8][kNt][2];
+      uint32_t b[8][2];
       if constexpr (kHalves == 2) {
         // Both warps' copies are there, and both have read the other slot.
         ptx::copy_wait<0>();
@@ -224,16 +219,14 @@ __global__ void __launch_bounds__(Config<kTokens, kHalves>::kThreads, 1)
 #pragma unroll
       for (int k64 = 0; k64 < 2; ++k64)
 #pragma unroll
-        for (int n = 0; n < kNt; ++n)
-#pragma unroll
-          for (int pair = 0; pair < 2; ++pair) {
-            uint32_t r[4];
-            ptx::ldmatrix_x4(r, x + k64 * x_rows * 128 + (x_at[n] ^ (pair << 6)));
-            b[k64 * 4 + pair * 2][n][0] = r[0];
-            b[k64 * 4 + pair * 2][n][1] = r[1];
-            b[k64 * 4 + pair * 2 + 1][n][0] = r[2];
-            b[k64 * 4 + pair * 2 + 1][n][1] = r[3];
-          }
+        for (int pair = 0; pair < 2; ++pair) {
+          uint32_t r[4];
+          ptx::ldmatrix_x4(r, x + k64 * x_rows * 128 + (x_at ^ (pair << 6)));
+          b[k64 * 4 + pair * 2][0] = r[0];
+          b[k64 * 4 + pair * 2][1] = r[1];
+          b[k64 * 4 + pair * 2 + 1][0] = r[2];
+          b[k64 * 4 + pair * 2 + 1][1] = r[3];
+        }
       if constexpr (kHalves == 1) {
         __syncwarp();
         request_x(x_slot);
@@ -254,10 +247,7 @@ __global__ void __launch_bounds__(Config<kTokens, kHalves>::kThreads, 1)
         for (int k = 0; k < 8; ++k) {
           uint32_t a[4];
           ptx::dequant(a, w[k / 4][k % 4], scales);
-#pragma unroll
-          for (int n = 0; n < kNt; ++n) {
-            ptx::mma_bf16(acc[m][n], a, b[k][n][0], b[k][n][1]);
-          }
+          ptx::mma_bf16(acc[m], a, b[k][0], b[k][1]);
         }
       }
       __syncwarp();
@@ -269,42 +259,39 @@ __global__ void __launch_bounds__(Config<kTokens, kHalves>::kThreads, 1)
     }
 
     TRACE(4);
-    // Add the warps' accumulators, eight tokens at a time; a warp: 64 rows of one token.
+    // Add the warps' accumulators; a warp: 64 rows of one token.
     constexpr int kPer = 2;
     const bool head = u_begin > tile_begin;  // an earlier CTA owns the tile
     const int others = head || tile_end <= u_end ? 0 : cta_of(p, tile_end - 1) - cta;
+    __syncthreads();  // red is free
+    float* mine = red + warp * 8 * C::kRedStride;
 #pragma unroll
-    for (int n = 0; n < kNt; ++n) {
-      __syncthreads();  // red is free
-      float* mine = red + warp * 8 * C::kRedStride;
+    for (int m = 0; m < 4; ++m)
 #pragma unroll
-      for (int m = 0; m < 4; ++m)
+      for (int i = 0; i < 4; ++i) {
+        mine[(2 * (lane & 3) + (i & 1)) * C::kRedStride + m * 16 + (lane >> 2) + 8 * (i >> 1)] =
+            acc[m][i];
+      }
+    __syncthreads();
+    const int token = team;
+    if (team < 8 && token < p.tokens) {  // of 16 teams eight store
+      float sum[kPer] = {};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          mine[(2 * (lane & 3) + (i & 1)) * C::kRedStride + m * 16 + (lane >> 2) + 8 * (i >> 1)] =
-              acc[m][n][i];
+      for (int t = 0; t < C::kTeams; ++t) {
+        const float2 v = *reinterpret_cast<const float2*>(
+            red + ((t * kHalves + half) * 8 + token) * C::kRedStride + lane * kPer);
+        sum[0] += v.x, sum[1] += v.y;
+      }
+      const int row = half * 64 + lane * kPer;
+      float* piece = p.pieces + blockIdx.x * p.piece_stride + token * C::kRows + row;
+      if (head) {
+        hand_over(piece, sum);
+      } else {
+        for (int other = 1; other <= others; ++other) {
+          take_over<kPer, 1>(piece + other * p.piece_stride, 0, sum);
         }
-      __syncthreads();
-      const int token = n * 8 + team;
-      if (team < 8 && token < p.tokens) {
-        float sum[kPer] = {};
-#pragma unroll
-        for (int t = 0; t < C::kTeams; ++t) {
-          const float2 v = *reinterpret_cast<const float2*>(
-              red + ((t * kHalves + half) * 8 + team) * C::kRedStride + lane * kPer);
-          sum[0] += v.x, sum[1] += v.y;
-        }
-        const int row = half * 64 + lane * kPer;
-        float* piece = p.pieces + blockIdx.x * p.piece_stride + token * C::kRows + row;
-        if (head) {
-          hand_over(piece, sum);
-        } else {
-          for (int other = 1; other <= others; ++other) {
-            take_over<kPer, 1>(piece + other * p.piece_stride, 0, sum);
-          }
-          store_rows<kEpilogue, kPer>(p, token, tile * C::kRows + half * 64, lane * kPer, sum,
-                                      factors[token]);
-        }
+        store_rows<kEpilogue, kPer>(p, token, tile * C::kRows + half * 64, lane * kPer, sum,
+                                    factors[token]);
       }
     }
     TRACE(5);
@@ -313,40 +300,22 @@ __global__ void __launch_bounds__(Config<kTokens, kHalves>::kThreads, 1)
   TRACE_SM();
 }
 
-template <int kTokens, int kHalves, Epilogue kEpilogue>
+template <int kHalves, Epilogue kEpilogue>
 int launch(const LinearArgs& args, const LinearParams& params, int grid, void* stream) {
-  return launch_linear(linear_small_kernel<kTokens, kHalves, kEpilogue>, args, grid,
-                       Config<kTokens, kHalves>::kThreads, Config<kTokens, kHalves>::kSmemBytes,
-                       stream, 1, params);
+  return launch_linear(linear_small_kernel<kHalves, kEpilogue>, args, grid,
+                       Config<kHalves>::kThreads, Config<kHalves>::kSmemBytes, stream, 1, params);
 }
 
-template <int kTokens, int kHalves>
+template <int kHalves>
 int launch_epilogue(const LinearArgs& args, int grid, void* stream) {
   LinearParams p = make_linear_params(args, 64 * kHalves);
   p.early_slots = args.early > 0 ? args.early : 16;
   set_shares(p, p.num_tiles * p.groups, grid);
   switch (args.epilogue) {
-    case Epilogue::kPlain: return launch<kTokens, kHalves, Epilogue::kPlain>(args, p, grid, stream);
-    case Epilogue::kResidual:
-      return launch<kTokens, kHalves, Epilogue::kResidual>(args, p, grid, stream);
-    case Epilogue::kSiluMul:
-      return launch<kTokens, kHalves, Epilogue::kSiluMul>(args, p, grid, stream);
-    case Epilogue::kFloat: return launch<kTokens, kHalves, Epilogue::kFloat>(args, p, grid, stream);
-  }
-  return cudaErrorInvalidValue;
-}
-
-template <int kTokens>
-int launch_tactic(const LinearArgs& args, SmallTactic tactic, void* stream) {
-  const int tiles = make_linear_params(args, 64).num_tiles;
-  switch (tactic) {
-    case SmallTactic::kWhole64: {
-      const int per_cta = (tiles + args.num_sms - 1) / args.num_sms;
-      return launch_epilogue<kTokens, 1>(args, (tiles + per_cta - 1) / per_cta, stream);
-    }
-    case SmallTactic::kStream64: return launch_epilogue<kTokens, 1>(args, args.num_sms, stream);
-    case SmallTactic::kStream128:
-      if constexpr (kTokens == 8) return launch_epilogue<8, 2>(args, args.num_sms, stream);
+    case Epilogue::kPlain: return launch<kHalves, Epilogue::kPlain>(args, p, grid, stream);
+    case Epilogue::kResidual: return launch<kHalves, Epilogue::kResidual>(args, p, grid, stream);
+    case Epilogue::kSiluMul: return launch<kHalves, Epilogue::kSiluMul>(args, p, grid, stream);
+    case Epilogue::kFloat: return launch<kHalves, Epilogue::kFloat>(args, p, grid, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -354,21 +323,29 @@ int launch_tactic(const LinearArgs& args, SmallTactic tactic, void* stream) {
 }  // namespace
 
 int linear_small(const LinearArgs& args, void* stream) {
-  if (args.tokens < 1 || args.tokens > 16 || args.k % 8) return cudaErrorInvalidValue;
+  if (args.tokens < 1 || args.tokens > kTokens || args.k % 8) return cudaErrorInvalidValue;
   SmallTactic tactic = static_cast<SmallTactic>(args.tactic);
+  const cuda_layout::Shape shape{args.rows, args.k};
   if (args.tactic < 0) {
     // Wide matrices and long k: taller units, x is read half as often. Others: whole tiles, unless
     // most SMs would be without; sharing them costs a hand-over where a tile is cut.
-    const cuda_layout::Shape shape{args.rows, args.k};
     const bool little = shape.num_tiles() * 2 * shape.num_groups() < 4 * args.num_sms;
     const bool fills = shape.num_tiles() * 4 >= args.num_sms;
     const bool large = args.rows >= 32768 || args.k >= 16384;
-    tactic = large && args.tokens <= kMaxStream128Tokens ? SmallTactic::kStream128
-             : !large && (little || fills)               ? SmallTactic::kWhole64
-                                                         : SmallTactic::kStream64;
+    tactic = large             ? SmallTactic::kStream128
+             : little || fills ? SmallTactic::kWhole64
+                               : SmallTactic::kStream64;
   }
-  return args.tokens <= 8 ? launch_tactic<8>(args, tactic, stream)
-                          : launch_tactic<16>(args, tactic, stream);
+  switch (tactic) {
+    case SmallTactic::kWhole64: {
+      const auto tiles = static_cast<int>(shape.num_tiles() * 2);
+      const int per_cta = (tiles + args.num_sms - 1) / args.num_sms;
+      return launch_epilogue<1>(args, (tiles + per_cta - 1) / per_cta, stream);
+    }
+    case SmallTactic::kStream64: return launch_epilogue<1>(args, args.num_sms, stream);
+    case SmallTactic::kStream128: return launch_epilogue<2>(args, args.num_sms, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace nibble::cuda

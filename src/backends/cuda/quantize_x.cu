@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "backends/cuda/digits_layout.h"
+#include "backends/cuda/digits_store.cuh"
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/linear_common.cuh"
 #include "backends/cuda/ptx/barrier.cuh"
@@ -232,7 +234,82 @@ __global__ void __launch_bounds__(kGroupThreads) quantize_groups_kernel(const Qu
   store_group(static_cast<uint8_t*>(args.out), shape, token, group, chunk, v, mine);
 }
 
+// The digits of linear_digits.cu: 16 threads have a group, 8 channels each.
+__global__ void __launch_bounds__(kGroupThreads) split_digits_kernel(const QuantizeArgs args) {
+  ptx::grid_launch_dependents();
+  const cuda_digits::Shape shape{args.tokens, args.k};
+  const int groups = static_cast<int>(shape.groups());
+  const int pair = static_cast<int>(blockIdx.x * kGroupThreads + threadIdx.x) / 16;
+  const int token = pair / groups, group = pair - token * groups, part = threadIdx.x & 15;
+  const int first = group * 128 + part * 8;
+  const bool exists = first < args.k, mine = token < args.tokens;
+  float by[8] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
+  for (const float* vector : {args.norm_weight, args.pre_scale}) {
+    if (vector == nullptr || !exists) continue;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) by[i] *= vector[first + i];
+  }
+  ptx::grid_dependency_wait();
+  uint4 packed = make_uint4(0, 0, 0, 0);
+  if (mine && exists) {
+    packed = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(args.x) +
+                                             token * args.x_stride + first);
+  }
+  float v[8];
+  unpack_eight(v, packed);
+  if (args.norm_weight != nullptr) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) squares = fmaf(v[i], v[i], squares);
+#pragma unroll
+    for (int offset = 4; offset; offset /= 2) {
+      squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+    }
+    const int tile = first / kNormTileRows;
+    if (mine && part % 8 == 0 && tile < norm_tiles(args.k)) {
+      args.squares[tile * norm_stride(args.tokens) + token] = squares;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] *= by[i];
+  unpack_eight(v, pack_eight(v));  // as the bf16 kernels round it
+  store_digits(static_cast<uint8_t*>(args.out), shape, token, group, part, v, mine);
+}
+
+cudaLaunchConfig_t launch_config(unsigned blocks, unsigned threads, const QuantizeArgs& args,
+                                 cudaLaunchAttribute& attribute, void* stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  if (args.dependent) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  return config;
+}
+
 }  // namespace
+
+size_t digits_bytes(int tokens, int64_t k) {
+  return static_cast<size_t>(cuda_digits::Shape{tokens, k}.bytes());
+}
+
+int split_digits(const QuantizeArgs& args, void* stream) {
+  if (args.tokens < 1 || args.tokens > cuda_digits::kMaxTokens || args.k % 8 || args.x_stride % 8 ||
+      (args.norm_weight != nullptr && args.squares == nullptr)) {
+    return cudaErrorInvalidValue;
+  }
+  const int64_t threads =
+      int64_t{args.tokens} * cuda_digits::Shape{args.tokens, args.k}.groups() * 16;
+  cudaLaunchAttribute attribute{};
+  const auto config =
+      launch_config(static_cast<unsigned>((threads + kGroupThreads - 1) / kGroupThreads),
+                    kGroupThreads, args, attribute, stream);
+  return cudaLaunchKernelEx(&config, split_digits_kernel, args);
+}
 
 size_t quantized_x_bytes(int tokens, int64_t k) {
   return static_cast<size_t>(cuda_x::Shape{tokens, k}.bytes());
@@ -250,19 +327,12 @@ int quantize_x(const QuantizeArgs& args, void* stream) {
   const int kept = pieces <= kThreads ? 1 : kMostPieces;
   const int64_t threads =
       std::clamp<int64_t>(((pieces + kept - 1) / kept + 31) / 32 * 32, 64, kThreads);
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(
-      static_cast<unsigned>(grouped ? (shape.tokens * pieces + kGroupThreads - 1) / kGroupThreads
-                                    : shape.slabs() * cuda_x::kSlabTokens));
-  config.blockDim = dim3(grouped ? kGroupThreads : static_cast<unsigned>(threads));
-  config.stream = static_cast<cudaStream_t>(stream);
+  const int64_t blocks = grouped ? (shape.tokens * pieces + kGroupThreads - 1) / kGroupThreads
+                                 : shape.slabs() * cuda_x::kSlabTokens;
   cudaLaunchAttribute attribute{};
-  if (args.dependent) {
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
+  const auto config = launch_config(static_cast<unsigned>(blocks),
+                                    grouped ? kGroupThreads : static_cast<unsigned>(threads), args,
+                                    attribute, stream);
   if (grouped) return cudaLaunchKernelEx(&config, quantize_groups_kernel, args);
   auto* kernel = kept == 1 ? kernel_for<1>(args) : kernel_for<kMostPieces>(args);
   return cudaLaunchKernelEx(&config, kernel, args);

@@ -13,7 +13,7 @@
 
 namespace nibble::cuda {
 
-inline constexpr int kMaxSmallRows = 16, kMaxEarly = 2;
+inline constexpr int kMaxEarly = 2;
 inline constexpr int kMinWgmmaRows = 9;  // its tiles of tokens begin at 16: never faster below
 
 /// A kernel with its variant, as the launchers take it.
@@ -35,11 +35,7 @@ struct LinearKernel {
     return fmt::format("wgmma {} rows cluster {} split {}", 64 * t.row_blocks, t.cluster, t.split);
   }
   /// Whether it is made for this many rows of activations.
-  bool takes(int rows) const {
-    if (!small) return rows >= kMinWgmmaRows;
-    return rows <= (tactic == static_cast<int>(SmallTactic::kStream128) ? kMaxStream128Tokens
-                                                                        : kMaxSmallRows);
-  }
+  bool takes(int rows) const { return small ? rows <= kMaxSmallTokens : rows >= kMinWgmmaRows; }
   bool operator==(const LinearKernel&) const = default;
 };
 

@@ -62,6 +62,34 @@ __device__ __forceinline__ void dequant_e4m3(uint32_t (&a)[4], uint32_t first, u
   asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]));
 }
 
+// int4 -> operand A (u8) of a group's four steps of wgmma.m64nNk32 in 2 instructions per 8 weights:
+// u in the rows g, 16 * u in the rows g + 8, both as they lie in a lane's words. The order of k is
+// dequant_e4m3()'s, in which digits_layout.h stores x.
+__device__ __forceinline__ void mask_digits(uint32_t (&a)[4][4], const uint32_t (&words)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    uint32_t &low = a[i / 2][i % 2 * 2], &high = a[i / 2][i % 2 * 2 + 1];
+    low = words[i / 4][i % 4] & 0x0f0f0f0fu;
+    high = words[i / 4][i % 4] & 0xf0f0f0f0u;
+    asm volatile("" : "+r"(low), "+r"(high));  // as above
+  }
+}
+// Adds a group's products of eight tokens, as two wgmma eights of columns leave them, to a thread's
+// sums: rows g and g + 8, tokens 2t and 2t + 1. d: of a token's two digits, row g then row g + 8,
+// token 2t then 2t + 1. pair: the rows' scales, bf16; factors: of the tokens (digits_layout.h).
+__device__ __forceinline__ void add_digits(float (&sums)[4], const int (&d)[8], uint32_t pair,
+                                           const float (&factors)[4]) {
+  const float scale = __uint_as_float(pair << 16), scale8 = __uint_as_float(pair & 0xffff0000u);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const auto sum = static_cast<float>(d[4 * e] * 256 + d[4 * e + 1]);
+    const auto sum8 = static_cast<float>(d[4 * e + 2] * 256 + d[4 * e + 3]);
+    const float by = factors[2 * e], offset = factors[2 * e + 1];
+    sums[e] = fmaf(scale, fmaf(sum, by, offset), sums[e]);
+    sums[2 + e] = fmaf(scale8, fmaf(sum8, by * 0.0625f, offset), sums[2 + e]);
+  }
+}
+
 // Operand A (bf16, 64 x 16) of the k16 step that takes off what the offset adds: the scales of
 // eight groups, twice. Lane t of four holds those of groups 2t and 2t + 1, of row g in scales[0]
 // and row g + 8 in [1], from zeros on; `pair` are the two rows' scales of `group` (bf16, row g in
