@@ -1,11 +1,11 @@
 // Whether unpacking int4 weights overlaps with the tensor cores: clocks for 256 rows x 128 k whose
 // weights and x lie in shared memory, with the instructions of linear_wgmma.cu (K2: 16 warps, two
 // wgmma together, the operand in two buffers), of linear_digits.cu (K7: 16 warps, a group's
-// integers are scaled and added up; alone: only multiplied) and of linear_small.cu (K1: mma.sync, a
-// block of 64 rows a warp, here two warps a scheduler). No barriers, no reading of memory: what a
-// kernel takes beyond it is its own. "Alone" is without weights: x (mma.sync: and scales) is still
-// read. Addresses move by `step` (0) every round, or ptxas would load and unpack once.
-// SPDX-License-Identifier: Apache-2.0
+// integers are scaled and added up; alone: only multiplied) and of mma.sync as linear_small.cu (K1)
+// had it while it made weights of the codes (a block of 64 rows a warp, here two warps a
+// scheduler). No barriers, no reading of memory: what a kernel takes beyond it is its own. "Alone"
+// is without weights: x (mma.sync: and scales) is still read. Addresses move by `step` (0) every
+// round, or ptxas would load and unpack once. SPDX-License-Identifier: Apache-2.0
 #include "backends/cuda/layout.h"
 #include "backends/cuda/ptx/barrier.cuh"
 #include "backends/cuda/ptx/dequant.cuh"

@@ -1,6 +1,7 @@
 // The CUDA weight layout: packing is invertible and puts every nibble where the kernels expect it.
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/cuda/layout.h"
+#include "base/half.h"
 
 #include <gtest/gtest.h>
 
@@ -79,6 +80,21 @@ TEST(CudaLayout, GateAndUpShareAThread) {
   EXPECT_EQ(source_row(shape, true, 8), 128);
   EXPECT_EQ(source_row(shape, true, 16), 8);
   EXPECT_EQ(source_row(shape, true, 31), 128 + 15);
+}
+
+// What linear_small.cu multiplies by: a byte of a word as it lies, and its upper nibble, are bf16
+// numbers in units of 2^-133; the sums of the second come off those of the first (ptx/dequant.cuh).
+TEST(CudaLayout, BytesAreBf16Numbers) {
+  const auto value = [](uint32_t bits) {
+    return std::ldexp(double{bf16_to_float(static_cast<uint16_t>(bits))}, 133);
+  };
+  for (uint32_t byte = 0; byte < 256; ++byte) {
+    const uint32_t u = byte & 15, u8 = byte >> 4;  // of rows g and g + 8
+    EXPECT_EQ(value(byte & 0x00ff) - value(byte & 0x00f0), u);
+    EXPECT_EQ(value(byte & 0x00f0), 16 * u8);
+  }
+  EXPECT_EQ(value(0x8088) - value(0x8080), -8);
+  EXPECT_EQ(value(0x8080), 16 * -8);
 }
 
 }  // namespace

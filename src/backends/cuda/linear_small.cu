@@ -3,7 +3,8 @@
 // Layouts: W in layout.h's blocks (64 rows x 128 k, 4224 B, scales inline); x, out bf16 row-major.
 // Bytes: N*K*0.515625 of weights once from device memory; x is re-read from L2 by every CTA:
 //   2*M/(0.5156*R) of the weight bytes, R = rows a warp covers (64 or 128).
-// Flops: 2*M*N*K, on mma.sync m16n8k16 with weights as operand A and tokens as N (M padded to 8).
+// Flops: 2*M*N*K, on mma.sync m16n8k16 with the weights' codes as operand A (mask_pairs()) and
+// tokens as N (M padded to 8); scales multiply the sums of a group, once for 128 k.
 //
 // Work split: "units" of R rows x 128 k in memory order (row tile major). CTA c of one per SM takes
 // its share of them, equal bytes for everyone, whatever the shape; where whole tiles come out even
@@ -16,7 +17,7 @@
 // deterministic.
 //
 // Warps are many (16) because a warp alone waits: for its own chain of unpacking and
-// mma.sync, 400 instructions a block. With weights that lie in L2 that chain, not the reading, is
+// mma.sync, 350 instructions a block. With weights that lie in L2 that chain, not the reading, is
 // the limit (docs/kernels.md).
 //
 // x goes through cp.async, not the bulk copy engine: the engine serves in order, and an x request
@@ -26,9 +27,9 @@
 // griddepcontrol.wait: under programmatic dependent launch 68 KB per SM of the next linear stream
 // in while the tail of this one drains. The whole ring would be in x's way.
 //
-// Limits: N, K padded to 128 by the packer; K a multiple of 8; M <= 8; sm_90 (bulk copies). All
-// CTAs of the grid must be resident at once (one per SM: they are) for the hand-over to end.
-// SPDX-License-Identifier: Apache-2.0
+// Limits: N, K padded to 128 by the packer; K a multiple of 8; M <= 8; |x| < 2^63; sm_90 (bulk
+// copies). All CTAs of the grid must be resident at once (one per SM: they are) for the hand-over
+// to end. SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(Config<kHalves>::kThreads, 1)
       for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
       factor = norm_factor(p, sum);
     }
-    if (lane == 0) factors[token] = factor;
+    if (lane == 0) factors[token] = factor * (ptx::kPairsUndo / ptx::kDequantUndo);
   }
 
   // Where a lane's row of x lies for ldmatrix. Past the last token the last one again: what comes
@@ -233,6 +234,17 @@ __global__ void __launch_bounds__(Config<kHalves>::kThreads, 1)
       }
       if (two) x_slot ^= 1;
 
+      // What the codes' offset of 8 takes off, while the weights arrive.
+      float offset[4] = {};
+      uint32_t a[4];
+      ptx::offset_pairs(a);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        b[k][0] = ptx::bf16x2_mul(b[k][0], ptx::kPairsX);
+        b[k][1] = ptx::bf16x2_mul(b[k][1], ptx::kPairsX);
+        ptx::mma_bf16(offset, a, b[k][0], b[k][1]);
+      }
+
       const uint32_t block = ring + slot * kBlockBytes;
       ptx::mbarrier_wait(bars + slot * 8, slot_phase);
       uint32_t scale_pairs[4];
@@ -242,13 +254,13 @@ __global__ void __launch_bounds__(Config<kHalves>::kThreads, 1)
         uint32_t w[2][4];
         ptx::load_shared_16(w[0], block + ((m * 2 + 0) * 32 + lane) * 16);
         ptx::load_shared_16(w[1], block + ((m * 2 + 1) * 32 + lane) * 16);
-        const ptx::RowScales scales = ptx::row_scales(scale_pairs[m]);
+        float sums[4] = {offset[0], offset[1], offset[2], offset[3]};
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-          uint32_t a[4];
-          ptx::dequant(a, w[k / 4][k % 4], scales);
-          ptx::mma_bf16(acc[m], a, b[k][0], b[k][1]);
+          ptx::mask_pairs(a, w[k / 4][k % 4]);
+          ptx::mma_bf16(sums, a, b[k][0], b[k][1]);
         }
+        ptx::add_pairs(acc[m], sums, scale_pairs[m]);
       }
       __syncwarp();
       if (lane == 0) request_block(slot);

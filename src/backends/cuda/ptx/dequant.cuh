@@ -47,6 +47,35 @@ __device__ __forceinline__ void dequant(uint32_t (&a)[4], uint32_t word, const R
   a[3] = bf16x2_fma(upper & 0x00f000f0u, r.s_hi, r.c_hi);
 }
 
+// int4 -> bf16 in 4 instructions per 8 weights (3 LOP3, 1 PRMT), exact, scales left to the sums: a
+// word's bytes as they lie are subnormal bf16 numbers too, (u + 16 * u') * 2^-133 with u of row g
+// and u' of row g + 8. Rows g get them whole, rows g + 8 the upper nibble, and add_pairs() takes
+// the latter's sums off the former's. x must be multiplied by kPairsX first, or products are
+// subnormal; sums are kPairsUndo times too small, and begin with what offset_pairs() gives for the
+// same x: -8 times its sum, in both rows' units. Limits: |x| < 2^63; results below 2^-57 lose
+// precision.
+inline constexpr uint32_t kPairsX = 0x5f805f80u;  // 2^64, twice
+inline constexpr float kPairsUndo = 0x1p69f;
+__device__ __forceinline__ void mask_pairs(uint32_t (&a)[4], uint32_t word) {
+  a[0] = word & 0x00ff00ffu;
+  a[1] = word & 0x00f000f0u;
+  a[2] = __byte_perm(word, 0, 0x4341);
+  a[3] = a[2] & 0x00f000f0u;
+}
+__device__ __forceinline__ void offset_pairs(uint32_t (&a)[4]) {
+  a[0] = a[2] = 0x80888088u;  // -(8 + 128) * 2^-133
+  a[1] = a[3] = 0x80808080u;  // -128 * 2^-133
+}
+// pair: the bf16 scale of row g (low half) and of row g + 8. d, sums: as mma.m16n8k16 has them.
+__device__ __forceinline__ void add_pairs(float (&sums)[4], const float (&d)[4], uint32_t pair) {
+  const float scale = __uint_as_float(pair << 16);
+  const float scale8 = __uint_as_float(pair & 0xffff0000u) * 0.0625f;
+  sums[0] = fmaf(scale, d[0] - d[2], sums[0]);
+  sums[1] = fmaf(scale, d[1] - d[3], sums[1]);
+  sums[2] = fmaf(scale8, d[2], sums[2]);
+  sums[3] = fmaf(scale8, d[3], sums[3]);
+}
+
 // int4 -> e4m3 in 3 instructions per 8 weights (2 LOP3, 1 SHF), exact: a byte 0 .. 15 read as e4m3
 // is u * 2^-9 (below 8 a subnormal, from 8 on the first normal binade, which has the same step). So
 // the product is with u = q + 8, and 8 times the sum of x has to come off (collect_scales() below).
