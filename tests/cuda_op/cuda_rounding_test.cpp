@@ -138,7 +138,7 @@ TEST(CudaRounding, E4m3ForTheNext) {
                               0.06);
 }
 
-// x as 16-bit integers per group must lose nothing that bf16 has, whatever the sizes, and a token's
+// x as 16-bit integers per group must lose little beside bf16, whatever the sizes, and a token's
 // result must not depend on its neighbours'. Against float64, on x as it is.
 TEST(CudaRounding, DigitsOfAnySize) {
   const auto cuda = open_or_skip(ActivationPrecision::kBf16);
@@ -205,7 +205,7 @@ TEST(CudaRounding, DigitsOfAnySize) {
               EXPECT_EQ(value, 0.0f);
             }
           }
-        // Half a step of 2^-16 of the largest value for each of the others; bf16 gives 2^-9.
+        // Half a step is 2^-16 of a group's largest value; a bf16 rounding 2^-9 of each.
         EXPECT_LT(worst, 1e-4) << rows << " rows, weight scales " << ws << ", input scales " << xs;
         if (ws > 0 || xs > 0) continue;
         // What is not a number is one token's only.

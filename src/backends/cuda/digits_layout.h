@@ -3,8 +3,9 @@
 // machines without a GPU.
 //
 // value = scale * q, |q| <= 32512 = 127 * 256, q = 256 * high + low, both in -128 .. 127. The
-// step is absmax / 32512 of the group: half of what bf16 has just below its largest value, and less
-// than bf16's rounding of that value everywhere.
+// step is absmax / 32512 of the group: a hundredth of bf16's at the largest value. Values below
+// about absmax / 256 have fewer bits than bf16 gives them, by what is little beside the rounding to
+// bf16 that the largest has had.
 //
 // A slab of 128 channels: [2 * tile tokens] rows of 128 bytes, then a factor for each token; tile
 // tokens are 8 or 16. Slabs of a matrix follow each other. Rows are wgmma's N: row_of() puts a

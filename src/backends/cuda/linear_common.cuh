@@ -420,6 +420,11 @@ __device__ __forceinline__ int over_split(const LinearParams& p, int x) {
 __device__ __forceinline__ int first_unit(const LinearParams& p, int part) {
   return part * p.units + min(part, p.units_left);
 }
+// Whose a unit is: the first units_left parts have one more than the others.
+__device__ __forceinline__ int cta_of(const LinearParams& p, int unit) {
+  const int rest = unit - p.units_left * (p.units + 1);
+  return rest < 0 ? unit / (p.units + 1) : p.units_left + rest / p.units;
+}
 
 // Tile t of a list for wgmma kernels: row tiles of a patch are the fastest index, then its token
 // tiles, so that the tiles in flight share both operands in L2.

@@ -71,12 +71,6 @@ struct Config {
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 4 && kBarOffset % 8 == 0);
 };
 
-// Which CTA has a unit: the first units_left of them have one more than the others.
-__device__ __forceinline__ int cta_of(const LinearParams& p, int unit) {
-  const int rest = unit - p.units_left * (p.units + 1);
-  return rest < 0 ? unit / (p.units + 1) : p.units_left + rest / p.units;
-}
-
 // Adds what the `others` CTAs behind this one left, in their order; two CTAs' loads are in flight
 // together. Empties the places.
 template <int kPer>

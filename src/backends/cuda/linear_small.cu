@@ -79,12 +79,6 @@ struct Cursor {
   }
 };
 
-// Which CTA has a unit: the first units_left of them have one more than the others.
-__device__ __forceinline__ int cta_of(const LinearParams& p, int unit) {
-  const int rest = unit - p.units_left * (p.units + 1);
-  return rest < 0 ? unit / (p.units + 1) : p.units_left + rest / p.units;
-}
-
 template <int kHalves, Epilogue kEpilogue>
 __global__ void __launch_bounds__(Config<kHalves>::kThreads, 1)
     linear_small_kernel(const LinearParams p) {
