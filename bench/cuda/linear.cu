@@ -9,8 +9,9 @@
 // same by split_digits, up to 16 tokens; the reference multiplies by x itself. Time: CUDA graph of
 // calls that walk through separate copies of the weights (more than L2 holds), each call depending
 // on the one before (programmatic dependent launch, as in a real step), median of 21 replays. Rates
-// count packed weight bytes (0.515625 per weight) and 2*M*N*K flops. SPDX-License-Identifier:
-// Apache-2.0
+// count packed weight bytes (0.515625 per weight) and 2*M*N*K flops.
+//
+// SPDX-License-Identifier: Apache-2.0
 #include <cuda_fp8.h>
 
 #include <cmath>

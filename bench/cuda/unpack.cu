@@ -5,7 +5,9 @@
 // had it while it made weights of the codes (a block of 64 rows a warp, here two warps a
 // scheduler). No barriers, no reading of memory: what a kernel takes beyond it is its own. "Alone"
 // is without weights: x (mma.sync: and scales) is still read. Addresses move by `step` (0) every
-// round, or ptxas would load and unpack once. SPDX-License-Identifier: Apache-2.0
+// round, or ptxas would load and unpack once.
+//
+// SPDX-License-Identifier: Apache-2.0
 #include "backends/cuda/layout.h"
 #include "backends/cuda/ptx/barrier.cuh"
 #include "backends/cuda/ptx/dequant.cuh"

@@ -2,11 +2,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <vector>
 
 #include "backends/reference/reference_backend.h"
+#include "base/half.h"
 #include "bench/op_cases.h"
 #include "ops/cpu_test_util.h"
 #include "pack/cuda_int4.h"
@@ -112,6 +116,51 @@ inline std::vector<LinearCase> cuda_linear_cases() {
     }
   }
   return cases;
+}
+
+/// Of a row of weights or a token: what its scale in a group is multiplied by.
+using OfGroup = std::function<float(int index, int group)>;
+
+/// Gives the case's weights on cuda, a plain matrix, other scales: as bf16 has them, times
+/// factor(row, group). Returns what they are now.
+inline Int4Matrix rescale(Weights& weights, Backend& cuda, Backend& host, const LinearCase& c,
+                          const OfGroup& factor) {
+  Int4Matrix m = Weights::matrix(host, c, c.seed);
+  const int groups = c.in_features / 128;
+  for (int row = 0; row < c.out_features; ++row)
+    for (int g = 0; g < groups; ++g) {
+      float& scale = m.scales[static_cast<size_t>(row * groups + g)];
+      scale = bf16_to_float(float_to_bf16(scale)) * factor(row, g);
+    }
+  const std::vector<std::byte> packed = pack_cuda_int4(m, /*gate_up=*/false);
+  weights.gate_operand.weight = cuda.import_weights(packed.data(), packed.size());
+  cuda.sync();
+  return m;
+}
+
+/// Largest error of `got` = x m^T against float64, beyond a rounding to bf16 and relative to the
+/// root of the sum of the squared terms; expects no NaN, and 0 where every term is 0.
+inline double worst_error(const Int4Matrix& m, const std::vector<float>& x,
+                          const std::vector<float>& got) {
+  const auto in = static_cast<size_t>(m.in_features), outs = static_cast<size_t>(m.out_features);
+  double worst = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const size_t token = i / outs, row = i % outs;
+    double want = 0, squares = 0;
+    for (size_t k = 0; k < in; ++k) {
+      const size_t at = row * in + k;
+      const double term = double{m.scales[at / 128]} * m.q[at] * x[token * in + k];
+      want += term, squares += term * term;
+    }
+    const double error = std::fabs(got[i] - want) - std::fabs(want) / 256;
+    EXPECT_FALSE(std::isnan(error)) << token << " " << row;
+    if (squares > 0) {
+      worst = std::max(worst, error / std::sqrt(squares));
+    } else {
+      EXPECT_EQ(got[i], 0.0f) << token << " " << row;
+    }
+  }
+  return worst;
 }
 
 }  // namespace nibble::ops

@@ -5,7 +5,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <vector>
 
@@ -143,10 +142,9 @@ TEST(CudaRounding, E4m3ForTheNext) {
 TEST(CudaRounding, DigitsOfAnySize) {
   const auto cuda = open_or_skip(ActivationPrecision::kBf16);
   if (!cuda) return;
-  constexpr int kOut = 272, kIn = 2048, kGroups = kIn / 128;
+  constexpr int kOut = 272, kIn = 2048;
   const auto host = make_reference_backend();
   const auto power = [](int exponent) { return std::ldexp(1.0f, exponent); };
-  using OfGroup = std::function<float(int index, int group)>;  // of a row of weights, of a token
   const OfGroup weight_scales[] = {
       [](int, int) { return 1.0f; },
       [&](int, int) { return power(-30); },
@@ -168,16 +166,8 @@ TEST(CudaRounding, DigitsOfAnySize) {
                          .group_size = 128,
                          .rows = rows,
                          .seed = 70 + ws};
-      Int4Matrix m = Weights::matrix(*host, c, c.seed);
-      for (int row = 0; row < kOut; ++row)
-        for (int g = 0; g < kGroups; ++g) {
-          float& scale = m.scales[static_cast<size_t>(row * kGroups + g)];
-          scale = bf16_to_float(float_to_bf16(scale)) * weight_scales[ws](row, g);
-        }
       Weights weights(*cuda, c, WeightLayout::kCudaInt4);
-      const std::vector<std::byte> packed = pack_cuda_int4(m, /*gate_up=*/false);
-      weights.gate_operand.weight = cuda->import_weights(packed.data(), packed.size());
-      cuda->sync();
+      const Int4Matrix m = rescale(weights, *cuda, *host, c, weight_scales[ws]);
       for (size_t xs = 0; xs < std::size(input_scales); ++xs) {
         const bool positive = xs + 1 == std::size(input_scales);
         std::vector<float> x = normal(size_t(rows) * kIn, 80 + xs);
@@ -187,24 +177,7 @@ TEST(CudaRounding, DigitsOfAnySize) {
         }
         round_to_bf16(x);
         const std::vector<float> got = run(*cuda, c, weights, x, rows);
-        double worst = 0;
-        for (int token = 0; token < rows; ++token)
-          for (int row = 0; row < kOut; ++row) {
-            double want = 0, squares = 0;
-            for (int k = 0; k < kIn; ++k) {
-              const double term = double{m.scales[static_cast<size_t>(row * kGroups + k / 128)]} *
-                                  m.q[static_cast<size_t>(row * kIn + k)] *
-                                  x[static_cast<size_t>(token * kIn + k)];
-              want += term, squares += term * term;
-            }
-            const float value = got[static_cast<size_t>(token * kOut + row)];
-            const double error = std::fabs(value - want) - std::fabs(want) / 256;  // bf16
-            ASSERT_FALSE(std::isnan(error)) << rows << " rows, " << ws << ", " << xs;
-            if (squares > 0) worst = std::max(worst, error / std::sqrt(squares));
-            if (squares == 0) {
-              EXPECT_EQ(value, 0.0f);
-            }
-          }
+        const double worst = worst_error(m, x, got);
         // Half a step is 2^-16 of a group's largest value; a bf16 rounding 2^-9 of each.
         EXPECT_LT(worst, 1e-4) << rows << " rows, weight scales " << ws << ", input scales " << xs;
         if (ws > 0 || xs > 0) continue;

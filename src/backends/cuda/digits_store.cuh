@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "backends/cuda/digits_layout.h"
+#include "backends/cuda/x_store.cuh"
 
 namespace nibble::cuda {
 
@@ -29,21 +30,14 @@ __device__ __forceinline__ void store_digits(uint8_t* out, const cuda_digits::Sh
   for (int offset = 8; offset; offset /= 2) {
     most = max(most, __shfl_xor_sync(0xffffffffu, most, offset));
   }
-  // Magnitudes compare as integers, and so a NaN is more than everything.
-  const float absmax = __uint_as_float(most);
-  const bool finite = most < 0x7f800000u, usable = finite && absmax >= 0x1p-100f;
-  constexpr float kLargest = cuda_digits::kLargest;
-  const float inverse = usable ? __fdiv_rn(kLargest, absmax) : 0.0f;
-  const float scale = usable   ? __fdiv_rn(absmax, kLargest)
-                      : finite ? 0.0f
-                               : __uint_as_float(0x7fffffffu);
+  const AbsmaxScale by(most, cuda_digits::kLargest);
   int q[2][4], above[2][4], sum = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int digit = usable ? __float2int_rn(v[i] * inverse) : 0;
-    q[i / 4][i % 4] = digit;
-    above[i / 4][i % 4] = digit + 128;
-    sum += digit;
+    const int value = by.usable ? __float2int_rn(v[i] * by.inverse) : 0;
+    q[i / 4][i % 4] = value;
+    above[i / 4][i % 4] = value + 128;
+    sum += value;
   }
 #pragma unroll
   for (int offset = 8; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
@@ -66,7 +60,7 @@ __device__ __forceinline__ void store_digits(uint8_t* out, const cuda_digits::Sh
                  __byte_perm(low[1], high[1], 0x5140), __byte_perm(low[1], high[1], 0x7362));
   if (part == 0) {
     *reinterpret_cast<float2*>(slab + shape.factors_offset() + token * cuda_digits::kFactorBytes) =
-        make_float2(scale, -8.0f * scale * static_cast<float>(sum));
+        make_float2(by.scale, -8.0f * by.scale * static_cast<float>(sum));
   }
 }
 

@@ -47,6 +47,7 @@ constexpr int kThreads = kConsumers + (1 + kIdleWarps) * 32;
 constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
 constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 constexpr int kSmemLimit = 232448;
+static_assert(kDigitTokens == cuda_digits::kMaxTokens);
 
 template <int kTokens, int kRowBlocks>
 struct Config {
@@ -439,7 +440,7 @@ int linear_digits(const LinearArgs& args, void* stream) {
   int row_blocks = args.tactic < 0 ? digits_tactic(args) : args.tactic;
   if ((args.rows + 127) / 128 % 2) row_blocks = 2;
   if (args.rounded && row_blocks != 4) return cudaErrorInvalidValue;  // linear_digits_rounds()
-  if (args.tokens <= 8) {
+  if (args.tokens <= 8) {  // only to compare: linear_small is faster there (docs/kernels.md)
     return row_blocks == 4 ? launch<8, 4>(args, stream) : launch<8, 2>(args, stream);
   }
   return row_blocks == 4 ? launch<16, 4>(args, stream) : launch<16, 2>(args, stream);

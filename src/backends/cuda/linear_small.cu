@@ -29,7 +29,9 @@
 //
 // Limits: N, K padded to 128 by the packer; K a multiple of 8; M <= 8; |x| < 2^63; sm_90 (bulk
 // copies). All CTAs of the grid must be resident at once (one per SM: they are) for the hand-over
-// to end. SPDX-License-Identifier: Apache-2.0
+// to end.
+//
+// SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 

@@ -1,5 +1,6 @@
-// x [tokens, k] bf16 -> e4m3 as linear_fp8.cu reads it (x_layout.h), with an RMSNorm before it
-// where one comes before. Reads 2 and writes 1.03 bytes a value.
+// x [tokens, k] bf16 -> e4m3 as linear_fp8.cu reads it (x_layout.h), or digits as linear_digits.cu
+// does (digits_layout.h), with an RMSNorm before it where one comes before. Reads 2 and writes 1.03
+// bytes a value, 2.06 of digits.
 //
 // Up to 64 tokens eight threads have the 128 channels that share a scale, 16 each, and need no
 // others: 1/rms is left to the linear (LinearArgs::squares). Above, a block a token: the norm's sum
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) quantize_x_kernel(const QuantizeArgs
   if (tid % 32 == 0) most_of_warp[tid / 32] = most;
   __syncthreads();
   for (int i = 0; i < threads / 32; ++i) most = max(most, most_of_warp[i]);
-  const E4m3Scale by(most);
+  const AbsmaxScale by(most, kMaxE4m3);
 
   auto* out = static_cast<uint8_t*>(args.out);
   const int slab = token / cuda_x::kSlabTokens;

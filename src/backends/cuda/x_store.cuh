@@ -16,17 +16,17 @@ namespace nibble::cuda {
 
 inline constexpr float kMaxE4m3 = 448.0f, kLeastAbsmax = 0x1p-100f;
 
-// Of a group or a token whose largest magnitude is `absmax`.
-struct E4m3Scale {
+// Of a group or a token whose largest magnitude is `absmax` and is to become `largest`.
+struct AbsmaxScale {
   float inverse, scale;
   bool usable;
   // Magnitudes compare as integers, and so a NaN is more than everything.
-  __device__ __forceinline__ explicit E4m3Scale(uint32_t absmax_bits) {
+  __device__ __forceinline__ AbsmaxScale(uint32_t absmax_bits, float largest) {
     const float absmax = __uint_as_float(absmax_bits);
     const bool finite = absmax_bits < 0x7f800000u;
     usable = finite && absmax >= kLeastAbsmax;
-    inverse = usable ? __fdiv_rn(kMaxE4m3, absmax) : 0.0f;
-    scale = usable ? __fdiv_rn(absmax, kMaxE4m3) : finite ? 0.0f : __uint_as_float(0x7fffffffu);
+    inverse = usable ? __fdiv_rn(largest, absmax) : 0.0f;
+    scale = usable ? __fdiv_rn(absmax, largest) : finite ? 0.0f : __uint_as_float(0x7fffffffu);
   }
 };
 
@@ -85,7 +85,7 @@ __device__ __forceinline__ void store_group(uint8_t* out, const cuda_x::Shape& s
   for (int offset = 4; offset; offset /= 2) {
     most = max(most, __shfl_xor_sync(0xffffffffu, most, offset));
   }
-  const E4m3Scale by(most);
+  const AbsmaxScale by(most, kMaxE4m3);
   float sum = 0.0f;
   const uint4 packed = round_chunk(v, by.inverse, sum);
 #pragma unroll
