@@ -63,8 +63,7 @@ struct Config {
   static constexpr int kOutBytes = kWays * kTokens * kOutStride * 4;
   static constexpr int kNormBytes = kIdleWarps * kTokens * 4;
   static constexpr int kFit = (kSmemLimit - kOutBytes - kNormBytes - 256) / kStageBytes;
-  static constexpr int kStages =
-      (kFit < 10 * kWays ? kFit : 10 * kWays) / (2 * kWays) * (2 * kWays);
+  static constexpr int kStages = (kFit < 10 * kWays ? kFit : 10 * kWays) / kWays * kWays;
   static constexpr int kOutOffset = kStages * kStageBytes;
   static constexpr int kNormOffset = kOutOffset + kOutBytes;
   static constexpr int kBarOffset = kNormOffset + kNormBytes;  // full, empty, norms
@@ -193,7 +192,6 @@ __global__ void __launch_bounds__(kThreads, 1) linear_digits_kernel(const Linear
   // Of this warpgroup's first stage: its barriers, x, this thread's weight words, row scales and
   // factors. The others are kStep further.
   constexpr int kOwn = C::kStages / C::kWays, kStep = C::kWays * C::kStageBytes;
-  static_assert(kOwn % 2 == 0, "the operand buffers alternate");
   const uint32_t my_full = full + way * 8, my_empty = empty + way * 8;
   const uint32_t my_stage = base + way * C::kStageBytes;
   const uint32_t x_at = ptx::descriptor_address(my_stage);
@@ -201,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_digits_kernel(const Linear
   const uint32_t words_at = block_at + m16 * 1024 + lane * 16;
   const uint32_t scales_at = block_at + kNibbleBytes + g8 * 16 + m16 * 4;
   const uint32_t factors_at = my_stage + C::kFactorsOffset + t4 * 16;
-  uint32_t a[2][4][4];  // operand A of a group's k32 steps, in two buffers
+  uint32_t a[4][4];  // operand A of a group's k32 steps
   // Of rows g8 and g8 + 8 of the block, tokens 8 * octet + 2 * t4 and the next.
   float sums[kOctets][4];
   uint32_t parities = 0;  // of the full barriers, one bit a stage
@@ -230,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_digits_kernel(const Linear
       uint32_t words[2][4];
       fetch(words, 0, false);
       if (tile == first_tile) TRACE(3);
-      ptx::mask_digits(a[0], words);
+      ptx::mask_digits(a, words);
       // The stages are unrolled: every address below is a register plus a constant.
 #pragma unroll 1
       do {
@@ -242,9 +240,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_digits_kernel(const Linear
           for (int k = 0; k < 4; ++k) {
             const uint64_t x = ptx::descriptor_k_major(x_at + (s * kStep >> 4) + k * 2);
             if (k == 0) {
-              Multiply::rs_u8_first(digits, a[s & 1][k], x);
+              Multiply::rs_u8_first(digits, a[k], x);
             } else {
-              Multiply::rs_u8(digits, a[s & 1][k], x);
+              Multiply::rs_u8(digits, a[k], x);
             }
           }
           ptx::wgmma_commit();
@@ -268,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_digits_kernel(const Linear
           }
           if (left == 0) break;
           if (!is_there) fetch(words, next, false);
-          ptx::mask_digits(a[~s & 1], words);
+          ptx::mask_digits(a, words);
         }
       } while (left > 0);
     }

@@ -5,7 +5,7 @@
 // 128-byte swizzle); out bf16 row-major. Bytes: N*K*0.515625 of weights once from device memory;
 // x from L2, 2*kTokens/(0.5156*rows that share it) of that: the L2-to-SM traffic of x is what
 // binds narrow tiles, so tiles are tall and two CTAs of a cluster may share every x box
-// (multicast). Flops: 2*M*N*K with M padded to the token tile (16, 32, 64, 128).
+// (multicast). Flops: 2*M*N*K with M padded to the token tile (16, 32, 48, 64, 96, 128).
 //
 // Work split: a CTA is 16 consumer warps (four warpgroups) and one producer warp. A tile has
 // kRowBlocks = 4 blocks of 64 rows, one per warpgroup; or 2, and then two warpgroups take a block's
@@ -57,6 +57,7 @@ struct Config {
   static constexpr int kXBytes = kTokens * 256;
   static constexpr int kWBytes = kRowBlocks * kBlockBytes;
   static constexpr int kOctets = kTokens / 8 / (4 / kRowBlocks);  // of tokens, of a warpgroup
+  static constexpr int kSiluOctets = kOctets < 8 ? kOctets : kOctets % 8 == 0 ? 8 : 4;
   static constexpr int kOutStride = 68;  // floats: 64 rows and padding against conflicts
   static constexpr int kStagingBytes = 16 * kOutStride * 4;  // per warpgroup: 16 tokens
   static constexpr int kExchangeBytes = kRowBlocks == 4 ? 0 : kOctets * 4 * 128 * 4;
@@ -374,7 +375,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       return ptx::load_shared_f32x2(factors + (first_token(octet) + 2 * t4) * 4);
     };
     if (p.epilogue == static_cast<int>(Epilogue::kSiluMul)) {
-      store_silu<C::kOctets, (C::kOctets < 8 ? C::kOctets : 8)>(
+      store_silu<C::kOctets, C::kSiluOctets>(
           p, scratch, 1 + wg, tid, block_row / 2, own, own_end,
           [&](int octet) -> const float(&)[4] { return sums[octet]; }, factor, first_token);
     } else {
@@ -457,7 +458,12 @@ int launch(const LinearArgs& args, int split, void* stream) {
 }
 
 int tile_tokens(int tokens) {
-  return tokens <= 16 ? 16 : tokens <= 32 ? 32 : tokens <= 64 ? 64 : 128;
+  for (const int tile : {16, 32, 48, 64}) {
+    if (tokens <= tile) return tile;
+  }
+  // Of the two largest the one that pads less, if by enough: 128 has the better rate.
+  const auto padded = [&](int tile) { return (tokens + tile - 1) / tile * tile; };
+  return padded(96) * 10 < padded(128) * 9 ? 96 : 128;
 }
 
 }  // namespace
@@ -476,7 +482,7 @@ WgmmaTactic wgmma_tactic(const LinearArgs& args) {
   const int64_t tiles = tiles128 * 2 / row_blocks * token_tiles;
   const auto split = static_cast<int>(std::max<int64_t>(1, slots / tiles));
   // Pairs of CTAs where measured to be faster (docs/kernels.md).
-  return {row_blocks, long_k && tokens == 64 ? 2 : 1, split};
+  return {row_blocks, long_k && (tokens == 48 || tokens == 64) ? 2 : 1, split};
 }
 
 std::vector<WgmmaTactic> wgmma_tactics(const LinearArgs& args) {
@@ -518,7 +524,9 @@ int linear_wgmma(const LinearArgs& args, void* stream) {
   switch (tile_tokens(args.tokens)) {
     case 16: return go(std::integral_constant<int, 16>{});
     case 32: return go(std::integral_constant<int, 32>{});
+    case 48: return go(std::integral_constant<int, 48>{});
     case 64: return go(std::integral_constant<int, 64>{});
+    case 96: return go(std::integral_constant<int, 96>{});
     default: return go(std::integral_constant<int, 128>{});
   }
 }
