@@ -52,8 +52,7 @@ void open_backend(LoadedModel& model, const LoadOptions& options) {
   model.backend->use_tactics(model.plan.tactics);
 }
 
-void load_weights(LoadedModel& model, const LoadOptions& options) {
-  if (options.before_load) options.before_load(model.plan, *model.tensors, *model.backend);
+void load_weights(LoadedModel& model) {
   const auto start = std::chrono::steady_clock::now();
   model.weights = ModelWeights::load(*model.backend, model.plan, *model.tensors);
   model.backend->sync();
@@ -69,8 +68,11 @@ LoadedModel load_source(std::unique_ptr<WeightSource> source, const LoadOptions&
   model.source = std::move(source);
   model.plan = plan_engine(*model.source, options.build);
   open_backend(model, options);  // first: without a GPU there is no need to pack
+  if (options.before_load) {
+    options.before_load(model.plan, engine_bytes(*model.source, model.plan), *model.backend);
+  }
   model.tensors = std::make_unique<EngineTensors>(pack_in_memory(*model.source, model.plan));
-  load_weights(model, options);
+  load_weights(model);
   return model;
 }
 
@@ -96,7 +98,10 @@ void load_engine(LoadedModel& model, const fs::path& directory, const LoadOption
   if (!notice.empty()) model.notices.push_back(notice);
   if (options.verify) verify_engine(file, directory);
   model.tensors = std::make_unique<EngineTensors>(EngineTensors::from_file(std::move(file)));
-  load_weights(model, options);
+  if (options.before_load) {
+    options.before_load(model.plan, model.tensors->total_bytes(), *model.backend);
+  }
+  load_weights(model);
 }
 
 }  // namespace
@@ -117,8 +122,7 @@ LoadedModel load_model(const fs::path& directory, const LoadOptions& options) {
       throw EngineRefused(error.kind(), message);
     }
   } else {
-    model = load_source(
-        kind == ModelKind::kCheckpoint ? open_checkpoint(directory) : open_hf(directory), options);
+    model = load_source(open_source(directory), options);
   }
   model.kind = kind;
   model.directory = tokenizer_directory(directory);

@@ -34,8 +34,9 @@ struct LoadOptions {
   BuildOptions build;   // for what is not an engine yet; limits and kv format matter
   int num_threads = 0;  // 0: usable_cpu_count()
   bool verify = false;  // check the engine's checksums first
-  /// Called when everything is known and nothing has been loaded into the backend; may throw.
-  std::function<void(const EnginePlan&, const EngineTensors&, Backend&)> before_load;
+  /// Called when everything is known and nothing has been packed or loaded into the backend; may
+  /// throw.
+  std::function<void(const EnginePlan&, uint64_t weight_bytes, Backend&)> before_load;
 };
 
 struct LoadedModel {

@@ -233,6 +233,17 @@ void describe_engine(
   Packer(source, plan, describe).run();
 }
 
+uint64_t engine_bytes(const WeightSource& source, const EnginePlan& plan) {
+  uint64_t total = 0;
+  describe_engine(source, plan,
+                  [&](const std::string&, DType dtype, const std::vector<int64_t>& shape) {
+                    int64_t bits = dtype_bits(dtype);
+                    for (const int64_t size : shape) bits *= size;
+                    total += static_cast<uint64_t>(bits) / 8;
+                  });
+  return total;
+}
+
 EngineTensors pack_in_memory(const WeightSource& source, const EnginePlan& plan) {
   EngineTensors tensors;
   pack_engine(source, plan, [&](PackedTensor tensor) {

@@ -30,6 +30,9 @@ void describe_engine(const WeightSource& source, const EnginePlan& plan,
                      const std::function<void(const std::string& name, DType dtype,
                                               const std::vector<int64_t>& shape)>& emit);
 
+/// What pack_engine() will emit, in bytes.
+uint64_t engine_bytes(const WeightSource& source, const EnginePlan& plan);
+
 /// The same, held in memory: for eval and bench without an engine on disk.
 EngineTensors pack_in_memory(const WeightSource& source, const EnginePlan& plan);
 

@@ -21,7 +21,7 @@ namespace nibble {
 namespace {
 
 /// Nothing where the backend works in the host's memory.
-std::optional<MemoryPlan> plan_device(const EnginePlan& plan, const EngineTensors& tensors,
+std::optional<MemoryPlan> plan_device(const EnginePlan& plan, uint64_t weight_bytes,
                                       Backend& backend, const ChatModelOptions& options) {
   const uint64_t free = backend.free_memory_bytes();
   if (free == 0) return std::nullopt;
@@ -36,7 +36,7 @@ std::optional<MemoryPlan> plan_device(const EnginePlan& plan, const EngineTensor
   return plan_memory(plan,
                      {.device = backend.name(),
                       .free = free,
-                      .weights = tensors.total_bytes(),
+                      .weights = weight_bytes,
                       .kv_block = block,
                       .act_element = backend.act_bytes()},
                      wish);
@@ -104,8 +104,8 @@ std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory,
                                            const ChatModelOptions& options) {
   std::optional<MemoryPlan> memory;  // of a device
   LoadOptions load = options.load;
-  load.before_load = [&](const EnginePlan& plan, const EngineTensors& tensors, Backend& backend) {
-    memory = plan_device(plan, tensors, backend, options);
+  load.before_load = [&](const EnginePlan& plan, uint64_t weight_bytes, Backend& backend) {
+    memory = plan_device(plan, weight_bytes, backend, options);
   };
   LoadedModel model = load_model(directory, load);
   if (!fs::exists(model.directory / "tokenizer.json")) {
@@ -151,6 +151,15 @@ std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory,
   chat->source_ = std::move(model.source);
   chat->engine_ = Engine::create(std::move(parts));
   return chat;
+}
+
+void ChatModel::check_device(const fs::path& checkpoint, const ChatModelOptions& options) {
+  const auto source = open_source(checkpoint);
+  const EnginePlan plan = plan_engine(*source, options.load.build);
+  if (!plan.target.starts_with("cuda:")) return;
+  const auto backend =
+      make_backend(plan.target, plan.activation_precision, options.load.num_threads);
+  plan_device(plan, engine_bytes(*source, plan), *backend, options);
 }
 
 std::vector<int32_t> ChatModel::encode_chat(ChatRequest request) const {

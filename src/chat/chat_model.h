@@ -37,6 +37,10 @@ class ChatModel {
   static std::unique_ptr<ChatModel> open(const fs::path& directory,
                                          const ChatModelOptions& options);
 
+  /// Throws what open() would throw of an engine of `checkpoint`, built with options.load.build,
+  /// whose device is not there or has too little memory. Before it is built.
+  static void check_device(const fs::path& checkpoint, const ChatModelOptions& options);
+
   const Tokenizer& tokenizer() const { return tokenizer_; }
   const ChatTemplate& chat_template() const { return template_; }
   const EnginePlan& plan() const { return plan_; }

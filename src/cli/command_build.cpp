@@ -17,9 +17,25 @@
 
 namespace nibble::cli {
 
+BuildOptions build_options(const BuildFlags& flags) {
+  BuildOptions options;
+  options.target = resolve_target(flags.target);
+  options.limits.max_batch_size = flags.max_batch_size;
+  options.limits.max_input_len = flags.max_input_len;
+  options.limits.max_output_len = flags.max_output_len;
+  if (flags.max_num_tokens > 0) options.limits.max_num_tokens = flags.max_num_tokens;
+  options.kv_format = kv_format_from_name(flags.kv_cache);
+  options.activation_precision = activation_precision_from_flag(flags.activations);
+  options.tune = !flags.no_tune;
+  options.synthetic = flags.synthetic;
+  options.synthetic_lm_head = flags.quantize_lm_head;
+  if (!flags.tokenizer.empty()) options.tokenizer_dir = flags.tokenizer;
+  return options;
+}
+
 int run_build(const BuildFlags& flags) {
   const auto start = std::chrono::steady_clock::now();
-  const std::string target = resolve_target(flags.target);
+  const BuildOptions options = build_options(flags);
   if (flags.checkpoint.empty() == flags.synthetic.empty()) {
     fail(ErrorKind::kUsage, "build: give a CHECKPOINT or --synthetic SHAPE");
   }
@@ -44,8 +60,7 @@ int run_build(const BuildFlags& flags) {
                                            flags.quantize_lm_head.empty()
                                                ? LmHeadFormat::kDense
                                                : lm_head_format_from_name(flags.quantize_lm_head))
-                      : kind == ModelKind::kCheckpoint ? open_checkpoint(flags.checkpoint)
-                                                       : open_hf(flags.checkpoint);
+                      : open_source(flags.checkpoint);
   TerminalProgress progress;
   for (const std::string& notice : source->notices()) progress.note(notice);
   if (kind == ModelKind::kHuggingFace) {
@@ -53,18 +68,6 @@ int run_build(const BuildFlags& flags) {
         "the model is not quantized: this engine keeps its weights at full size (nibble quantize "
         "makes a 4-bit checkpoint)");
   }
-  BuildOptions options;
-  options.target = target;
-  options.limits.max_batch_size = flags.max_batch_size;
-  options.limits.max_input_len = flags.max_input_len;
-  options.limits.max_output_len = flags.max_output_len;
-  if (flags.max_num_tokens > 0) options.limits.max_num_tokens = flags.max_num_tokens;
-  options.kv_format = kv_format_from_name(flags.kv_cache);
-  options.activation_precision = activation_precision_from_flag(flags.activations);
-  options.tune = !flags.no_tune;
-  options.synthetic = flags.synthetic;
-  options.synthetic_lm_head = flags.quantize_lm_head;
-  if (!flags.tokenizer.empty()) options.tokenizer_dir = flags.tokenizer;
   const fs::path tokenizer_source = options.tokenizer_dir.value_or(flags.checkpoint);
   if (tokenizer_source.empty() ||
       !fs::exists(tokenizer_directory(tokenizer_source) / "tokenizer.json")) {
@@ -84,7 +87,7 @@ int run_build(const BuildFlags& flags) {
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const uint64_t bytes = fs::file_size(fs::path(flags.out) / "rank0.engine");
-  fmt::print("built {} for {}: {} in {} ({}/s)\n", flags.out, target, human_bytes(bytes),
+  fmt::print("built {} for {}: {} in {} ({}/s)\n", flags.out, options.target, human_bytes(bytes),
              human_duration(seconds),
              human_bytes(static_cast<uint64_t>(static_cast<double>(bytes) / seconds)));
   return 0;

@@ -51,9 +51,7 @@ fs::path product_path(const ServeFlags& flags, const fs::path& dir, std::string_
 }
 
 BuildFlags build_flags(const ServeFlags& flags, const fs::path& checkpoint) {
-  const auto source = model_kind(checkpoint) == ModelKind::kCheckpoint ? open_checkpoint(checkpoint)
-                                                                       : open_hf(checkpoint);
-  const int context = source->spec().max_position;
+  const int context = open_source(checkpoint)->spec().max_position;
   BuildFlags build;
   build.checkpoint = checkpoint.string();
   build.target = flags.target;
@@ -74,14 +72,16 @@ struct Prepared {
   std::optional<BuildFlags> again;
 };
 
-void build_for(const fs::path& dir, const BuildFlags& build) {
+void build_for(const fs::path& dir, const BuildFlags& build, ChatModelOptions options) {
+  options.load.build = build_options(build);
+  ChatModel::check_device(dir, options);  // in a second, where building may take a minute
   fmt::print(stderr, "building {} from {}\n", build.out, dir.string());
   run_build(build);
 }
 
 /// The engine to serve, making what is missing. Every product keeps its name, so that the next
 /// start finds it.
-Prepared prepare_engine(const ServeFlags& flags) {
+Prepared prepare_engine(const ServeFlags& flags, const ChatModelOptions& options) {
   fs::path dir = without_trailing_slash(fs::absolute(flags.model).lexically_normal());
   ModelKind kind = model_kind(dir);
   if (kind == ModelKind::kEngine) return {dir, std::nullopt};
@@ -95,6 +95,10 @@ Prepared prepare_engine(const ServeFlags& flags) {
                  "{} is a Hugging Face model: quantizing it to 4 bits ({}) into {}, then building "
                  "an engine for {} beside it\n",
                  dir.string(), flags.quantize, checkpoint.string(), resolve_target(flags.target));
+      const std::string device = resolve_target(flags.target);
+      if (device.starts_with("cuda:")) {  // a device that is not there should not show afterwards
+        make_backend(device, default_activation_precision(device), flags.threads);
+      }
       QuantizeFlags quantize;
       quantize.threads = flags.threads;
       quantize.model = dir.string();
@@ -129,7 +133,7 @@ Prepared prepare_engine(const ServeFlags& flags) {
                dir.string());
     return {engine, build};
   }
-  build_for(dir, build);
+  build_for(dir, build, options);
   return {engine, std::nullopt};
 }
 
@@ -148,7 +152,7 @@ std::unique_ptr<ChatModel> open_model(const Prepared& prepared, const ChatModelO
     BuildFlags beside = *prepared.again;
     beside.out = prepared.engine.string() + ".again";
     fs::remove_all(beside.out);
-    build_for(beside.checkpoint, beside);
+    build_for(beside.checkpoint, beside, options);
     fs::remove_all(refused);
     fs::rename(prepared.engine, refused);
     fs::rename(beside.out, prepared.engine);
@@ -226,8 +230,6 @@ int run_serve(const ServeFlags& flags) {
       fmt::format("{}://{}:{}", flags.tls_cert.empty() ? "http" : "https",
                   flags.host.find(':') == std::string::npos ? flags.host : "[" + flags.host + "]",
                   server->port());
-  const Prepared prepared = prepare_engine(flags);
-  const fs::path& engine = prepared.engine;
   ChatModelOptions options;
   options.load.num_threads = flags.threads;
   options.tokenizer.regex = parse_tokenizer_regex(flags.tokenizer_regex);
@@ -237,6 +239,8 @@ int run_serve(const ServeFlags& flags) {
   options.kv_cache_free_fraction = flags.kv_cache_free_fraction;
   options.kv_cache_sequences = 0;
   options.max_queue = flags.max_queue;
+  const Prepared prepared = prepare_engine(flags, options);
+  const fs::path& engine = prepared.engine;
   auto model = open_model(prepared, options);
   const SamplingParams defaults = read_sampling_defaults(flags, engine);
   for (const std::string& notice : model->notices()) fmt::print(stderr, "{}\n", notice);

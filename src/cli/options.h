@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "build/engine_builder.h"
+
 namespace nibble::cli {
 
 struct CommonOptions {
@@ -155,6 +157,7 @@ struct ServeFlags : CommonOptions {
 };
 
 int run_quantize(const QuantizeFlags& flags);
+BuildOptions build_options(const BuildFlags& flags);
 int run_build(const BuildFlags& flags);
 int run_chat(const RunFlags& flags);
 int run_run(const RunFlags& flags);

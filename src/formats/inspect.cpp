@@ -293,8 +293,7 @@ json::object inspect_model(const fs::path& directory) {
               {"bytes", bytes},
               {"metadata", std::move(metadata)}};
   } else {
-    const auto source =
-        kind == ModelKind::kCheckpoint ? open_checkpoint(directory) : open_hf(directory);
+    const auto source = open_source(directory);
     report = inspect_source(*source, kind_name(kind));
   }
   report["directory"] = directory.string();
@@ -306,7 +305,7 @@ json::object inspect_tensor(const fs::path& given, std::string_view name) {
   const fs::path directory = kind == ModelKind::kCheckpoint ? checkpoint_directory(given) : given;
   std::vector<std::string> names;
   if (kind != ModelKind::kEngine) {
-    const auto source = kind == ModelKind::kCheckpoint ? open_checkpoint(given) : open_hf(given);
+    const auto source = open_source(given);
     for (const WeightRow& row : weight_table(source->spec())) {
       if (row.name == name) return inspect_row(*source, row);
       names.push_back(row.name);

@@ -88,4 +88,9 @@ ModelKind model_kind(const fs::path& given) {
        directory.string(), list_files(directory));
 }
 
+std::unique_ptr<WeightSource> open_source(const fs::path& directory) {
+  return model_kind(directory) == ModelKind::kCheckpoint ? open_checkpoint(directory)
+                                                         : open_hf(directory);
+}
+
 }  // namespace nibble

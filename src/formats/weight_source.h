@@ -80,5 +80,7 @@ fs::path checkpoint_directory(const fs::path& directory);
 
 std::unique_ptr<WeightSource> open_hf(const fs::path& directory);
 std::unique_ptr<WeightSource> open_checkpoint(const fs::path& directory);
+/// Of the two the one that `directory` is.
+std::unique_ptr<WeightSource> open_source(const fs::path& directory);
 
 }  // namespace nibble

@@ -600,6 +600,7 @@ TEST_F(EngineDirectory, ACudaEngineHoldsTheBytesItsLoaderWants) {
     const EnginePlan plan = plan_engine(*source, options);
     EXPECT_EQ(plan.target, target);
     const EngineTensors tensors = pack_in_memory(*source, plan);
+    EXPECT_EQ(engine_bytes(*source, plan), tensors.total_bytes());
     const auto backend = make_backend("ref", ActivationPrecision::kF32, 1);
     const ModelWeights weights = ModelWeights::load(*backend, plan, tensors);
     EXPECT_EQ(weights.layers[0].qkv.layout, WeightLayout::kCudaInt4);
@@ -613,6 +614,23 @@ TEST_F(EngineDirectory, ACudaEngineHoldsTheBytesItsLoaderWants) {
   const auto source = open_synthetic(odd, 1, true, LmHeadFormat::kInt4);
   EXPECT_THAT(catch_error([&] { plan_engine(*source, small_options("cuda:sm_90")); }).message,
               AllOf(HasSubstr(std::to_string(odd.vocab_size)), HasSubstr("--target cpu:native")));
+}
+
+TEST_F(EngineDirectory, WhoPlansMemoryIsToldTheBytesOfTheWeights) {
+  for (const fs::path& directory : {engine_, checkpoint_}) {
+    uint64_t bytes = 0;
+    LoadOptions options{.build = small_options(), .num_threads = 1};
+    options.before_load = [&](const EnginePlan& plan, uint64_t weight_bytes, Backend&) {
+      EXPECT_EQ(plan.limits.max_batch_size, 4);
+      bytes = weight_bytes;
+    };
+    const LoadedModel model = load_model(directory, options);
+    EXPECT_EQ(bytes, model.tensors->total_bytes()) << directory;
+    options.before_load = [](const EnginePlan&, uint64_t, Backend&) {
+      fail(ErrorKind::kMemory, "no room");
+    };
+    EXPECT_EQ(catch_error([&] { load_model(directory, options); }).message, "no room");
+  }
 }
 
 TEST_F(EngineDirectory, OtherCudaTargetsAreRefusedNamingBoth) {

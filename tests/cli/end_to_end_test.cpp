@@ -434,6 +434,22 @@ TEST_F(EndToEnd, ASyntheticCudaEngineIsBuiltWithoutAGpuAndSaysHowItsKernelsAreCh
                         " --target cuda:sm_90 --max-input-len 500 --no-tune\n"));
 }
 
+// Whether the device is there, and has the room, is asked before an engine is built for it.
+TEST_F(EndToEnd, ServeAsksForTheDeviceBeforeItBuilds) {
+  fs::create_directory(path("made"));
+  for (const std::string& model : {rtn(), kNano.string()}) {
+    const Result result = run_nibble(
+        {.arguments = {"serve", model, "--port", "0", "--work-dir", path("made"), "--target",
+                       "cuda:sm_90", "--quantize", "rtn", "--kv-cache-bytes", "900GiB",
+                       "--access-log", "off"}});
+    EXPECT_EQ(result.status, 1) << result.err;
+    EXPECT_THAT(result.err, AnyOf(HasSubstr("cuda:sm_90"), HasSubstr("--kv-cache-bytes")));
+    for (const auto& entry : fs::directory_iterator(path("made"))) {  // with a GPU: a checkpoint
+      EXPECT_FALSE(fs::exists(entry.path() / "rank0.engine")) << entry.path();
+    }
+  }
+}
+
 // The engine that serve made for itself is made again when it cannot be served; a user's own is
 // left alone.
 TEST_F(EndToEnd, ServeBuildsARefusedEngineAgain) {
