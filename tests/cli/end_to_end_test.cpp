@@ -437,11 +437,11 @@ TEST_F(EndToEnd, ASyntheticCudaEngineIsBuiltWithoutAGpuAndSaysHowItsKernelsAreCh
 // Whether the device is there, and has the room, is asked before an engine is built for it.
 TEST_F(EndToEnd, ServeAsksForTheDeviceBeforeItBuilds) {
   fs::create_directory(path("made"));
-  for (const std::string& model : {rtn(), kNano.string()}) {
-    const Result result = run_nibble(
-        {.arguments = {"serve", model, "--port", "0", "--work-dir", path("made"), "--target",
-                       "cuda:sm_90", "--quantize", "rtn", "--kv-cache-bytes", "900GiB",
-                       "--access-log", "off"}});
+  for (const std::string& model : {rtn(), kNano}) {
+    const Result result =
+        run_nibble({.arguments = {"serve", model, "--port", "0", "--work-dir", path("made"),
+                                  "--target", "cuda:sm_90", "--quantize", "rtn", "--kv-cache-bytes",
+                                  "900GiB", "--access-log", "off"}});
     EXPECT_EQ(result.status, 1) << result.err;
     EXPECT_THAT(result.err, AnyOf(HasSubstr("cuda:sm_90"), HasSubstr("--kv-cache-bytes")));
     for (const auto& entry : fs::directory_iterator(path("made"))) {  // with a GPU: a checkpoint
