@@ -60,7 +60,7 @@ int run_build(const BuildFlags& flags) {
                                            flags.quantize_lm_head.empty()
                                                ? LmHeadFormat::kDense
                                                : lm_head_format_from_name(flags.quantize_lm_head))
-                      : open_source(flags.checkpoint);
+                          : open_source(flags.checkpoint);
   TerminalProgress progress;
   for (const std::string& notice : source->notices()) progress.note(notice);
   if (kind == ModelKind::kHuggingFace) {
