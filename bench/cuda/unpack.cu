@@ -259,7 +259,6 @@ void bench_mma(cudaStream_t stream) {  // a round is eight blocks: 512 rows
 void bench_unpack(cudaStream_t stream) {
   bench_wgmma<16>(stream);
   bench_wgmma<32>(stream);
-  bench_wgmma<48>(stream);
   bench_wgmma<64>(stream);
   bench_digits<8>(stream);
   bench_digits<16>(stream);

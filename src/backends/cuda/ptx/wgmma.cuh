@@ -1,7 +1,7 @@
-// Hopper warpgroup MMA: operand A (64 x 16 bf16 or 64 x 32 e4m3) from registers, B [N][K] of the
-// same type in shared memory with the 128-byte swizzle; accumulators f32, of e4m3 f16. Order of
-// use: wgmma_fence after ordinary code wrote A or D, the wgmma, wgmma_commit, wgmma_wait<n> before
-// reading D or rewriting A. SPDX-License-Identifier: Apache-2.0
+// Hopper warpgroup MMA: operand A (64 x 16 bf16, 64 x 32 e4m3 or u8) from registers, B [N][K] of
+// the same type (of u8: s8) in shared memory with the 128-byte swizzle; accumulators f32, of e4m3
+// f16, of u8 s32. Order of use: wgmma_fence after ordinary code wrote A or D, the wgmma,
+// wgmma_commit, wgmma_wait<n> before reading D or rewriting A. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
