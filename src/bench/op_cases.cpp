@@ -376,15 +376,19 @@ void AttentionRun::prepare(const std::vector<Chunk>& chunks) {
   tables_dev_ = to_device(backend_, step_tables_);
   round_to_bf16(qkv);
   qkv_ = acts_to_device(backend_, qkv);
-  batch_ = {.num_tokens = static_cast<int>(positions_.size()),
-            .num_seqs = static_cast<int>(chunks.size()),
-            .max_blocks_per_seq = blocks_per_seq_,
-            .positions = positions_dev_.as<int32_t>(),
-            .seq_starts = seq_starts_dev_.as<int32_t>(),
-            .kv_lens = kv_lens_dev_.as<int32_t>(),
-            .block_tables = tables_dev_.as<int32_t>(),
-            .host_seq_starts = seq_starts_.data(),
-            .host_kv_lens = kv_lens_.data()};
+  batch_ = {
+      .num_tokens = static_cast<int>(positions_.size()),
+      .num_seqs = static_cast<int>(chunks.size()),
+      .num_decode_seqs = static_cast<int>(
+          std::ranges::find_if(chunks, [](const Chunk& c) { return c.count > 1 || c.is_prompt; }) -
+          chunks.begin()),
+      .max_blocks_per_seq = blocks_per_seq_,
+      .positions = positions_dev_.as<int32_t>(),
+      .seq_starts = seq_starts_dev_.as<int32_t>(),
+      .kv_lens = kv_lens_dev_.as<int32_t>(),
+      .block_tables = tables_dev_.as<int32_t>(),
+      .host_seq_starts = seq_starts_.data(),
+      .host_kv_lens = kv_lens_.data()};
   y_ = backend_.alloc(positions_.size() * static_cast<size_t>(shape_.num_heads * shape_.head_dim) *
                       backend_.act_bytes());
 }

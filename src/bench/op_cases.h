@@ -65,7 +65,8 @@ std::vector<AttentionShape> attention_shapes();
 class AttentionRun {
  public:
   struct Chunk {
-    int sequence, count;  // next `count` tokens of `sequence`
+    int sequence, count;     // next `count` tokens of `sequence`
+    bool is_prompt = false;  // else one token at the front is taken for a drawn one
   };
   /// `shuffle` permutes block ids; out_scale adds o's pre-scale.
   AttentionRun(Backend& backend, const AttentionShape& shape, int num_sequences, int max_tokens,

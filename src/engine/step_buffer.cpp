@@ -91,6 +91,9 @@ void StepBuffer::build(const StepPlan& plan) {
   step_ = {.num_tokens = plan.num_tokens,
            .num_seqs = static_cast<int>(plan.sequences.size()),
            .num_logit_rows = plan.num_logit_rows,
+           .num_decode_seqs = static_cast<int>(
+               std::ranges::find(plan.sequences, false, &ScheduledSequence::is_decode) -
+               plan.sequences.begin()),
            .max_blocks_per_seq = num_blocks};
   layout_ = layout(step_.num_tokens, step_.num_seqs, step_.num_logit_rows, num_blocks, num_history,
                    num_bias, size_t(num_masks_) * mask_words_);
@@ -169,7 +172,7 @@ void StepBuffer::fill_mask(const Sequence& seq, uint64_t* words) const {
 }
 
 uint64_t StepBuffer::graph_key(const void* base) const {
-  if (step_.num_tokens != step_.num_seqs) return 0;  // every scheduled sequence has a token
+  if (step_.num_decode_seqs != step_.num_seqs) return 0;
   const size_t what[] = {reinterpret_cast<size_t>(base),
                          static_cast<size_t>(step_.num_seqs),
                          static_cast<size_t>(step_.num_logit_rows),

@@ -114,6 +114,7 @@ void Decoder::head(const StepBatch& batch, const void* x) {
 }
 
 void Decoder::forward(const StepBatch& batch, std::span<const KvLayer> kv) {
+  backend_.begin_step(batch);
   embed(batch, x_.data());
   for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
     this->layer(static_cast<int>(layer), weights_.layers[layer], batch, kv[layer], x_.data());

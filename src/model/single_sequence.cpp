@@ -45,6 +45,7 @@ void SingleSequence::step(std::span<const int32_t> ids, int num_logit_rows) {
   StepBatch batch{.num_tokens = count,
                   .num_seqs = 1,
                   .num_logit_rows = num_logit_rows,
+                  .num_decode_seqs = count == 1 ? 1 : 0,
                   .max_blocks_per_seq = kv_.num_blocks()};
   const auto field = [&](int size) {
     int32_t* at = host;

@@ -4,8 +4,8 @@
 //
 // Invariant every backend keeps: an output row depends only on its own sequence's inputs, bit for
 // bit. The same token at the same position gives the same bits whatever the chunking, the
-// batch-mates, the cached prefix or the block ids. (cuda may document exceptions; reference and cpu
-// have none.)
+// batch-mates, the cached prefix or the block ids. (cuda:sm_90 keeps it for rows of prompts and not
+// for drawn tokens, docs/cuda-backend.md; all others have no exceptions.)
 //
 // Not thread-safe: one thread owns a backend. Ops may be asynchronous until sync().
 // SPDX-License-Identifier: Apache-2.0
@@ -126,6 +126,10 @@ class Backend {
 
   // Ops
   // ---------------------------------------------------------------------------------------------
+  /// The ops from here to the next call are this batch's: a backend may choose kernels by what its
+  /// rows are. Without a call a batch is taken for one of drawn tokens.
+  virtual void begin_step(const StepBatch& batch) { (void)batch; }
+
   /// x[t] = table[token_ids[t]]. table: dense layout [vocab, hidden].
   virtual void embed(const StepBatch& batch, const LinearOperand& table,
                      void* x /*[T, hidden]*/) = 0;

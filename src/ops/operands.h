@@ -27,9 +27,12 @@ struct LinearOperand {
 
 /// One step's ragged batch. Rows of sequence s are [seq_starts[s], seq_starts[s+1]).
 struct StepBatch {
-  int num_tokens = 0;          // T
-  int num_seqs = 0;            // S
-  int num_logit_rows = 0;      // R
+  int num_tokens = 0;      // T
+  int num_seqs = 0;        // S
+  int num_logit_rows = 0;  // R
+  // Sequences at the front that bring one token, drawn by a step before. The rows of the others
+  // are of prompts, also where there is one row only.
+  int num_decode_seqs = 0;
   int max_blocks_per_seq = 0;  // B
   // [T]; -1 - r: the token that row r of the sampling op before this step drew (previous_tokens).
   // Only backends whose steps overlap (Backend::overlaps()) are given such.

@@ -22,8 +22,10 @@ class StepBufferTest : public testing::Test {
  protected:
   StepBufferTest() : step_(kShape) {}
 
-  /// A step in which each sequence of `lengths` tokens computes its last `count` ones.
-  uint64_t build(const std::vector<int>& lengths, int count = 1, int num_bias = 0) {
+  /// A step in which each sequence of `lengths` tokens computes its last `count` ones. With one,
+  /// all but the last `num_prompts` sequences decode.
+  uint64_t build(const std::vector<int>& lengths, int count = 1, int num_bias = 0,
+                 int num_prompts = 0) {
     sequences_.clear();
     sequences_.resize(lengths.size());
     StepPlan plan;
@@ -34,7 +36,11 @@ class StepBufferTest : public testing::Test {
       seq.block_table.assign(static_cast<size_t>(lengths[i] / kBlockTokens + 1), 3);
       seq.bias.assign(static_cast<size_t>(num_bias), {5, 1.0f});
       plan.sequences.push_back(
-          {.seq = &seq, .first_token = lengths[i] - count, .num_tokens = count, .draws = true});
+          {.seq = &seq,
+           .first_token = lengths[i] - count,
+           .num_tokens = count,
+           .draws = true,
+           .is_decode = count == 1 && i + static_cast<size_t>(num_prompts) < lengths.size()});
       plan.num_tokens += count;
       ++plan.num_logit_rows;
     }
@@ -81,6 +87,16 @@ TEST_F(StepBufferTest, EverythingTheOpsSeeChangesTheKey) {
 TEST_F(StepBufferTest, PromptChunksHaveNoKey) {
   EXPECT_EQ(build({100}, 2), 0u);
   EXPECT_EQ(build({100, 200}, 50), 0u);
+  EXPECT_EQ(build({100, 200}, 1, 0, 1), 0u);  // of one token, too
+}
+
+TEST_F(StepBufferTest, BackendsAreToldWhichRowsWereDrawn) {
+  build({100, 200, 300}, 1, 0, 0);
+  EXPECT_EQ(step_.step_batch(base_).num_decode_seqs, 3);
+  build({100, 200, 300}, 1, 0, 1);
+  EXPECT_EQ(step_.step_batch(base_).num_decode_seqs, 2);
+  build({100, 200, 300}, 2);
+  EXPECT_EQ(step_.step_batch(base_).num_decode_seqs, 0);
 }
 
 TEST_F(StepBufferTest, ALongTableStopsAtTheLongestSequence) {
