@@ -1,6 +1,9 @@
 // The int4 linears: correctness against a float64 reference, then time per shape and per layer.
 //   linear [--m 1,8,16] [--kernel auto|small|wgmma|portable|fp8|digits] [--tactic N,N] [--early N]
-//          [--no-check] [--no-shapes] [--no-layer] [--odd-only] [--trace] [--cached]
+//          [--no-check] [--no-shapes] [--no-layer] [--odd-only] [--trace] [--cached] [--in-order]
+//          [--matrix qkv|o|gate_up|down]
+// --in-order: wgmma and fp8 as for steps with rows of prompts; and each token's bits are compared
+// with those of a call of 2 tokens.
 // --cached: weights that repeat every 16 MB and so come out of L2 (not checked): how fast the
 // kernels are where memory is not what binds, as on a device with faster memory.
 // fp8: x is quantized by quantize_x, which has rows of its own; the reference quantizes by itself,
@@ -163,10 +166,10 @@ struct Weights {  // device copies of one matrix
 
 struct Options {
   std::vector<int> tokens{1, 8, 16};
-  std::string kernel = "auto";
+  std::string kernel = "auto", matrix;  // matrix: the only one
   bool check = true, layer = true, shapes = true;
   std::vector<int> tactics{-1};
-  bool trace = false, odd_only = false, cached = false;
+  bool trace = false, odd_only = false, cached = false, in_order = false;
   int early = 0;
 };
 
@@ -182,10 +185,11 @@ int run(const Options& o, const cuda::LinearArgs& args, cudaStream_t stream) {
 // The number to print: what the kernel chose, where it can say so.
 int tactic_of(const Options& o, const cuda::LinearArgs& args) {
   if (args.tactic >= 0) return args.tactic;
-  return o.kernel == "portable" ? cuda::portable_tactic(args).encode()
-         : o.kernel == "fp8"    ? cuda::fp8_tactic(args).encode()
-         : o.kernel == "digits" ? cuda::digits_tactic(args)
-                                : args.tactic;
+  return o.kernel == "wgmma"      ? cuda::wgmma_tactic(args).encode()
+         : o.kernel == "portable" ? cuda::portable_tactic(args).encode()
+         : o.kernel == "fp8"      ? cuda::fp8_tactic(args).encode()
+         : o.kernel == "digits"   ? cuda::digits_tactic(args)
+                                  : args.tactic;
 }
 
 std::vector<int> parse_list(char* text) {
@@ -288,6 +292,7 @@ int prepare(const Options& o, const void* x, int64_t x_stride, int tokens, int64
                                 .squares = nullptr,
                                 .tokens = tokens,
                                 .k = static_cast<int>(k),
+                                .one_scale = o.in_order,
                                 .dependent = dependent};
   return o.kernel == "digits" ? cuda::split_digits(args, stream) : cuda::quantize_x(args, stream);
 }
@@ -351,6 +356,7 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
                         .workspace = sizes.workspace,
                         .num_sms = sizes.sms,
                         .dependent = false,
+                        .in_order = o.in_order,
                         .tactic = tactic,
                         .early = o.early};
   uint8_t* quantized = nullptr;
@@ -371,13 +377,36 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
     BENCH_CHECK(cudaMemcpy(again.data(), out, again.size() * 2, cudaMemcpyDeviceToHost));
     same = same && again == first;
   }
+  bool alone = true;
+  if (o.in_order && tokens > 2) {  // the last two by themselves, with the rule's kernel
+    const int64_t skipped = tokens - 2;
+    cuda::LinearArgs two = args;
+    two.tokens = 2;
+    two.tactic = -1;
+    two.x = x + skipped * s.k;
+    two.out = out + skipped * columns;
+    two.residual = residual + skipped * columns;
+    cuda::TensorMap two_map;
+    BENCH_CHECK(
+        cuda::make_tensor_map(&two_map, two.x, 2, s.k, s.k * 2, cuda::linear_wgmma_box_rows(2)));
+    two.x_map = &two_map;
+    if (quantized) {
+      BENCH_CHECK(prepare(o, two.x, s.k, 2, s.k, quantized, false, stream));
+      two.x = quantized;
+    }
+    BENCH_CHECK(cudaMemsetAsync(two.out, 0xff, static_cast<size_t>(2 * columns) * 2, stream));
+    BENCH_CHECK(run(o, two, stream));
+    BENCH_CHECK(cudaStreamSynchronize(stream));
+    BENCH_CHECK(cudaMemcpy(again.data(), out, again.size() * 2, cudaMemcpyDeviceToHost));
+    alone = again == first;
+  }
   bool canaries = true;
   for (size_t i = out_count; i < first.size(); ++i) canaries = canaries && again[i] == 0xffff;
   auto* expanded = device_alloc<float>(static_cast<size_t>(tokens * s.k));
   const int64_t pairs = tokens * s.num_groups();
   expand_kernel<<<static_cast<unsigned>((pairs + 255) / 256), 256, 0, stream>>>(
-      x, s.k, s.num_groups(), pairs, o.kernel == "fp8", tokens <= cuda::kFp8GroupedTokens,
-      expanded);
+      x, s.k, s.num_groups(), pairs, o.kernel == "fp8",
+      tokens <= cuda::kFp8GroupedTokens && !o.in_order, expanded);
   reference_kernel<<<static_cast<unsigned>((s.rows * 32 + 255) / 256), 256, 0, stream>>>(
       s, w.nibbles, w.scales, expanded, tokens, y);
   double host[3] = {}, slack = 1e300;
@@ -390,12 +419,15 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
     slack = 0.05 * std::sqrt(host[1] / static_cast<double>(out_count));
   }
   const double relative = std::sqrt(host[0] / host[1]);
-  const bool ok = relative < 4e-3 && host[2] == 0 && same && canaries;
+  const bool ok = relative < 4e-3 && host[2] == 0 && same && canaries && alone;
   std::printf(
       "check %-8s %6lld x %5lld M=%-4d tactic %2d: error %.2e, wild %.0f, repeatable %s, "
-      "canaries %s  %s\n",
+      "canaries %s%s  %s\n",
       m.name, static_cast<long long>(s.rows), static_cast<long long>(s.k), tokens,
       tactic_of(o, args), relative, host[2], same ? "yes" : "NO", canaries ? "yes" : "NO",
+      !o.in_order ? ""
+      : alone     ? ", as two alone yes"
+                  : ", as two alone NO",
       ok ? "ok" : "FAILED");
   for (void* p :
        {static_cast<void*>(x), static_cast<void*>(residual), static_cast<void*>(out_scale),
@@ -492,6 +524,11 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
     } else if (flag == "--cached") {
       o.cached = true;
       o.check = false;
+    } else if (flag == "--matrix" && i + 1 < argc) {
+      o.matrix = argv[++i];
+      o.layer = false;
+    } else if (flag == "--in-order") {
+      o.in_order = true;
     } else if (flag == "--no-layer") {
       o.layer = false;
     } else {
@@ -527,7 +564,9 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
   if (o.odd_only) return failures;
   constexpr int kLayers = 6;
   Weights weights[4];
+  const auto left_out = [&](int i) { return !o.matrix.empty() && o.matrix != matrices[i].name; };
   for (int i = 0; i < 4; ++i) {
+    if (left_out(i)) continue;
     weights[i] = o.cached ? make_cached_weights(matrices[i], kLayers, stream)
                           : make_weights(matrices[i], kLayers, true, 100 * i, stream);
     if (o.check) {
@@ -569,11 +608,13 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
                             .workspace = sizes.workspace,
                             .num_sms = sizes.sms,
                             .dependent = true,
+                            .in_order = o.in_order,
                             .tactic = tactic,
                             .early = o.early};
       double sum_us = 0, bytes = 0, flops = 0;
       if (o.shapes)
         for (int i = 0; i < 4; ++i) {
+          if (left_out(i)) continue;
           const Shape& s = matrices[i].shape;
           cuda::TensorMap map;
           BENCH_CHECK(cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2,
@@ -645,7 +686,8 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
                 args.epilogue = matrices[i].epilogue;
                 read_weights(args, weights[i], layer);
                 args.dependent = layer + i > 0;
-                const bool fused = rounds && tactic < 0 && tokens <= cuda::kFp8GroupedTokens;
+                const bool fused =
+                    rounds && !o.in_order && tactic < 0 && tokens <= cuda::kFp8GroupedTokens;
                 if (rounds && (!fused || i == 1 || layer + i == 0)) {
                   quantize(args.x, args.x_stride, tokens, args.k, args.dependent);
                   args.x = quantized, args.dependent = true;

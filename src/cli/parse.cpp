@@ -23,7 +23,7 @@ namespace {
 
 constexpr const char* kActivations =
     "feed int4 linears with exact activations or int8 per group (cpu targets), or with e4m3 in "
-    "steps of 33 rows and more (fp8: cuda:sm_90; ref: all); default by target";
+    "steps with rows of prompts or 33 rows and more (fp8: cuda:sm_90; ref: all); default by target";
 constexpr const char* kMaxNumTokens =
     "tokens in one step: longer prompts are computed in chunks of this, between the steps of other "
     "answers; default 512, 2048 for cuda targets (never less than --max-batch-size)";

@@ -77,6 +77,101 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"portable_f16", "cuda:portable", std::nullopt, KvFormat::kF16, 0}),
     [](const auto& info) { return info.param.name; });
 
+struct Answer {
+  std::vector<int32_t> tokens;
+  std::vector<float> logprobs;
+  int num_cached = 0;
+};
+
+std::unique_ptr<Engine> make_engine(const Case& test_case, int max_num_tokens) {
+  LoadOptions options;
+  options.build.target = test_case.target;
+  options.build.activation_precision = test_case.precision;
+  options.build.kv_format = test_case.kv_format;
+  options.build.limits = {.max_batch_size = 40,
+                          .max_input_len = 700,
+                          .max_output_len = 32,
+                          .max_num_tokens = max_num_tokens};
+  auto model = std::make_shared<LoadedModel>(load_source(open_synthetic(shape(), 5), options));
+  EngineParts parts;
+  parts.plan = model->plan;
+  parts.backend = std::move(model->backend);
+  parts.weights = model->weights;
+  parts.num_kv_blocks = 200;
+  parts.tensors = std::move(model);
+  return Engine::create(std::move(parts));
+}
+
+/// All at once. The prompts' tokens are of their seeds.
+std::vector<Answer> answers_of(Engine& engine, const std::vector<std::pair<int, int>>& prompts) {
+  std::vector<Answer> answers(prompts.size());
+  std::atomic<size_t> num_done{0};
+  for (size_t r = 0; r < prompts.size(); ++r) {
+    const auto [seed, length] = prompts[r];
+    Request request;
+    for (int t = 0; t < length; ++t) {
+      request.prompt_tokens.push_back(3 + (t * t * 31 + t * 7919 + seed * 1237) % 500);
+    }
+    request.max_tokens = 24;
+    request.params.ignore_eos = true;
+    request.params.seed = seed;
+    request.params.temperature = 1;
+    request.params.logprobs = 0;
+    request.sink = [&answers, &num_done, r](const TokenEvent& event) {
+      Answer& answer = answers[r];
+      answer.tokens.insert(answer.tokens.end(), event.tokens.begin(), event.tokens.end());
+      for (const TokenLogprobs& of : event.logprobs) answer.logprobs.push_back(of.logprob);
+      answer.num_cached = event.usage.cached_tokens;
+      num_done += event.last;
+    };
+    EXPECT_TRUE(engine.submit(request));
+  }
+  while (num_done < prompts.size()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  return answers;
+}
+
+// A request that is alone gets the same bits however its prompt was cut and whatever of it was
+// cached; its first token among others, too.
+TEST_P(CudaEngine, AnswersDoNotDependOnChunksOrPrefixHits) {
+  const Case& test_case = GetParam();
+  std::unique_ptr<Engine> whole;
+  try {
+    whole = make_engine(test_case, 1024);
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::kDevice) throw;
+    GTEST_SKIP() << error.what();
+  }
+  const auto chunks = make_engine(test_case, 41);
+  std::vector<std::pair<int, int>> prompts;
+  for (const int length : {1, 15, 63, 64, 65, 129, 300, 448, 641})
+    prompts.push_back({length, length});
+  std::vector<Answer> cold;
+  for (const auto& prompt : prompts) cold.push_back(answers_of(*whole, {prompt})[0]);
+  int num_cached = 0;
+  for (Engine* engine : {whole.get(), chunks.get(), chunks.get()}) {
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      const Answer again = answers_of(*engine, {prompts[i]})[0];
+      EXPECT_EQ(again.tokens, cold[i].tokens) << prompts[i].second << " tokens";
+      EXPECT_EQ(again.logprobs, cold[i].logprobs) << prompts[i].second << " tokens";
+      num_cached += again.num_cached;
+    }
+  }
+  EXPECT_GT(num_cached, 3000);
+  const auto both = make_engine(test_case, 200);
+  for (Engine* engine : {both.get(), whole.get()}) {
+    std::vector<std::pair<int, int>> crowd = prompts;
+    for (int i = 0; i < 30; ++i) crowd.insert(crowd.begin() + i % 9, {1000 + i, 20 + 13 * i});
+    const std::vector<Answer> answers = answers_of(*engine, crowd);
+    for (size_t i = 0; i < crowd.size(); ++i) {
+      const auto found = std::ranges::find(prompts, crowd[i]);
+      if (found == prompts.end()) continue;
+      const Answer& alone = cold[static_cast<size_t>(found - prompts.begin())];
+      EXPECT_EQ(answers[i].tokens[0], alone.tokens[0]) << crowd[i].second << " tokens";
+      EXPECT_EQ(answers[i].logprobs[0], alone.logprobs[0]) << crowd[i].second << " tokens";
+    }
+  }
+}
+
 class CudaSteadyStep : public testing::TestWithParam<const char*> {};
 
 TEST_P(CudaSteadyStep, AllocatesNothing) {

@@ -58,6 +58,42 @@ TEST_F(CudaFp8, LinearsMatchReference) {
   EXPECT_GT(large, 20);
 }
 
+// In steps with rows of prompts every int4 linear rounds to e4m3, a token has one scale, and its
+// bits do not depend on how many there are.
+TEST_F(CudaFp8, PromptRowsDoNotDependOnTheBatch) {
+  const auto exact = make_reference_backend();
+  const int rows = 700, k = 2176;  // 17 groups
+  for (const bool gate_up : {false, true}) {
+    for (const bool pre_scale : {false, true}) {
+      const LinearCase c{.layout = WeightLayout::kCpuInt4,
+                         .out_features = 384,
+                         .in_features = k,
+                         .group_size = 128,
+                         .rows = rows,
+                         .pre_scale = pre_scale,
+                         .gate_up = gate_up,
+                         .seed = 6};
+      const auto n = static_cast<size_t>(c.out_features);
+      const Weights weights(*cuda_, c, WeightLayout::kCudaInt4, gate_up);
+      const Weights host(*exact, c, WeightLayout::kInt4Portable);
+      const std::vector<float> x = normal(static_cast<size_t>(rows) * k, 8);
+      cuda_->begin_step({.num_seqs = 1});
+      const std::vector<float> all = run(*cuda_, c, weights, x, rows);
+      EXPECT_LT(rms_error(all, run(*exact, c, host, x, rows)), 0.06);  // e4m3 at all
+      EXPECT_GT(rms_error(all, run(*exact, c, host, x, rows)), 0.006);
+      for (const auto& [first, count] : std::vector<std::pair<int, int>>{
+               {0, 1}, {699, 1}, {3, 2}, {11, 16}, {7, 33}, {50, 64}, {60, 65}, {300, 130}}) {
+        const std::vector<float> some = run(
+            *cuda_, c, weights, {x.begin() + first * k, x.begin() + (first + count) * k}, count);
+        EXPECT_TRUE(
+            same_bits(some.data(), all.data() + static_cast<size_t>(first) * n, some.size()))
+            << "rows " << first << '+' << count;
+      }
+      cuda_->begin_step({});
+    }
+  }
+}
+
 // A norm is left to the linear that reads it and is done in the kernel that rounds to e4m3; done by
 // itself, because something else looks at its result first, it gives the same but for a sum in
 // another order. Inputs of k above 8192 are read again instead of kept.

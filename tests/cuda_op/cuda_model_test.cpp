@@ -139,6 +139,25 @@ TEST_P(CudaModel, ChunksAndDecodeGiveThePrefillsLogits) {
   }
 }
 
+// Rows of prompts keep the seam's invariant on every target.
+TEST_P(CudaModel, ChunksOfPromptsGiveThePrefillsBits) {
+  const std::vector<int32_t> ids = random_ids(400, cuda_.plan.spec.vocab_size);
+  SingleSequence whole(*cuda_.backend, cuda_.plan, cuda_.weights, 400, 400);
+  SingleSequence parts(*cuda_.backend, cuda_.plan, cuda_.weights, 400, 400);
+  const auto all = whole.extend(ids, SingleSequence::Logits::kAll);
+  const std::vector<float> want(all.begin(), all.end());
+  const auto vocab = static_cast<size_t>(cuda_.plan.spec.vocab_size);
+  const std::span<const int32_t> span(ids);
+  size_t done = 0;
+  for (const size_t count : {50, 2, 9, 64, 15, 65, 7, 186, 2}) {
+    const auto logits = parts.extend(span.subspan(done, count), SingleSequence::Logits::kAll);
+    EXPECT_TRUE(ops::same_bits(logits.data(), want.data() + done * vocab, logits.size()))
+        << "rows " << done << '+' << count;
+    done += count;
+  }
+  EXPECT_EQ(done, ids.size());
+}
+
 // The real model of the repository, unquantized, against the cpu backend.
 class CudaNano : public testing::TestWithParam<const char*> {};
 INSTANTIATE_TEST_SUITE_P(Targets, CudaNano, testing::Values("cuda:sm_90", "cuda:portable"),

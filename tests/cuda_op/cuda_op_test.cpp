@@ -135,7 +135,10 @@ TEST_P(CudaOps, TunedLinearsMatchReference) {
     for (const char* kernel :
          {"wgmma 128 rows cluster 1 split 1", "wgmma 128 rows cluster 1 split 3",
           "wgmma 128 rows cluster 2 split 2", "wgmma 256 rows cluster 1 split 1",
-          "wgmma 256 rows cluster 2 split 1", "small 64 rows whole early 1",
+          "wgmma 256 rows cluster 2 split 1", "wgmma 64 rows cluster 1 split 1 warpgroups 1",
+          "wgmma 64 rows cluster 2 split 1 warpgroups 1",
+          "wgmma 128 rows cluster 1 split 3 warpgroups 2",
+          "wgmma 128 rows cluster 2 split 1 warpgroups 2", "small 64 rows whole early 1",
           "small 64 rows shared early 2", "small 128 rows shared early 2"}) {
       t.best.kernel = kernel;
       if (cuda::linear_kernel_of(kernel).value().takes(t.max_rows)) check(t);
@@ -232,31 +235,41 @@ TEST_P(CudaOps, DenseRowsDoNotDependOnTheBatch) {
   }
 }
 
-// The portable int4 linear sums in one order whatever the number of rows: tiles of 8, 16, 32 and 64
-// tokens, parts with CTAs of their own and all parts in one CTA.
-TEST_P(CudaOps, PortableInt4RowsDoNotDependOnTheBatch) {
-  if (!portable()) return;  // docs/cuda-backend.md, exceptions
+// Portable: the int4 linear sums in one order whatever the number of rows (tiles of 8, 16, 32 and
+// 64 tokens, parts with CTAs of their own and all parts in one CTA). sm_90: in steps with rows of
+// prompts (CTAs of 64, 128 and 256 rows of weights, tiles of 16 to 128 tokens; a long k in three
+// parts, likewise).
+TEST_P(CudaOps, PromptRowsOfInt4LinearsDoNotDependOnTheBatch) {
+  struct Case {
+    int out_features, in_features;
+    bool gate_up;
+  };
   const int rows = 2300;
-  for (const bool gate_up : {false, true}) {
+  cuda_->begin_step({.num_seqs = 1});
+  for (const auto& [n, k, gate_up] : {Case{512, 4096, false}, Case{512, 4096, true},
+                                      Case{2048, 16640, false}, Case{136, 16512, false}}) {
     const LinearCase c{.layout = WeightLayout::kCpuInt4,
-                       .out_features = 256,
-                       .in_features = 4096,
+                       .out_features = n,
+                       .in_features = k,
                        .group_size = 128,
                        .rows = rows,
                        .gate_up = gate_up,
                        .seed = 6};
     const Weights weights(*cuda_, c, WeightLayout::kCudaInt4, gate_up);
-    const std::vector<float> x = normal(size_t{rows} * 4096, 8);
+    const std::vector<float> x = normal(size_t{rows} * static_cast<size_t>(k), 8);
     const std::vector<float> all = run(*cuda_, c, weights, x, rows);
-    for (const auto& [first, count] : std::vector<std::pair<int, int>>{
-             {0, 1}, {2299, 1}, {3, 2}, {11, 8}, {20, 9}, {7, 33}, {50, 64}, {1000, 130}}) {
+    const std::pair<int, int> some_rows[] = {
+        {0, 1},   {2299, 1}, {3, 2},   {11, 8},   {20, 9},  {7, 33},     {90, 47},   {50, 64},
+        {60, 90}, {40, 128}, {9, 250}, {70, 300}, {5, 390}, {1000, 700}, {700, 1500}};
+    for (const auto& [first, count] : some_rows) {
       const std::vector<float> some =
           run(*cuda_, c, weights,
-              {x.begin() + first * 4096, x.begin() + int64_t{first + count} * 4096}, count);
-      EXPECT_TRUE(same_bits(some.data(), all.data() + first * 256, some.size()))
-          << "rows " << first << '+' << count;
+              {x.begin() + int64_t{first} * k, x.begin() + int64_t{first + count} * k}, count);
+      EXPECT_TRUE(same_bits(some.data(), all.data() + int64_t{first} * n, some.size()))
+          << n << " x " << k << " rows " << first << '+' << count;
     }
   }
+  cuda_->begin_step({});
 }
 
 TEST_P(CudaOps, EmbedNormAndHeadMatchReference) {
@@ -433,23 +446,25 @@ TEST_P(CudaOps, LongDecodeStepsMatchMixedOnes) {
   }
 }
 
-TEST_P(CudaOps, GenericAttentionDoesNotDependOnChunksOrBatch) {
-  std::vector<AttentionShape> shapes = {{2, 1, 128, 64, KvFormat::kInt8Dynamic},
-                                        {4, 1, 128, 64, KvFormat::kF16}};
-  // There also with four heads per KV head: one kernel has all shapes.
-  if (portable()) shapes.push_back({8, 2, 128, 64, KvFormat::kInt8Dynamic});
-  for (const AttentionShape& shape : shapes) {
+TEST_P(CudaOps, AttentionOfPromptsDoesNotDependOnChunksOrBatch) {
+  for (const AttentionShape& shape : {AttentionShape{2, 1, 128, 64, KvFormat::kInt8Dynamic},
+                                      AttentionShape{4, 1, 128, 64, KvFormat::kF16},
+                                      AttentionShape{8, 2, 128, 64, KvFormat::kInt8Dynamic},
+                                      AttentionShape{4, 1, 128, 64, KvFormat::kInt8Static}}) {
+    // On sm_90 int8 and four heads per KV head have kernels of their own, others for drawn tokens.
+    const bool one_kernel =
+        portable() || shape.format == KvFormat::kF16 || shape.num_heads != 4 * shape.num_kv_heads;
     const int length = 400;
     const auto row = static_cast<size_t>(shape.num_heads * shape.head_dim);
     AttentionRun whole(*cuda_, shape, 1, length, 0);
     const std::vector<float> all = whole.step({{0, length}});
     AttentionRun chunked(*cuda_, shape, 2, length, 11);
     int done = 0;
-    for (const auto& step : std::vector<std::vector<Chunk>>{{{1, 50}, {0, 1}},
+    for (const auto& step : std::vector<std::vector<Chunk>>{{{1, 50}, {0, 1, true}},
                                                             {{0, 63}},
-                                                            {{0, 1}, {1, 30}},
+                                                            {{0, 1, !one_kernel}, {1, 30}},
                                                             {{1, 1}, {0, 130}},
-                                                            {{0, 1}},
+                                                            {{0, 1, !one_kernel}},
                                                             {{0, 204}}}) {
       const std::vector<float> y = chunked.step(step);
       size_t at = 0;

@@ -254,6 +254,11 @@ class CudaBackend final : public Backend {
   // Rows
   // ------------------------------------------------------------------------------------------
 
+  void begin_step(const StepBatch& batch) override {
+    flush();
+    in_order_ = !kPortable && batch.num_decode_seqs < batch.num_seqs;
+  }
+
   void embed(const StepBatch& batch, const LinearOperand& table, void* x) override {
     flush();
     dense_weight(table, "the embedding");
@@ -297,7 +302,7 @@ class CudaBackend final : public Backend {
     if (w.layout == WeightLayout::kCudaInt4) {
       const Fused before = take_before(x, w, rows);  // flushes
       const Epilogue epilogue = add ? Epilogue::kResidual : Epilogue::kPlain;
-      if (!kPortable && add && w.pre_scale == nullptr && linear_fuses_norm(rows, w.out_features) &&
+      if (fuses_norm(rows, w.out_features) && add && w.pre_scale == nullptr &&
           (input_of(rows) == Input::kBf16 || rounds_output(w.out_features, w, rows, epilogue))) {
         put_off_linear_ = {x, w, rows, y, before.x};
         return;
@@ -423,16 +428,9 @@ class CudaBackend final : public Backend {
 
   // A step of one token a sequence: attention_step.cu. Decided by what graph_key() covers.
   static bool is_step(const StepBatch& batch, int num_heads, const KvLayer& kv) {
-    return !kPortable && batch.num_tokens == batch.num_seqs &&
-           batch.host_seq_starts[batch.num_seqs] == batch.num_seqs && every_one(batch) &&
+    return !kPortable && batch.num_decode_seqs == batch.num_seqs &&
            num_heads == kFastGroup * kv.num_kv_heads &&
            page_format(kv.format, kv.block_tokens, kv.head_dim) == PageFormat::kInt8;
-  }
-  static bool every_one(const StepBatch& batch) {
-    for (int s = 0; s < batch.num_seqs; ++s) {
-      if (batch.host_seq_starts[s + 1] - batch.host_seq_starts[s] != 1) return false;
-    }
-    return true;
   }
 
   /// Does whatever has been put off, loading weights included. Every op begins with it or takes
@@ -551,8 +549,7 @@ class CudaBackend final : public Backend {
                      const float* out_scale, void* y) {
     const int64_t stride = int64_t{num_heads + 2 * kv.num_kv_heads} * kHeadDim;
     const int32_t* starts = batch.host_seq_starts;
-    int decode = 0;  // one-token sequences at the front: the scheduler puts them there
-    while (decode < batch.num_seqs && starts[decode + 1] - starts[decode] == 1) ++decode;
+    const int decode = batch.num_decode_seqs;
     const float softmax_scale = 1.0f / std::sqrt(static_cast<float>(kHeadDim));
     if (decode > 0) {
       const DecodeAttentionArgs args{.q = qkv,
@@ -710,7 +707,7 @@ class CudaBackend final : public Backend {
         x = fused.x;
       } else {
         x = rounded_input(x, w, tokens, fused);
-        scales = scales || (fused.weight && tokens <= kFp8GroupedTokens);
+        scales = scales || (fused.weight && !one_scale(tokens));
       }
     }
     NIBBLE_CHECK(x != fused.next && x != rounded);  // other CTAs still read it
@@ -735,6 +732,7 @@ class CudaBackend final : public Backend {
                           .workspace = linear_workspace_,
                           .num_sms = device_.num_sms,
                           .dependent = kDependent,
+                          .in_order = in_order_,
                           .tactic = -1,
                           .early = 0,
                           .trace = nullptr};
@@ -766,8 +764,14 @@ class CudaBackend final : public Backend {
   enum class Input { kBf16, kDigits, kE4m3 };
   Input input_of(int rows) const {
     if (kPortable) return Input::kBf16;
+    if (in_order_) return fp8_ ? Input::kE4m3 : Input::kBf16;
     if (rows >= kMinDigitTokens && rows <= kDigitTokens) return Input::kDigits;
     return fp8_ && rows >= kFp8MinTokens ? Input::kE4m3 : Input::kBf16;
+  }
+
+  bool one_scale(int rows) const { return in_order_ || rows > kFp8GroupedTokens; }
+  bool fuses_norm(int rows, int64_t hidden) const {
+    return !kPortable && !in_order_ && linear_fuses_norm(rows, hidden);
   }
 
   /// Whether an int4 linear of this shape can write its result as the next one reads it, too.
@@ -781,6 +785,7 @@ class CudaBackend final : public Backend {
       args.tokens = rows;
       args.epilogue = epilogue;
       args.num_sms = device_.num_sms;
+      args.in_order = in_order_;
       args.tactic = -1;
       switch (input_of(rows)) {
         case Input::kBf16: return false;
@@ -814,6 +819,7 @@ class CudaBackend final : public Backend {
                             .squares = squares_,
                             .tokens = rows,
                             .k = w.in_features,
+                            .one_scale = one_scale(rows),
                             .dependent = kDependent};
     check(
         input_of(rows) == Input::kDigits ? split_digits(args, stream_) : quantize_x(args, stream_),
@@ -878,7 +884,9 @@ class CudaBackend final : public Backend {
   }
 
   const Device device_;
-  const bool fp8_;  // e4m3 inputs of int4 linears in steps of kFp8MinTokens and more
+  const bool fp8_;  // e4m3 inputs of int4 linears: in_order_ or kFp8MinTokens and more
+  // This step has rows of prompts: their bits do not depend on how many rows there are.
+  bool in_order_ = false;
   void* stream_ = nullptr;
   static constexpr int kNumMarks = 2;
   void* marks_[kNumMarks] = {};  // events

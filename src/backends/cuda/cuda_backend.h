@@ -22,8 +22,8 @@
 namespace nibble::cuda {
 
 /// Throws Error{kDevice} that names what is missing: driver, GPU, or the right GPU.
-/// precision: kBf16, or kE4m3 for int4 linears with e4m3 inputs in steps of kFp8MinTokens and
-/// more (sm_90 only).
+/// precision: kBf16, or kE4m3 for int4 linears with e4m3 inputs in steps with rows of prompts and
+/// in those of kFp8MinTokens and more (sm_90 only).
 std::unique_ptr<Backend> make_cuda_backend(ActivationPrecision precision);
 
 }  // namespace nibble::cuda

@@ -36,14 +36,14 @@ int make_tensor_map(TensorMap* map, const void* base, int64_t rows, int64_t colu
 }
 
 size_t linear_workspace_bytes(int num_sms) {
-  return static_cast<size_t>(num_sms) * kPieceFloats * sizeof(float);
+  return static_cast<size_t>(num_sms) * (kPieceFloats + kStashFloats) * sizeof(float);
 }
 
 // Measured on H100 and H200 (docs/performance.md). tune.cpp finds better ones for a device.
 int linear(const LinearArgs& args, void* stream) {
   LinearArgs a = args;
   a.tactic = -1;
-  if (args.tokens <= kMaxSmallTokens) {
+  if (args.tokens <= kMaxSmallTokens && !args.in_order) {
     // Half a ring is requested before the dependency is met: x would wait behind a whole one.
     a.early = 1;
     return linear_small(a, stream);

@@ -51,9 +51,12 @@ struct LinearArgs {
   void* workspace;      // linear_workspace_bytes(), every byte 0xff once
   int num_sms;
   bool dependent;  // programmatic dependent launch on the kernel before it in the stream
-  int tactic;      // -1: chosen by shape
-  int early;       // 0, or a cap on what is prefetched before the dependency (tuning)
-  void* trace;     // clock stamps of a NIBBLE_TRACE build, or null
+  // linear_wgmma, linear_fp8: a token's bits do not depend on how many there are. Norms are not
+  // fused; linear_fp8 does not share k and takes x with one scale a token.
+  bool in_order;
+  int tactic;   // -1: chosen by shape
+  int early;    // 0, or a cap on what is prefetched before the dependency (tuning)
+  void* trace;  // clock stamps of a NIBBLE_TRACE build, or null
 };
 
 size_t linear_workspace_bytes(int num_sms);
@@ -72,13 +75,25 @@ inline constexpr int kMaxSmallTokens = 8;
 int linear_small(const LinearArgs& args, void* stream);
 
 // linear_wgmma.cu: any M, made for 9 and more. A tactic as one printable number: row blocks of 64
-// per CTA (2 or 4), CTAs per cluster (1 or 2), CTAs that share a tile's k (1 .. kMaxSplit).
+// per CTA (2 or 4), CTAs per cluster (1 or 2), CTAs that share a tile's k (1 .. kMaxSplit). With
+// fewer than four warpgroups each has a block of its own (1, which shares no k, or 2): their number
+// in front.
 inline constexpr int kMaxSplit = 8;  // linear_fp8.cu too
 struct WgmmaTactic {
   int row_blocks, cluster, split;
-  int encode() const { return row_blocks * 100 + cluster * 10 + split; }
-  static WgmmaTactic decode(int tactic) { return {tactic / 100, tactic / 10 % 10, tactic % 10}; }
+  int warpgroups = 4;
+  int encode() const { return warpgroups % 4 * 1000 + row_blocks * 100 + cluster * 10 + split; }
+  static WgmmaTactic decode(int tactic) {
+    return {tactic / 100 % 10, tactic / 10 % 10, tactic % 10, tactic >= 1000 ? tactic / 1000 : 4};
+  }
+  /// Whether it can add a token's products in an order that does not depend on M.
+  bool in_order(int64_t k) const;
 };
+// Parts of k whose sums are then added in their order, where that may not depend on M.
+inline int wgmma_parts(int64_t k) { return k >= 16384 ? 3 : 1; }
+inline bool WgmmaTactic::in_order(int64_t k) const {
+  return row_blocks == warpgroups && (split == 1 || split == wgmma_parts(k));
+}
 WgmmaTactic wgmma_tactic(const LinearArgs& args);
 // Those that differ for this shape; all of them give the same sums up to their order.
 std::vector<WgmmaTactic> wgmma_tactics(const LinearArgs& args);
@@ -86,7 +101,7 @@ int linear_wgmma_box_rows(int tokens);  // of x_map
 int linear_wgmma(const LinearArgs& args, void* stream);
 
 // quantize_x.cu: x as linear_fp8 takes it (x_layout.h): a scale per token and 128 channels up to
-// kFp8GroupedTokens tokens, above that one per token.
+// kFp8GroupedTokens tokens, above that, or where it is asked for, one per token.
 inline constexpr int kFp8GroupedTokens = 64;
 struct QuantizeArgs {
   const void* x;  // bf16 [tokens, k], rows x_stride elements apart, 16-byte aligned
@@ -99,9 +114,10 @@ struct QuantizeArgs {
   void* out;               // quantized_x_bytes(), 16-byte aligned
   float* squares;          // as LinearArgs::next_squares; written for a norm left to the linear
   int tokens, k;
+  bool one_scale;  // per token, whatever their number; quantize_x only
   bool dependent;
 };
-size_t quantized_x_bytes(int tokens, int64_t k);
+size_t quantized_x_bytes(int tokens, int64_t k);  // of either kind
 int quantize_x(const QuantizeArgs& args, void* stream);
 
 // linear_fp8.cu: any M, made for 33 and more. x is what quantize_x wrote, or the same from another

@@ -23,6 +23,8 @@ struct LinearParams {
   int groups;              // K / 128
   int token_tiles, split;  // linear_wgmma
   int split_inverse;       // 2^16 / split, rounded up
+  int parts;               // linear_wgmma: of k that a CTA sums one by one
+  bool in_order;           // as in LinearArgs
   int epilogue;            // linear_wgmma: an Epilogue
   int early_slots;         // linear_small: ring slots requested before the dependency is met
   int units, units_left;   // of a CTA (linear_small) or groups of a part; so many have one more
@@ -40,6 +42,7 @@ struct LinearParams {
   float largest_scale;
   float* pieces;  // [CTAs][piece_stride], all kEmpty between calls
   int64_t piece_stride;
+  float* stash;      // [CTAs][kStashFloats]
   long long* trace;  // [CTAs][8] clock stamps of a NIBBLE_TRACE build, or null
 };
 
@@ -63,9 +66,10 @@ struct LinearParams {
 #define TRACE_SM() TRACE(7)
 #endif
 
-// Sums a CTA gets: at most 8 senders x (its share of a tile of 256 rows x 128 tokens, rounded
-// up by 16 tokens).
-inline constexpr int64_t kPieceFloats = 2 * 32768;
+// Sums a CTA gets, for each of two tiles that take turns: at most 8 senders x its share of a tile
+// of 256 rows x 128 tokens, rounded up to eights of tokens.
+inline constexpr int64_t kPieceFloats = 3 * 32768;
+inline constexpr int64_t kStashFloats = 256 * 128;  // sums of a tile
 
 inline LinearParams make_linear_params(const LinearArgs& args, int tile_rows) {
   LinearParams p{};
@@ -91,6 +95,9 @@ inline LinearParams make_linear_params(const LinearArgs& args, int tile_rows) {
   p.largest_scale = args.largest_scale;
   p.pieces = static_cast<float*>(args.workspace);
   p.piece_stride = kPieceFloats;
+  p.stash = p.pieces + args.num_sms * kPieceFloats;
+  p.parts = 1;
+  p.in_order = args.in_order;
   p.trace = static_cast<long long*>(args.trace);
   return p;
 }
@@ -491,13 +498,16 @@ __device__ __forceinline__ void take_over(float* piece, int stride, float (&sum)
   }
 }
 
-// Adds four floats from each CTA but `rank` of the `split` senders, in their order; the loads of
-// four senders are in flight together.
+// Four floats from each of the `split` senders, in their order, the loads of four in flight
+// together: added to sum, but for what `rank` would send, or where that has been sent too (all),
+// in place of it.
 __device__ __forceinline__ void take_over_senders(float* first, int sender_stride, int rank,
-                                                  int split, float (&sum)[4]) {
+                                                  int split, bool all, float (&sum)[4]) {
   const float empty = __uint_as_float(kEmpty);
   const float empties[4] = {empty, empty, empty, empty};
-  for (int n = 0; n + 1 < split; n += 4) {
+  const int senders = all ? split : split - 1;
+  if (all) rank = split;
+  for (int n = 0; n < senders; n += 4) {
     // NOTE: initialised, though never used unread: otherwise they live from the kernel's start, and
     // ptxas keeps 16 registers for them through the main loop.
     uint32_t v[4][4] = {};
@@ -506,7 +516,7 @@ __device__ __forceinline__ void take_over_senders(float* first, int sender_strid
       ready = true;
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        if (n + s + 1 < split) {
+        if (n + s < senders) {
           const int sender = n + s + (n + s >= rank);
           ready &= peek(first + sender * sender_stride, v[s]);
         }
@@ -514,17 +524,21 @@ __device__ __forceinline__ void take_over_senders(float* first, int sender_strid
     } while (!ready);
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
-      if (n + s + 1 < split) {
+      if (n + s < senders) {
         const int sender = n + s + (n + s >= rank);
         hand_over(first + sender * sender_stride, empties);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum[j] += __uint_as_float(v[s][j]);
+        for (int j = 0; j < 4; ++j) {
+          const float got = __uint_as_float(v[s][j]);
+          sum[j] = all && n + s == 0 ? got : sum[j] + got;
+        }
       }
     }
   }
 }
 
-// The same for two vectors whose places are `step` floats apart, where `take` says so of each: half
+// Adds four floats from each CTA but `rank` of the `split` senders, in their order, to each of two
+// vectors whose places are `step` floats apart, where `take` says so of each: half
 // as many round trips to L2 one after the other.
 __device__ __forceinline__ void take_over_two(float* first, int step, int sender_stride, int rank,
                                               int split, bool take_a, bool take_b, float (&a)[4],

@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
       const uint64_t once =
           p.token_tiles == 1 ? ptx::policy_evict_first() : ptx::policy_evict_normal();
       const uint64_t again = ptx::policy_evict_normal();
-      const cuda_x::Shape shape{p.tokens, p.k};
+      const cuda_x::Shape shape{p.tokens, p.k, !C::kGrouped};
       // The tile's weights of its next group; its x of the next group and how far the second 64
       // tokens' x are; its first 64 tokens.
       const uint8_t *w, *x;
@@ -539,8 +539,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fp8_kernel(const LinearPar
     const bool silu = p.epilogue == static_cast<int>(Epilogue::kSiluMul);
     const bool residual = p.epilogue == static_cast<int>(Epilogue::kResidual);
     if constexpr (C::kGrouped) ptx::mbarrier_wait(norms_done, 0);
-    const auto* x_scales = reinterpret_cast<const float*>(
-        reinterpret_cast<const uint8_t*>(p.x) + cuda_x::Shape{p.tokens, p.k}.scales_offset());
+    const auto* x_scales =
+        reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(p.x) +
+                                       cuda_x::Shape{p.tokens, p.k, !C::kGrouped}.scales_offset());
     auto factor = [&](int token) {
       if constexpr (C::kGrouped) {
         return __uint_as_float(ptx::load_shared_4(norms + token * 4));
@@ -674,7 +675,10 @@ int launch(const LinearArgs& args, int split, void* stream) {
                        p);
 }
 
-int tile_tokens(int tokens) { return tokens <= kFp8GroupedTokens ? kFp8GroupedTokens : 128; }
+// Tiles of 64 are of grouped x.
+int tile_tokens(const LinearArgs& args) {
+  return args.tokens <= kFp8GroupedTokens && !args.in_order ? kFp8GroupedTokens : 128;
+}
 
 bool has_even_tiles(const LinearArgs& args) { return (args.rows + 127) / 128 % 2 == 0; }
 
@@ -685,13 +689,13 @@ WgmmaTactic tactic_of(const LinearArgs& args) {
 }  // namespace
 
 WgmmaTactic fp8_tactic(const LinearArgs& args) {
-  const int tokens = tile_tokens(args.tokens);
+  const int tokens = tile_tokens(args);
   const int64_t tiles128 = (args.rows + 127) / 128, slots = args.num_sms;
   const int64_t token_tiles = (args.tokens + tokens - 1) / tokens;
   if (tokens > 64) {
     // Narrow: k shared by as many CTAs as there are SMs. Otherwise pairs of CTAs share x.
     const int64_t tiles = tiles128 * token_tiles;
-    if (tiles * 2 > slots) return {2, 2, 1};
+    if (tiles * 2 > slots || args.in_order) return {2, 2, 1};
     return {2, 1, static_cast<int>(std::clamp<int64_t>(slots / tiles, 1, kMaxSplit))};
   }
   if (tiles128 > slots) return {4, 1, 1};
@@ -700,20 +704,21 @@ WgmmaTactic fp8_tactic(const LinearArgs& args) {
 
 bool linear_fp8_rounds(const LinearArgs& args) {
   const bool two_blocks = tactic_of(args).row_blocks == 4 && has_even_tiles(args);
-  return args.tokens <= kFp8GroupedTokens && two_blocks == (args.epilogue == Epilogue::kSiluMul);
+  return tile_tokens(args) == kFp8GroupedTokens &&
+         two_blocks == (args.epilogue == Epilogue::kSiluMul);
 }
 
 int linear_fp8(const LinearArgs& args, void* stream) {
   if (args.tokens < 1 || args.k % 8 || args.rows % 8) return cudaErrorInvalidValue;
   const bool fuses = args.next || args.rounded || args.squares;
-  if (fuses && args.tokens > kFp8GroupedTokens) return cudaErrorInvalidValue;
+  if (fuses && tile_tokens(args) != kFp8GroupedTokens) return cudaErrorInvalidValue;
   if ((args.next || args.rounded) && !linear_fp8_rounds(args)) return cudaErrorInvalidValue;
   const WgmmaTactic t = tactic_of(args);
   const bool even = has_even_tiles(args);  // 256 rows: two tiles of 128, or two CTAs
   const bool pairs = t.cluster == 2 && even;
-  if (tile_tokens(args.tokens) == 128) {
-    return pairs ? launch<128, 1, 2>(args, t.split, stream)
-                 : launch<128, 1, 1>(args, t.split, stream);
+  if (tile_tokens(args) == 128) {
+    const int split = args.in_order ? 1 : t.split;
+    return pairs ? launch<128, 1, 2>(args, split, stream) : launch<128, 1, 1>(args, split, stream);
   }
   if (t.row_blocks == 4 && even) return launch<64, 2, 1>(args, t.split, stream);
   return pairs ? launch<64, 1, 2>(args, t.split, stream) : launch<64, 1, 1>(args, t.split, stream);

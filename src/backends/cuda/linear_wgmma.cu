@@ -9,19 +9,28 @@
 //
 // Work split: a CTA is 16 consumer warps (four warpgroups) and one producer warp. A tile has
 // kRowBlocks = 4 blocks of 64 rows, one per warpgroup; or 2, and then two warpgroups take a block's
-// stages in turn and add up at the end of the tile (each gets every second eight of tokens).
+// stages in turn and add up at the end of the tile (each gets every second eight of tokens). Or a
+// CTA has one or two warpgroups, a block each.
+//
+// Where a block is one warpgroup's alone a token has the same bits whatever the tile
+// (LinearArgs::in_order): its products are added in k order, or if k is long in three parts
+// (wgmma_parts()), whose sums are added in theirs, whether three CTAs have them or one has all and
+// keeps the sums so far in L2.
+//
 // A warpgroup's rhythm: issue the two wgmma of 32 k, wait for the two before, dequantize the next
 // 32 k into the operand buffer that this frees. So a warpgroup always has work queued: when each
 // waited for all of its own, the four of them fell into step and the tensor cores idled while all
 // dequantized (measured: 20 %).
+//
 // Wide matrices: whole tiles per CTA, in an order that keeps the tiles in flight in a compact patch
 // (12 row tiles x all their token tiles) so that L2 serves both operands. Narrow ones: S CTAs share
 // a tile's k and reduce-scatter it: each owns some of the tokens (in eights), sends the others'
 // sums away in the f32 exchange of linear_common.cuh and adds what it gets in CTA order.
 // Deterministic either way.
 //
-// Limits: K a multiple of 8, rows a multiple of 8 (16 with SiLU); sm_90a. All CTAs of a split grid
-// must be resident at once.
+// Limits: K a multiple of 8, rows a multiple of 8 (16 with SiLU); sm_90a. All CTAs of a grid must
+// be resident at once where they share k.
+//
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -42,49 +51,53 @@
 namespace nibble::cuda {
 namespace {
 
-constexpr int kConsumerWarps = 16;
+constexpr int kWarpgroups = 4;  // of consumers, where there are not fewer
 // The producer has a warpgroup to itself for the sake of setmaxnreg; its other three warps work out
 // what the epilogue multiplies by.
-constexpr int kThreads = (kConsumerWarps + 4) * 32;
 constexpr int kIdleWarps = 3;
 constexpr int kBlockBytes = static_cast<int>(cuda_layout::kBlockBytes);
 constexpr int kNibbleBytes = static_cast<int>(cuda_layout::kBlockNibbleBytes);
 constexpr int kSmemLimit = 232448;
 
-template <int kTokens, int kRowBlocks>
+// kWays: warpgroups that share a row block.
+template <int kTokens, int kRowBlocks, int kWays>
 struct Config {
+  static constexpr int kGroups = kRowBlocks * kWays;  // consumer warpgroups
+  static constexpr int kConsumerWarps = 4 * kGroups;
+  static constexpr int kThreads = (kConsumerWarps + 4) * 32;
   static constexpr int kRows = 64 * kRowBlocks;  // of a CTA
   static constexpr int kXBytes = kTokens * 256;
   static constexpr int kWBytes = kRowBlocks * kBlockBytes;
-  static constexpr int kOctets = kTokens / 8 / (4 / kRowBlocks);  // of tokens, of a warpgroup
+  static constexpr int kOctets = kTokens / 8 / kWays;  // of tokens, of a warpgroup
   static constexpr int kSiluOctets = kOctets < 8 ? kOctets : kOctets % 8 == 0 ? 8 : 4;
   static constexpr int kOutStride = 68;  // floats: 64 rows and padding against conflicts
   static constexpr int kStagingBytes = 16 * kOutStride * 4;  // per warpgroup: 16 tokens
-  static constexpr int kExchangeBytes = kRowBlocks == 4 ? 0 : kOctets * 4 * 128 * 4;
+  static constexpr int kExchangeBytes = kWays == 1 ? 0 : kOctets * 4 * 128 * 4;
   static constexpr int kScratch = kStagingBytes > kExchangeBytes ? kStagingBytes : kExchangeBytes;
   // Behind the barriers: by what the epilogue multiplies each token, 1/rms of a norm included; as
   // many again for each warp that adds up squares.
-  static constexpr int kFactorBytes = kTokens <= kMaxNormTokens ? kIdleWarps * kTokens * 4 : 0;
+  static constexpr bool kNorms = kTokens <= kMaxNormTokens && kGroups == kWarpgroups;
+  static constexpr int kFactorBytes = kNorms ? kIdleWarps * kTokens * 4 : 0;
   static constexpr int kFit =
-      (kSmemLimit - 4 * kScratch - kFactorBytes - 256) / (kXBytes + kWBytes);
-  static constexpr int kWays = 4 / kRowBlocks;  // warpgroups that share a row block
+      (kSmemLimit - kGroups * kScratch - kFactorBytes - 256) / (kXBytes + kWBytes);
   static constexpr int kStages = (kFit < 8 ? kFit : 8) / kWays * kWays;
   static constexpr int kWOffset = kStages * kXBytes;
   static constexpr int kScratchOffset = kWOffset + kStages * kWBytes;
-  static constexpr int kBarOffset = kScratchOffset + 4 * kScratch;
+  static constexpr int kBarOffset = kScratchOffset + kGroups * kScratch;
   static constexpr int kFactorBarOffset = kBarOffset + 2 * kStages * 8;
   static constexpr int kFactorOffset = kFactorBarOffset + 8;
   static constexpr int kSmemBytes = kFactorOffset + kFactorBytes;
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 3);
 };
 
-template <int kTokens, int kRowBlocks, int kCluster, bool kSplit>
-__global__ void __launch_bounds__(kThreads, 1)
+template <int kTokens, int kRowBlocks, int kWays, int kCluster, bool kSplit>
+__global__ void __launch_bounds__(Config<kTokens, kRowBlocks, kWays>::kThreads, 1)
     linear_wgmma_kernel(const __grid_constant__ CUtensorMap x_map, const LinearParams p) {
-  using C = Config<kTokens, kRowBlocks>;
+  using C = Config<kTokens, kRowBlocks, kWays>;
+  constexpr int kConsumerWarps = C::kConsumerWarps;
   extern __shared__ __align__(1024) uint8_t smem[];
   const uint32_t base = ptx::smem_address(smem);
-  constexpr bool kNorms = kTokens <= kMaxNormTokens;
+  constexpr bool kNorms = C::kNorms;
   const uint32_t full = base + C::kBarOffset, empty = full + C::kStages * 8;
   const uint32_t factors_done = base + C::kFactorBarOffset, factors = base + C::kFactorOffset;
   const int tid = threadIdx.x, lane = tid & 31;
@@ -96,16 +109,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int split = kSplit ? p.split : 1;
   const int first_tile = kSplit ? over_split(p, cluster) : cluster;
   const int rank = kSplit ? cluster - first_tile * split : 0;
-  const int tile_step = kSplit ? 1 << 29 : num_clusters, num_tiles = row_tiles * p.token_tiles;
+  const int tile_step = kSplit ? over_split(p, num_clusters) : num_clusters;
+  const int num_tiles = row_tiles * p.token_tiles;
+  // k of this CTA, or of the first of the parts that it sums one by one.
+  constexpr bool kParts = !kSplit && kWays == 1;
   const int g_begin = kSplit ? first_unit(p, rank) : 0;
-  const int g_end = kSplit ? first_unit(p, rank + 1) : p.groups;
+  const int g_end = kSplit ? first_unit(p, rank + 1) : kParts ? first_unit(p, 1) : p.groups;
 
   TRACE(0);
   ptx::grid_launch_dependents();
   if (tid == 0) {
     for (int i = 0; i < C::kStages; ++i) {
       ptx::mbarrier_init(full + i * 8, 1);
-      ptx::mbarrier_init(empty + i * 8, kConsumerWarps / C::kWays * kCluster);
+      ptx::mbarrier_init(empty + i * 8, kConsumerWarps / kWays * kCluster);
     }
     ptx::mbarrier_init(factors_done, 32);
     ptx::mbarrier_init_fence();
@@ -117,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   if (warp >= kConsumerWarps) {
-    ptx::registers_shrink<32>();
+    if constexpr (C::kGroups == kWarpgroups) ptx::registers_shrink<32>();
     if (warp == kConsumerWarps && lane == 0) {
       const int64_t tile128_bytes = static_cast<int64_t>(p.groups) * 2 * kBlockBytes;
       const uint64_t policy =
@@ -125,10 +141,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       // from: the first block of the tile's group; x and y: coordinates of the x box.
       auto load_w = [&](const uint8_t* from, int stage) {
         ptx::mbarrier_expect(full + stage * 8, C::kWBytes + C::kXBytes);
+        constexpr int kPiece = C::kWBytes < 2 * kBlockBytes ? C::kWBytes : 2 * kBlockBytes;
 #pragma unroll
-        for (int b = 0; b < kRowBlocks / 2; ++b) {
-          ptx::bulk_load(base + C::kWOffset + stage * C::kWBytes + b * 2 * kBlockBytes,
-                         from + b * tile128_bytes, 2 * kBlockBytes, full + stage * 8, policy);
+        for (int b = 0; b < C::kWBytes / kPiece; ++b) {
+          ptx::bulk_load(base + C::kWOffset + stage * C::kWBytes + b * kPiece,
+                         from + b * tile128_bytes, kPiece, full + stage * 8, policy);
         }
       };
       auto load_x = [&](int x, int y, int stage) {
@@ -149,7 +166,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       };
       auto weights_of = [&](const Tile& tile) {
-        return p.weights + (tile.row * kCluster + peer) * (kRowBlocks / 2) * tile128_bytes +
+        const int block = (tile.row * kCluster + peer) * kRowBlocks;
+        return p.weights + block / 2 * tile128_bytes + block % 2 * kBlockBytes +
                g_begin * (2 * kBlockBytes);
       };
       ptx::prefetch_tensor_map(&x_map);
@@ -162,15 +180,20 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (; stage < early; ++stage, from += 2 * kBlockBytes) load_w(from, stage);
       ptx::grid_dependency_wait();
       for (stage = 0; stage < early; ++stage, x += 128) load_x(x, y, stage);
-      // A tile starts at stage 0, so barriers have parities of their own.
+      // A tile and each part of k start at stage 0, so barriers have parities of their own.
       uint32_t parities = ~0u << early;
       for (int t = first_tile;;) {
-        for (; x < g_end * 128; x += 128, from += 2 * kBlockBytes) {
-          ptx::mbarrier_wait(empty + stage * 8, parities >> stage & 1);
-          parities ^= 1u << stage;
-          load_w(from, stage);
-          load_x(x, y, stage);
-          if (++stage == C::kStages) stage = 0;
+        for (int part = 0, end = g_end;;) {
+          for (; x < end * 128; x += 128, from += 2 * kBlockBytes) {
+            ptx::mbarrier_wait(empty + stage * 8, parities >> stage & 1);
+            parities ^= 1u << stage;
+            load_w(from, stage);
+            load_x(x, y, stage);
+            if (++stage == C::kStages) stage = 0;
+          }
+          if (!kParts || ++part == p.parts) break;
+          end = first_unit(p, part + 1);
+          stage = 0;
         }
         t += tile_step;
         if (t >= num_tiles) break;
@@ -196,13 +219,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
 
-  ptx::registers_grow<112>();
+  if constexpr (C::kGroups == kWarpgroups) ptx::registers_grow<112>();
   const int wg = warp >> 2, m16 = warp & 3, g8 = lane >> 2, t4 = lane & 3;
-  const int row_block = kRowBlocks == 4 ? wg : wg & 1, way = kRowBlocks == 4 ? 0 : wg >> 1;
+  const int row_block = wg % kRowBlocks, way = wg / kRowBlocks;
   const uint32_t scratch = base + C::kScratchOffset + wg * C::kScratch;
   // This warpgroup's stages are way, way + kWays, ... A group is kSteps wgmma of 16 k from one of
   // the two operand buffers; two or four a stage, so the buffers alternate statically.
-  constexpr int kSteps = kTokens <= kMaxNormTokens && kRowBlocks == 4 && kSplit ? 4 : 2;
+  constexpr int kSteps =
+      C::kGroups < kWarpgroups || (kTokens <= kMaxNormTokens && kRowBlocks == 4 && kSplit) ? 4 : 2;
   uint32_t a[2][kSteps][4], raw[4];
   ptx::RowScales scales;
   float acc[kTokens / 2];
@@ -212,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t scales_at = weights_at + kNibbleBytes + g8 * 16 + m16 * 4;
   const uint32_t x_at = ptx::descriptor_address(base) + way * (C::kXBytes >> 4);
   const uint32_t my_full = full + way * 8, my_empty = empty + way * 8;
-  const int stages = (g_end - g_begin + C::kWays - 1 - way) / C::kWays;  // of this warpgroup
+  int stages = (g_end - g_begin + kWays - 1 - way) / kWays;  // of this warpgroup
   auto arrived = [&](int s) {
     ptx::mbarrier_wait(my_full + s * 8, parities >> s & 1);
     parities ^= 1u << s;
@@ -236,7 +260,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   TRACE(1);
   ptx::grid_dependency_wait();
   TRACE(2);
-  for (int t = first_tile; t < num_tiles; t += tile_step) {
+  [[maybe_unused]] int64_t buffer = 0;  // of the exchange
+  for (int t = first_tile, part_of_k = 0; t < num_tiles;) {
+    if constexpr (kParts) stages = first_unit(p, part_of_k + 1) - first_unit(p, part_of_k);
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
     int left = stages;
@@ -255,10 +281,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
       do {
 #pragma unroll
-        for (int s = 0; s < C::kStages; s += C::kWays) {
-          constexpr int kLast = C::kStages - C::kWays;
-          const int next = s == kLast ? 0 : s + C::kWays;
-          const int previous = s == 0 ? kLast : s - C::kWays;
+        for (int s = 0; s < C::kStages; s += kWays) {
+          constexpr int kLast = C::kStages - kWays;
+          const int next = s == kLast ? 0 : s + kWays;
+          const int previous = s == 0 ? kLast : s - kWays;
 #pragma unroll
           for (int i = 0; i < 8 / kSteps; ++i) {
             ptx::wgmma_fence();
@@ -303,14 +329,45 @@ __global__ void __launch_bounds__(kThreads, 1)
         first = false;
       } while (left > 0);
       ptx::wgmma_wait<0>();
-      release((stages - 1) * C::kWays % C::kStages);
+      release((stages - 1) * kWays % C::kStages);
+    }
+
+    if constexpr (kParts) {
+      // The sums of the parts before wait in L2, each thread's own; four loads in flight together.
+      if (p.parts > 1) {
+        float4* stash = reinterpret_cast<float4*>(p.stash + blockIdx.x * kStashFloats) + tid;
+        asm volatile("" : "+l"(stash));  // NOTE: or its addresses live through the main loop
+        constexpr int kBatch = kTokens / 8 % 4 == 0 ? 4 : 2;
+#pragma unroll
+        for (int first = 0; first < kTokens / 8; first += kBatch) {
+          float4 before[kBatch] = {};
+          if (part_of_k > 0) {
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) before[i] = stash[(first + i) * kConsumerWarps * 32];
+          }
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            float* four = &acc[4 * (first + i)];
+            if (part_of_k > 0) {
+              four[0] = before[i].x + four[0], four[1] = before[i].y + four[1];
+              four[2] = before[i].z + four[2], four[3] = before[i].w + four[3];
+            }
+            if (part_of_k + 1 < p.parts) {
+              stash[(first + i) * kConsumerWarps * 32] =
+                  make_float4(four[0], four[1], four[2], four[3]);
+            }
+          }
+        }
+        if (++part_of_k < p.parts) continue;
+        part_of_k = 0;
+      }
     }
 
     TRACE(4);
-    // sums[i]: this warpgroup's eights of tokens; eight i is tokens 8i (4 row blocks) or
+    // sums[i]: this warpgroup's eights of tokens; eight i is tokens 8i or, of two ways,
     // 8 (2i + way).
     float sums[C::kOctets][4];
-    if constexpr (kRowBlocks == 4) {
+    if constexpr (kWays == 1) {
 #pragma unroll
       for (int i = 0; i < C::kOctets; ++i)
 #pragma unroll
@@ -347,27 +404,31 @@ __global__ void __launch_bounds__(kThreads, 1)
     if constexpr (kSplit) {
       // pieces: [CTA that owns][CTA that sends][eight of the owner][thread][4]
       const int share = (C::kOctets + parts - 1) / parts;
+      // Tiles take turns with two buffers: who sends those of one has all of the one before, whose
+      // senders have emptied what they got of the one before that.
       auto place = [&](int owner, int sender, int octet) {
-        return p.pieces + (blockIdx.x + (owner - part) * kCluster) * p.piece_stride +
+        return p.pieces + (blockIdx.x + (owner - part) * kCluster) * p.piece_stride + buffer +
                (sender * share + octet - owner * C::kOctets / parts) * 2048 + tid * 4;
       };
 #pragma unroll
       for (int i = 0; i < C::kOctets; ++i) {
-        if (i >= own && i < own_end) continue;
+        if (i >= own && i < own_end && !p.in_order) continue;
         hand_over(place(((i + 1) * parts - 1) / C::kOctets, part, i), sums[i]);
       }
 #pragma unroll
       for (int i = 0; i < C::kOctets; ++i) {
         if (i < own || i >= own_end) continue;
-        take_over_senders(place(part, 0, i), share * 2048, part, parts, sums[i]);
+        take_over_senders(place(part, 0, i), share * 2048, part, parts, p.in_order, sums[i]);
       }
+      if (t + tile_step < num_tiles) __threadfence();
+      buffer ^= kPieceFloats / 2;
     }
 
     TRACE(5);
     const Tile at = find_tile(t, row_tiles, p.token_tiles, kPatchRows / kCluster);
     const int block_row = (at.row * kCluster + peer) * C::kRows + row_block * 64;
     auto first_token = [&](int octet) {
-      return at.token * kTokens + 8 * (kRowBlocks == 4 ? octet : 2 * octet + way);
+      return at.token * kTokens + 8 * (kWays == 1 ? octet : 2 * octet + way);
     };
     if constexpr (kNorms) ptx::mbarrier_wait(factors_done, 0);
     auto factor = [&](int octet) {  // of the tokens 2 t4 and the next of an eight
@@ -425,7 +486,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
     }
-    if constexpr (kRowBlocks == 2) ptx::named_barrier(5 + row_block, 256);  // before next exchange
+    if constexpr (kWays == 2) ptx::named_barrier(5 + row_block, 256);  // before next exchange
+    t += tile_step;
   }
   TRACE(6);
   TRACE_SM();
@@ -433,28 +495,39 @@ __global__ void __launch_bounds__(kThreads, 1)
   if constexpr (kCluster == 2) ptx::cluster_sync();  // nobody leaves while a peer may write here
 }
 
-template <int kTokens, int kRowBlocks, int kCluster>
+template <int kTokens, int kRowBlocks, int kCluster, int kWays>
 int launch(const LinearArgs& args, int split, void* stream) {
-  using C = Config<kTokens, kRowBlocks>;
+  using C = Config<kTokens, kRowBlocks, kWays>;
   LinearParams p = make_linear_params(args, C::kRows);
   p.token_tiles = (args.tokens + kTokens - 1) / kTokens;
   p.epilogue = static_cast<int>(args.epilogue);
   const int tiles = p.num_tiles / kCluster * p.token_tiles, slots = args.num_sms / kCluster;
-  split = std::max(1, std::min({split, p.groups, kMaxSplit}));
-  while (split > 1 && tiles * split > slots) --split;  // all resident at once
-  set_split(p, split);
-  int clusters = tiles * p.split;
-  if (p.split == 1) {
-    const int per_cluster = (tiles + slots - 1) / slots;
-    clusters = (tiles + per_cluster - 1) / per_cluster;
+  split = std::max(1, std::min({split, p.groups, kMaxSplit, slots}));
+  // All that share a tile are resident at once. Several tiles one after another want every one of
+  // them to own sums.
+  if (kTokens / 8 / kWays < split) {
+    while (split > 1 && tiles * split > slots) --split;
   }
+  set_split(p, split);
+  if (args.in_order) {
+    const int parts = wgmma_parts(args.k);
+    if (split != 1 && split != parts) return cudaErrorInvalidValue;
+    if (split == 1) {
+      p.parts = parts;
+      set_shares(p, p.groups, parts);
+    }
+  }
+  const int at_once = slots / p.split, turns = (tiles + at_once - 1) / at_once;
+  const int clusters = (tiles + turns - 1) / turns * p.split;
   CUtensorMap map;
   static_assert(sizeof(CUtensorMap) == sizeof(TensorMap));
   std::memcpy(&map, args.x_map, sizeof map);
-  auto* kernel = p.split > 1 ? linear_wgmma_kernel<kTokens, kRowBlocks, kCluster, true>
-                             : linear_wgmma_kernel<kTokens, kRowBlocks, kCluster, false>;
-  return launch_linear(kernel, args, clusters * kCluster, kThreads, C::kSmemBytes, stream, kCluster,
-                       map, p);
+  auto* kernel = linear_wgmma_kernel<kTokens, kRowBlocks, kWays, kCluster, false>;
+  if constexpr (kRowBlocks > 1) {
+    if (p.split > 1) kernel = linear_wgmma_kernel<kTokens, kRowBlocks, kWays, kCluster, true>;
+  }
+  return launch_linear(kernel, args, clusters * kCluster, C::kThreads, C::kSmemBytes, stream,
+                       kCluster, map, p);
 }
 
 int tile_tokens(int tokens) {
@@ -466,20 +539,66 @@ int tile_tokens(int tokens) {
   return padded(96) * 10 < padded(128) * 9 ? 96 : 128;
 }
 
+template <typename Launch>
+int for_tile(int tokens, Launch&& launch) {
+  switch (tile_tokens(tokens)) {
+    case 16: return launch(std::integral_constant<int, 16>{});
+    case 32: return launch(std::integral_constant<int, 32>{});
+    case 48: return launch(std::integral_constant<int, 48>{});
+    case 64: return launch(std::integral_constant<int, 64>{});
+    case 96: return launch(std::integral_constant<int, 96>{});
+    default: return launch(std::integral_constant<int, 128>{});
+  }
+}
+
 }  // namespace
 
 int linear_wgmma_box_rows(int tokens) { return tile_tokens(tokens) / 2; }
 
+// Of those that add in an order that does not depend on M: the one whose waves of CTAs take least.
+static WgmmaTactic in_order_tactic(const LinearArgs& args) {
+  const int tile = tile_tokens(args.tokens);
+  const int64_t blocks = (args.rows + 127) / 128 * 2;
+  const int64_t token_tiles = (args.tokens + tile - 1) / tile;
+  constexpr struct {
+    int row_blocks;
+    double cost;  // of a tile, relative to one of 64 rows; measured for 16 to 128 tokens
+  } kKinds[] = {{4, 2.75}, {2, 1.5}, {1, 1}};
+  constexpr double kExchange = 1.15;  // what sharing k costs
+  const int parts = wgmma_parts(args.k);
+  WgmmaTactic best{};
+  double least = 0;
+  auto consider = [&](int row_blocks, int64_t turns, int split, double total) {
+    if (best.split > 0 && total >= least) return;
+    least = total;
+    // Pairs of CTAs, which share x, where measured to be faster.
+    const bool pairs = row_blocks == 4   ? split == 1 || turns > 1
+                       : row_blocks == 2 ? tile <= 64
+                                         : tile < 128;
+    best = {row_blocks, pairs ? 2 : 1, split, row_blocks};
+  };
+  for (const auto& [row_blocks, cost] : kKinds) {
+    const int64_t tiles = (blocks + row_blocks - 1) / row_blocks * token_tiles;
+    for (const int split : {1, parts}) {
+      const int64_t at_once = args.num_sms / split, turns = (tiles + at_once - 1) / at_once;
+      if (split > 1 && (row_blocks == 1 || (turns > 1 && tile / 8 < split))) continue;  // none such
+      const double each = split == 1 ? cost : cost * kExchange / split;
+      consider(row_blocks, turns, split, each * static_cast<double>(turns));
+    }
+  }
+  return best;
+}
+
 WgmmaTactic wgmma_tactic(const LinearArgs& args) {
   const int tokens = tile_tokens(args.tokens);
   const int64_t tiles128 = (args.rows + 127) / 128;
-  const int64_t token_tiles = (args.tokens + tokens - 1) / tokens;
   const auto slots = static_cast<int64_t>(args.num_sms);
-  if (tiles128 / 2 * token_tiles >= slots * 9 / 10) return {4, 2, 1};
+  const bool long_k = args.k >= 16384;
+  if (args.in_order || args.tokens > kMaxNormTokens) return in_order_tactic(args);
+  if (tiles128 / 2 >= slots * 9 / 10) return {4, 2, 1};
   // Narrow: k shared by as many CTAs as there are SMs, where a long k pays for the exchange.
-  const bool fits = tiles128 * token_tiles * 2 <= slots, long_k = args.k >= 16384;
-  const int row_blocks = long_k && (tokens <= 32 || !fits) ? 4 : 2;
-  const int64_t tiles = tiles128 * 2 / row_blocks * token_tiles;
+  const int row_blocks = long_k && tokens <= 32 ? 4 : 2;
+  const int64_t tiles = tiles128 * 2 / row_blocks;
   const auto split = static_cast<int>(std::max<int64_t>(1, slots / tiles));
   // Pairs of CTAs where measured to be faster (docs/kernels.md).
   return {row_blocks, long_k && (tokens == 48 || tokens == 64) ? 2 : 1, split};
@@ -491,15 +610,19 @@ std::vector<WgmmaTactic> wgmma_tactics(const LinearArgs& args) {
   const int64_t token_tiles = (args.tokens + tile - 1) / tile;
   const auto groups = static_cast<int>((args.k + 127) / 128);
   std::vector<WgmmaTactic> all;
-  for (const int row_blocks : {2, 4}) {
+  for (const int row_blocks : {1, 2, 4}) {
     if (row_blocks == 4 && tiles128 % 2) continue;
     const int64_t row_tiles = tiles128 * 2 / row_blocks;
     for (const int cluster : {1, 2}) {
       if (row_tiles % cluster) continue;
       for (int split = 1; split <= std::min(kMaxSplit, groups); ++split) {
         const bool resident = row_tiles / cluster * token_tiles * split <= args.num_sms / cluster;
-        if (split > 1 && !resident) break;  // launch() would take fewer
-        all.push_back({row_blocks, cluster, split});
+        if (split > 1 && !resident && split != wgmma_parts(args.k)) continue;
+        if (row_blocks > 1) all.push_back({row_blocks, cluster, split});
+        if (row_blocks == 1 && split > 1) continue;
+        if (row_blocks < 4 && args.tokens > kMaxNormTokens) {
+          all.push_back({row_blocks, cluster, split, row_blocks});
+        }
       }
     }
   }
@@ -509,26 +632,31 @@ std::vector<WgmmaTactic> wgmma_tactics(const LinearArgs& args) {
 int linear_wgmma(const LinearArgs& args, void* stream) {
   if (args.tokens < 1 || args.k % 8 || args.rows % 8) return cudaErrorInvalidValue;
   WgmmaTactic t = args.tactic < 0 ? wgmma_tactic(args) : WgmmaTactic::decode(args.tactic);
+  if (args.in_order && !t.in_order(args.k)) return cudaErrorInvalidValue;
   const int64_t tiles128 = (args.rows + 127) / 128;
-  if (tiles128 % 2) t.row_blocks = 2;  // 256-row tiles come in pairs of 128
+  // 256-row tiles come in pairs of 128.
+  if (tiles128 % 2 && t.row_blocks == 4) t.row_blocks = 2, t.warpgroups = args.in_order ? 2 : 4;
   if (tiles128 * 2 / t.row_blocks % 2) t.cluster = 1;
-  auto go = [&](auto tokens_tag) {
+  if (t.warpgroups < 4 && (args.squares || args.next)) return cudaErrorInvalidValue;
+  if (t.warpgroups == 1 && t.split > 1) return cudaErrorInvalidValue;
+  const bool pairs = t.cluster == 2;
+  return for_tile(args.tokens, [&](auto tokens_tag) {
     constexpr int kTokens = decltype(tokens_tag)::value;
     if (t.row_blocks == 4) {
-      return t.cluster == 2 ? launch<kTokens, 4, 2>(args, t.split, stream)
-                            : launch<kTokens, 4, 1>(args, t.split, stream);
+      return pairs ? launch<kTokens, 4, 2, 1>(args, t.split, stream)
+                   : launch<kTokens, 4, 1, 1>(args, t.split, stream);
     }
-    return t.cluster == 2 ? launch<kTokens, 2, 2>(args, t.split, stream)
-                          : launch<kTokens, 2, 1>(args, t.split, stream);
-  };
-  switch (tile_tokens(args.tokens)) {
-    case 16: return go(std::integral_constant<int, 16>{});
-    case 32: return go(std::integral_constant<int, 32>{});
-    case 48: return go(std::integral_constant<int, 48>{});
-    case 64: return go(std::integral_constant<int, 64>{});
-    case 96: return go(std::integral_constant<int, 96>{});
-    default: return go(std::integral_constant<int, 128>{});
-  }
+    if (t.warpgroups == 4) {
+      return pairs ? launch<kTokens, 2, 2, 2>(args, t.split, stream)
+                   : launch<kTokens, 2, 1, 2>(args, t.split, stream);
+    }
+    if (t.row_blocks == 2) {
+      return pairs ? launch<kTokens, 2, 2, 1>(args, t.split, stream)
+                   : launch<kTokens, 2, 1, 1>(args, t.split, stream);
+    }
+    return pairs ? launch<kTokens, 1, 2, 1>(args, 1, stream)
+                 : launch<kTokens, 1, 1, 1>(args, 1, stream);
+  });
 }
 
 }  // namespace nibble::cuda

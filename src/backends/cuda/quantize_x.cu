@@ -2,8 +2,8 @@
 // does (digits_layout.h), with an RMSNorm before it where one comes before. Reads 2 and writes 1.03
 // bytes a value, 2.06 of digits.
 //
-// Up to 64 tokens eight threads have the 128 channels that share a scale, 16 each, and need no
-// others: 1/rms is left to the linear (LinearArgs::squares). Above, a block a token: the norm's sum
+// Where 128 channels share a scale eight threads have them, 16 each, and need no others: 1/rms is
+// left to the linear (LinearArgs::squares). With one scale a token, a block a token: the norm's sum
 // of squares, then the largest magnitude, then the same chunks. Its channels stay in registers, as
 // bf16, up to kMostPieces x kThreads x 16; the others are read again, from L2 or L1.
 // SPDX-License-Identifier: Apache-2.0
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) quantize_x_kernel(const QuantizeArgs
   ptx::grid_dependency_wait();
   __shared__ float squares_of_warp[kThreads / 32];
   __shared__ uint32_t most_of_warp[kThreads / 32];
-  const cuda_x::Shape shape{args.tokens, args.k};
+  const cuda_x::Shape shape{args.tokens, args.k, true};
   const int token = static_cast<int>(blockIdx.x), row = token % cuda_x::kSlabTokens;
   const int pieces = static_cast<int>(shape.groups()) * 8, lane8 = threadIdx.x & 7;
   const auto* x = static_cast<const __nv_bfloat16*>(args.x) + token * args.x_stride;
@@ -192,7 +192,7 @@ auto kernel_for(const QuantizeArgs& args) {
                                      : quantize_x_kernel<true, true, kPieces>;
 }
 
-// Up to 64 tokens. by[channel]: the norm's weight and the AWQ pre-scale, either or both.
+// A scale per 128 channels. by[channel]: the norm's weight and the AWQ pre-scale, either or both.
 __global__ void __launch_bounds__(kGroupThreads) quantize_groups_kernel(const QuantizeArgs args) {
   ptx::grid_launch_dependents();
   const cuda_x::Shape shape{args.tokens, args.k};
@@ -313,12 +313,13 @@ int split_digits(const QuantizeArgs& args, void* stream) {
 }
 
 size_t quantized_x_bytes(int tokens, int64_t k) {
+  // Up to 64 tokens a scale per group takes more.
   return static_cast<size_t>(cuda_x::Shape{tokens, k}.bytes());
 }
 
 int quantize_x(const QuantizeArgs& args, void* stream) {
   if (args.tokens < 1 || args.k % 8 || args.x_stride % 8) return cudaErrorInvalidValue;
-  const cuda_x::Shape shape{args.tokens, args.k};
+  const cuda_x::Shape shape{args.tokens, args.k, args.one_scale || args.tokens > kFp8GroupedTokens};
   const bool grouped = shape.grouped();
   if (grouped && args.norm_weight != nullptr && args.squares == nullptr) {
     return cudaErrorInvalidValue;

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "backends/cuda/kernels.h"
@@ -25,6 +26,7 @@ struct LinearKernel {
   /// "small 64 rows whole early 1": tiles of 64 rows of W, each one CTA's ("shared": equal bytes
   /// per CTA, cut tiles are handed over); 1: how much is prefetched early. "wgmma 256 rows cluster
   /// 2 split 1": tiles of 256 rows of W, clusters of 2 CTAs, the k of a tile shared by 1 CTA.
+  /// "wgmma 128 rows cluster 1 split 3 warpgroups 2": a CTA has two instead of four.
   std::string name() const {
     if (small) {
       const auto kind = static_cast<SmallTactic>(tactic);
@@ -32,10 +34,18 @@ struct LinearKernel {
                          kind == SmallTactic::kWhole64 ? "whole" : "shared", early);
     }
     const WgmmaTactic t = WgmmaTactic::decode(tactic);
-    return fmt::format("wgmma {} rows cluster {} split {}", 64 * t.row_blocks, t.cluster, t.split);
+    const std::string few = t.warpgroups < 4 ? fmt::format(" warpgroups {}", t.warpgroups) : "";
+    return fmt::format("wgmma {} rows cluster {} split {}{}", 64 * t.row_blocks, t.cluster, t.split,
+                       few);
   }
   /// Whether it is made for this many rows of activations.
-  bool takes(int rows) const { return small ? rows <= kMaxSmallTokens : rows >= kMinWgmmaRows; }
+  bool takes(int rows) const {
+    if (small) return rows <= kMaxSmallTokens;
+    // Fewer warpgroups fuse no norms.
+    return rows >= kMinWgmmaRows &&
+           (rows > kMaxNormTokens || WgmmaTactic::decode(tactic).warpgroups == 4);
+  }
+  bool in_order(int64_t k) const { return !small && WgmmaTactic::decode(tactic).in_order(k); }
   bool operator==(const LinearKernel&) const = default;
 };
 
@@ -47,10 +57,10 @@ inline std::vector<LinearKernel> all_linear_kernels() {
       all.push_back({.small = true, .tactic = static_cast<int>(tactic), .early = early});
     }
   }
-  for (const int row_blocks : {2, 4}) {
+  for (const auto& [row_blocks, warpgroups] : {std::pair{1, 1}, {2, 2}, {2, 4}, {4, 4}}) {
     for (const int cluster : {1, 2}) {
-      for (int split = 1; split <= kMaxSplit; ++split) {
-        all.push_back({.tactic = WgmmaTactic{row_blocks, cluster, split}.encode()});
+      for (int split = 1; split <= (row_blocks == 1 ? 1 : kMaxSplit); ++split) {
+        all.push_back({.tactic = WgmmaTactic{row_blocks, cluster, split, warpgroups}.encode()});
       }
     }
   }

@@ -106,6 +106,7 @@ class Bench {
             .workspace = workspace_,
             .num_sms = num_sms_,
             .dependent = true,
+            .in_order = false,
             .tactic = 0,
             .early = 0,
             .trace = nullptr};
@@ -202,8 +203,10 @@ void TacticTable::set(std::span<const LinearTactic> tactics) {
 
 int TacticTable::linear(const LinearArgs& args, void* stream) const {
   for (const Entry& entry : entries_) {
-    if (entry.rows == args.rows && entry.k == args.k && args.tokens <= entry.max_tokens)
-      return launch(args, entry.kernel, stream);
+    if (entry.rows != args.rows || entry.k != args.k || args.tokens > entry.max_tokens) continue;
+    if (!entry.kernel.takes(args.tokens)) break;
+    if (args.in_order && !entry.kernel.in_order(args.k)) break;
+    return launch(args, entry.kernel, stream);
   }
   return cuda::linear(args, stream);
 }

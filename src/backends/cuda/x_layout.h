@@ -1,15 +1,15 @@
 // What linear_fp8.cu multiplies by: x as e4m3, scaled, in the order its wgmma wants. Up to 64
-// tokens a token has a scale per 128 channels, above one scale. Plain C++, no CUDA: the tests walk
-// it on machines without a GPU.
+// tokens a token has a scale per 128 channels, unless one scale is asked for; above one scale.
+// Plain C++, no CUDA: the tests walk it on machines without a GPU.
 //
 // Slabs of 64 tokens x 128 channels, outermost first: [tokens / 64][k / 128], each 8192 bytes of
-// e4m3 and, up to 64 tokens, the 64 scales of the group, f32, in the order of factor_byte(). A
+// e4m3 and, if grouped, the 64 scales of the group, f32, in the order of factor_byte(). A
 // slab is 64 rows of 128 bytes: byte 16c + 2i + h of a row is channel 16c + 8h + i (i < 8, h < 2),
 // the order of k in a weight word (ptx/dequant.cuh); 16-byte chunk c lies at chunk c ^ (row % 8):
 // wgmma's 128-byte swizzle. Then the sums, [tokens / 64][k / 1024], each 2048 bytes of bf16: [high,
 // low][64 rows][8 groups], high + low = -2^-6 * (sum of the row's 128 values of the group), to 16
-// bits; times the scale where a group has its own. Groups past the last: 0. Then, above 64 tokens,
-// a scale for each, f32.
+// bits; times the scale where a group has its own. Groups past the last: 0. Then, with one scale a
+// token, these, f32.
 //
 // The sums take off what the offset of the weights adds: a code u = q + 8 reads as u * 2^-9, so
 // that sum of u * x is 2^-9 * (sum of q * x) + 2^-6 * (sum of x). Multiplied by the weights'
@@ -41,10 +41,11 @@ inline constexpr int kFactorBytes = kSlabTokens * 4;  // scales of a group
 
 struct Shape {
   int64_t tokens, k;
+  bool one_scale = tokens > kSlabTokens;  // per token; never false above
   NIBBLE_HOST_DEVICE int64_t slabs() const { return (tokens + kSlabTokens - 1) / kSlabTokens; }
   NIBBLE_HOST_DEVICE int64_t groups() const { return (k + 127) / 128; }
   /// Whether every group has scales.
-  NIBBLE_HOST_DEVICE bool grouped() const { return tokens <= kSlabTokens; }
+  NIBBLE_HOST_DEVICE bool grouped() const { return !one_scale; }
   NIBBLE_HOST_DEVICE int64_t slab_offset(int64_t slab, int64_t group) const {
     return (slab * groups() + group) * (grouped() ? kSlabBytes + kFactorBytes : kSlabBytes);
   }
