@@ -38,6 +38,7 @@ CLIENTS = 64
 LAYER_BARS = {1: (80, 72), 4: (80, 72), 8: (80, 72), 16: (80, 72), 32: (95, 80), 64: (125, 110),
               128: (240, 212), 256: (410, 385), 5525: (9300, 8800)}
 DIGITS = range(9, 17)  # rows at which linears read x as digits
+PROMPTS = (16, 64, 500, 5525)  # rows of prompts, whose linears add in order
 FP8_BARS = {64: (105, 85), 128: (140, 120), 5525: (6000, 4900)}
 
 
@@ -165,13 +166,18 @@ def kernels(table, limits, bench, python):
     except Failure as error:
         table.note(f"no peer: {error}")
         peer, peer_attention = {}, None
-    tokens = ",".join(str(m) for m in LAYER_BARS if m not in DIGITS)
+    tokens = ",".join(str(m) for m in LAYER_BARS if m not in DIGITS and m != PROMPTS[-1])
     out = run([bench, "linear", "--no-check", "--no-shapes", "--m", tokens, "--", "attention", "--no-check",
                "--", "prefill", "--", "ops"], timeout=580)
     for m, us in re.findall(r"M=(\d+)\s+tactic.*?layer\s+([\d.]+) us", out):
         must, aim = LAYER_BARS[int(m)]
         table.add(f"int4 linears of one layer, M = {m}", float(us), "us", limits.linears(int(m)) * 1e6, must, aim,
                   peer=peer.get(int(m)))
+    in_order = run([bench, "linear", "--no-check", "--no-shapes", "--in-order", "--m", ",".join(map(str, PROMPTS))])
+    for m, us in re.findall(r"M=(\d+)\s+tactic.*?layer\s+([\d.]+) us", in_order):
+        bars = LAYER_BARS[int(m)] if int(m) == PROMPTS[-1] else (None, None)
+        table.add(f"int4 linears of one layer, rows of prompts, M = {m}", float(us), "us",
+                  limits.linears(int(m)) * 1e6, *bars, peer=peer.get(int(m)))
     for kernel, name, kind, bars in (
             ("digits", "digits", "bf16", {m: bar for m, bar in LAYER_BARS.items() if m in DIGITS}),
             ("fp8", "e4m3", "e4m3", FP8_BARS)):
