@@ -598,7 +598,7 @@ WgmmaTactic wgmma_tactic(const LinearArgs& args) {
   if (tiles128 / 2 >= slots * 9 / 10) return {4, 2, 1};
   // Narrow: k shared by as many CTAs as there are SMs, where a long k pays for the exchange.
   const int row_blocks = long_k && tokens <= 32 ? 4 : 2;
-  const int64_t tiles = tiles128 * 2 / row_blocks;
+  const int64_t tiles = (tiles128 * 2 + row_blocks - 1) / row_blocks;
   const auto split = static_cast<int>(std::max<int64_t>(1, slots / tiles));
   // Pairs of CTAs where measured to be faster (docs/kernels.md).
   return {row_blocks, long_k && (tokens == 48 || tokens == 64) ? 2 : 1, split};
