@@ -24,6 +24,7 @@
 
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/layout.h"
+#include "backends/cuda/wgmma_tactic.h"
 #include "common.cuh"
 #include "repeated_memory.cuh"
 

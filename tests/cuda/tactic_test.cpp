@@ -1,10 +1,13 @@
 // Names of the int4 kernels in engines: every kernel has one of its own, which leads back to it.
+// And what K2's rule gives for any shape: the kernel's assumptions about its grid hold.
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/cuda/tactic.h"
 
 #include <gtest/gtest.h>
 
 #include <set>
+
+#include "backends/cuda/wgmma_tactic.h"
 
 namespace nibble::cuda {
 namespace {
@@ -73,6 +76,60 @@ TEST(LinearKernel, KnowsWhetherItAddsInOrder) {
   EXPECT_FALSE(in_order("wgmma 256 rows cluster 2 split 2", 32768));
   EXPECT_FALSE(in_order("wgmma 128 rows cluster 1 split 1"));
   EXPECT_FALSE(in_order("small 64 rows whole early 1"));
+}
+
+void expect_sound(const LinearArgs& args, const WgmmaTactic& rule) {
+  const auto name = [&] {
+    return fmt::format("{} x {}, {} tokens, {} SMs, in order {}: {}", args.rows, args.k,
+                       args.tokens, args.num_sms, args.in_order, rule.encode());
+  };
+  const WgmmaTactic t = wgmma_fit(args, rule);
+  ASSERT_EQ(WgmmaTactic::decode(t.encode()).encode(), t.encode()) << name();
+  // Warpgroups: one or two to a block, and only four fuse norms or share the k of 64 rows.
+  ASSERT_TRUE(t.warpgroups == t.row_blocks || (t.warpgroups == 4 && t.row_blocks == 2)) << name();
+  ASSERT_TRUE(t.warpgroups == 4 || args.in_order || args.tokens > kMaxNormTokens) << name();
+  ASSERT_TRUE(t.row_blocks > 1 || t.split == 1) << name();
+  const int64_t tiles128 = (args.rows + 127) / 128;
+  ASSERT_EQ(tiles128 * 2 % (t.row_blocks * t.cluster), 0) << name();
+  ASSERT_TRUE(!args.in_order || t.in_order(args.k)) << name();
+
+  const WgmmaShares s = wgmma_shares(args, t);
+  ASSERT_GE(s.split, 1) << name();
+  ASSERT_EQ(s.clusters % s.split, 0) << name();
+  ASSERT_LE(s.clusters * t.cluster, args.num_sms) << name() << ": all resident at once";
+  const int tile = wgmma_tile_tokens(args.tokens), octets = tile / 8 * t.row_blocks / t.warpgroups;
+  const int64_t tiles = tiles128 * 2 / t.row_blocks / t.cluster * ((args.tokens + tile - 1) / tile);
+  ASSERT_TRUE(s.split == 1 || tiles * s.split <= s.clusters || octets >= s.split)
+      << name() << ": with many tiles each of the CTAs that share k owns sums";
+  // Sums do not depend on the number of tokens: k is cut as wgmma_parts() says, by CTAs or in one.
+  ASSERT_TRUE(!args.in_order || s.split * s.parts == wgmma_parts(args.k)) << name();
+  ASSERT_TRUE(args.in_order || s.parts == 1) << name();
+}
+
+TEST(WgmmaTactic, EveryShapeHasASoundGrid) {
+  int cases = 0;
+  for (const int sms : {132, 114, 78, 16}) {
+    for (const int rows : {8, 128, 136, 264, 1000, 2048, 5120, 6144, 28672, 65536, 131072}) {
+      for (const int k : {8, 192, 4096, 5120, 16376, 16384, 16512, 32768, 53248}) {
+        for (int tokens = 1; tokens < 6000; tokens += tokens < 400 ? 7 : 97) {
+          LinearArgs args{};
+          args.rows = rows;
+          args.k = k;
+          args.tokens = tokens;
+          args.num_sms = sms;
+          for (const bool in_order : {false, true}) {
+            args.in_order = in_order;
+            expect_sound(args, wgmma_tactic(args));
+            ++cases;
+          }
+          args.in_order = false;
+          for (const WgmmaTactic& t : wgmma_tactics(args)) expect_sound(args, t);
+          if (HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+  EXPECT_GT(cases, 50000);
 }
 
 }  // namespace

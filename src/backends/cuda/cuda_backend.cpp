@@ -20,6 +20,7 @@
 #include "backends/cuda/tune.h"
 #include "backends/cuda/variant.h"
 #include "backends/cuda/weight_loader.h"
+#include "backends/cuda/wgmma_tactic.h"
 #include "base/error.h"
 
 namespace nibble::cuda {

@@ -5,7 +5,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 #include "ops/sample_operands.h"
 
@@ -94,11 +93,7 @@ inline int wgmma_parts(int64_t k) { return k >= 16384 ? 3 : 1; }
 inline bool WgmmaTactic::in_order(int64_t k) const {
   return row_blocks == warpgroups && (split == 1 || split == wgmma_parts(k));
 }
-WgmmaTactic wgmma_tactic(const LinearArgs& args);
-// Those that differ for this shape; all of them give the same sums up to their order.
-std::vector<WgmmaTactic> wgmma_tactics(const LinearArgs& args);
-int linear_wgmma_box_rows(int tokens);  // of x_map
-int linear_wgmma(const LinearArgs& args, void* stream);
+int linear_wgmma(const LinearArgs& args, void* stream);  // wgmma_tactic.h: which, and x_map's boxes
 
 // quantize_x.cu: x as linear_fp8 takes it (x_layout.h): a scale per token and 128 channels up to
 // kFp8GroupedTokens tokens, above that, or where it is asked for, one per token.

@@ -47,6 +47,7 @@
 #include "backends/cuda/ptx/dequant.cuh"
 #include "backends/cuda/ptx/mma.cuh"
 #include "backends/cuda/ptx/wgmma.cuh"
+#include "backends/cuda/wgmma_tactic.h"
 
 namespace nibble::cuda {
 namespace {
@@ -496,29 +497,14 @@ __global__ void __launch_bounds__(Config<kTokens, kRowBlocks, kWays>::kThreads, 
 }
 
 template <int kTokens, int kRowBlocks, int kCluster, int kWays>
-int launch(const LinearArgs& args, int split, void* stream) {
+int launch(const LinearArgs& args, const WgmmaShares& shares, void* stream) {
   using C = Config<kTokens, kRowBlocks, kWays>;
   LinearParams p = make_linear_params(args, C::kRows);
   p.token_tiles = (args.tokens + kTokens - 1) / kTokens;
   p.epilogue = static_cast<int>(args.epilogue);
-  const int tiles = p.num_tiles / kCluster * p.token_tiles, slots = args.num_sms / kCluster;
-  split = std::max(1, std::min({split, p.groups, kMaxSplit, slots}));
-  // All that share a tile are resident at once. Several tiles one after another want every one of
-  // them to own sums.
-  if (kTokens / 8 / kWays < split) {
-    while (split > 1 && tiles * split > slots) --split;
-  }
-  set_split(p, split);
-  if (args.in_order) {
-    const int parts = wgmma_parts(args.k);
-    if (split != 1 && split != parts) return cudaErrorInvalidValue;
-    if (split == 1) {
-      p.parts = parts;
-      set_shares(p, p.groups, parts);
-    }
-  }
-  const int at_once = slots / p.split, turns = (tiles + at_once - 1) / at_once;
-  const int clusters = (tiles + turns - 1) / turns * p.split;
+  set_split(p, shares.split);
+  p.parts = shares.parts;
+  if (p.parts > 1) set_shares(p, p.groups, p.parts);
   CUtensorMap map;
   static_assert(sizeof(CUtensorMap) == sizeof(TensorMap));
   std::memcpy(&map, args.x_map, sizeof map);
@@ -526,22 +512,13 @@ int launch(const LinearArgs& args, int split, void* stream) {
   if constexpr (kRowBlocks > 1) {
     if (p.split > 1) kernel = linear_wgmma_kernel<kTokens, kRowBlocks, kWays, kCluster, true>;
   }
-  return launch_linear(kernel, args, clusters * kCluster, C::kThreads, C::kSmemBytes, stream,
+  return launch_linear(kernel, args, shares.clusters * kCluster, C::kThreads, C::kSmemBytes, stream,
                        kCluster, map, p);
-}
-
-int tile_tokens(int tokens) {
-  for (const int tile : {16, 32, 48, 64}) {
-    if (tokens <= tile) return tile;
-  }
-  // Of the two largest the one that pads less, if by enough: 128 has the better rate.
-  const auto padded = [&](int tile) { return (tokens + tile - 1) / tile * tile; };
-  return padded(96) * 10 < padded(128) * 9 ? 96 : 128;
 }
 
 template <typename Launch>
 int for_tile(int tokens, Launch&& launch) {
-  switch (tile_tokens(tokens)) {
+  switch (wgmma_tile_tokens(tokens)) {
     case 16: return launch(std::integral_constant<int, 16>{});
     case 32: return launch(std::integral_constant<int, 32>{});
     case 48: return launch(std::integral_constant<int, 48>{});
@@ -553,109 +530,31 @@ int for_tile(int tokens, Launch&& launch) {
 
 }  // namespace
 
-int linear_wgmma_box_rows(int tokens) { return tile_tokens(tokens) / 2; }
-
-// Of those that add in an order that does not depend on M: the one whose waves of CTAs take least.
-static WgmmaTactic in_order_tactic(const LinearArgs& args) {
-  const int tile = tile_tokens(args.tokens);
-  const int64_t blocks = (args.rows + 127) / 128 * 2;
-  const int64_t token_tiles = (args.tokens + tile - 1) / tile;
-  constexpr struct {
-    int row_blocks;
-    double cost;  // of a tile, relative to one of 64 rows; measured for 16 to 128 tokens
-  } kKinds[] = {{4, 2.75}, {2, 1.5}, {1, 1}};
-  constexpr double kExchange = 1.15;  // what sharing k costs
-  const int parts = wgmma_parts(args.k);
-  WgmmaTactic best{};
-  double least = 0;
-  auto consider = [&](int row_blocks, int64_t turns, int split, double total) {
-    if (best.split > 0 && total >= least) return;
-    least = total;
-    // Pairs of CTAs, which share x, where measured to be faster.
-    const bool pairs = row_blocks == 4   ? split == 1 || turns > 1
-                       : row_blocks == 2 ? tile <= 64
-                                         : tile < 128;
-    best = {row_blocks, pairs ? 2 : 1, split, row_blocks};
-  };
-  for (const auto& [row_blocks, cost] : kKinds) {
-    const int64_t tiles = (blocks + row_blocks - 1) / row_blocks * token_tiles;
-    for (const int split : {1, parts}) {
-      const int64_t at_once = args.num_sms / split, turns = (tiles + at_once - 1) / at_once;
-      if (split > 1 && (row_blocks == 1 || (turns > 1 && tile / 8 < split))) continue;  // none such
-      const double each = split == 1 ? cost : cost * kExchange / split;
-      consider(row_blocks, turns, split, each * static_cast<double>(turns));
-    }
-  }
-  return best;
-}
-
-WgmmaTactic wgmma_tactic(const LinearArgs& args) {
-  const int tokens = tile_tokens(args.tokens);
-  const int64_t tiles128 = (args.rows + 127) / 128;
-  const auto slots = static_cast<int64_t>(args.num_sms);
-  const bool long_k = args.k >= 16384;
-  if (args.in_order || args.tokens > kMaxNormTokens) return in_order_tactic(args);
-  if (tiles128 / 2 >= slots * 9 / 10) return {4, 2, 1};
-  // Narrow: k shared by as many CTAs as there are SMs, where a long k pays for the exchange.
-  const int row_blocks = long_k && tokens <= 32 ? 4 : 2;
-  const int64_t tiles = (tiles128 * 2 + row_blocks - 1) / row_blocks;
-  const auto split = static_cast<int>(std::max<int64_t>(1, slots / tiles));
-  // Pairs of CTAs where measured to be faster (docs/kernels.md).
-  return {row_blocks, long_k && (tokens == 48 || tokens == 64) ? 2 : 1, split};
-}
-
-std::vector<WgmmaTactic> wgmma_tactics(const LinearArgs& args) {
-  const int tile = tile_tokens(args.tokens);
-  const int64_t tiles128 = (args.rows + 127) / 128;
-  const int64_t token_tiles = (args.tokens + tile - 1) / tile;
-  const auto groups = static_cast<int>((args.k + 127) / 128);
-  std::vector<WgmmaTactic> all;
-  for (const int row_blocks : {1, 2, 4}) {
-    if (row_blocks == 4 && tiles128 % 2) continue;
-    const int64_t row_tiles = tiles128 * 2 / row_blocks;
-    for (const int cluster : {1, 2}) {
-      if (row_tiles % cluster) continue;
-      for (int split = 1; split <= std::min(kMaxSplit, groups); ++split) {
-        const bool resident = row_tiles / cluster * token_tiles * split <= args.num_sms / cluster;
-        if (split > 1 && !resident && split != wgmma_parts(args.k)) continue;
-        if (row_blocks > 1) all.push_back({row_blocks, cluster, split});
-        if (row_blocks == 1 && split > 1) continue;
-        if (row_blocks < 4 && args.tokens > kMaxNormTokens) {
-          all.push_back({row_blocks, cluster, split, row_blocks});
-        }
-      }
-    }
-  }
-  return all;
-}
-
 int linear_wgmma(const LinearArgs& args, void* stream) {
   if (args.tokens < 1 || args.k % 8 || args.rows % 8) return cudaErrorInvalidValue;
-  WgmmaTactic t = args.tactic < 0 ? wgmma_tactic(args) : WgmmaTactic::decode(args.tactic);
-  if (args.in_order && !t.in_order(args.k)) return cudaErrorInvalidValue;
-  const int64_t tiles128 = (args.rows + 127) / 128;
-  // 256-row tiles come in pairs of 128.
-  if (tiles128 % 2 && t.row_blocks == 4) t.row_blocks = 2, t.warpgroups = args.in_order ? 2 : 4;
-  if (tiles128 * 2 / t.row_blocks % 2) t.cluster = 1;
+  const WgmmaTactic t =
+      wgmma_fit(args, args.tactic < 0 ? wgmma_tactic(args) : WgmmaTactic::decode(args.tactic));
   if (t.warpgroups < 4 && (args.squares || args.next)) return cudaErrorInvalidValue;
   if (t.warpgroups == 1 && t.split > 1) return cudaErrorInvalidValue;
+  const WgmmaShares shares = wgmma_shares(args, t);
+  if (shares.split == 0) return cudaErrorInvalidValue;
   const bool pairs = t.cluster == 2;
   return for_tile(args.tokens, [&](auto tokens_tag) {
     constexpr int kTokens = decltype(tokens_tag)::value;
     if (t.row_blocks == 4) {
-      return pairs ? launch<kTokens, 4, 2, 1>(args, t.split, stream)
-                   : launch<kTokens, 4, 1, 1>(args, t.split, stream);
+      return pairs ? launch<kTokens, 4, 2, 1>(args, shares, stream)
+                   : launch<kTokens, 4, 1, 1>(args, shares, stream);
     }
     if (t.warpgroups == 4) {
-      return pairs ? launch<kTokens, 2, 2, 2>(args, t.split, stream)
-                   : launch<kTokens, 2, 1, 2>(args, t.split, stream);
+      return pairs ? launch<kTokens, 2, 2, 2>(args, shares, stream)
+                   : launch<kTokens, 2, 1, 2>(args, shares, stream);
     }
     if (t.row_blocks == 2) {
-      return pairs ? launch<kTokens, 2, 2, 1>(args, t.split, stream)
-                   : launch<kTokens, 2, 1, 1>(args, t.split, stream);
+      return pairs ? launch<kTokens, 2, 2, 1>(args, shares, stream)
+                   : launch<kTokens, 2, 1, 1>(args, shares, stream);
     }
-    return pairs ? launch<kTokens, 1, 2, 1>(args, 1, stream)
-                 : launch<kTokens, 1, 1, 1>(args, 1, stream);
+    return pairs ? launch<kTokens, 1, 2, 1>(args, shares, stream)
+                 : launch<kTokens, 1, 1, 1>(args, shares, stream);
   });
 }
 

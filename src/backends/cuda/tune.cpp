@@ -10,6 +10,7 @@
 
 #include "backends/cuda/device_memory.h"
 #include "backends/cuda/layout.h"
+#include "backends/cuda/wgmma_tactic.h"
 
 namespace nibble::cuda {
 namespace {
