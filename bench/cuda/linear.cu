@@ -2,8 +2,8 @@
 //   linear [--m 1,8,16] [--kernel auto|small|wgmma|portable|fp8|digits] [--tactic N,N] [--early N]
 //          [--no-check] [--no-shapes] [--no-layer] [--odd-only] [--trace] [--cached] [--in-order]
 //          [--matrix qkv|o|gate_up|down]
-// --in-order: wgmma and fp8 as for steps with rows of prompts; and each token's bits are compared
-// with those of a call of 2 tokens.
+// --in-order: wgmma and fp8 as for steps with rows of prompts; and the last two tokens' bits are
+// compared with those of a call of these two.
 // --cached: weights that repeat every 16 MB and so come out of L2 (not checked): how fast the
 // kernels are where memory is not what binds, as on a device with faster memory.
 // fp8: x is quantized by quantize_x, which has rows of its own; the reference quantizes by itself,
@@ -17,6 +17,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_fp8.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -561,6 +562,12 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
         for (int tactic : o.tactics) failures += check(o, m, w, tokens, sizes, tactic, stream);
       free_weights(w);
     }
+  }
+  if (!o.matrix.empty() &&
+      std::ranges::none_of(matrices, [&](const Matrix& m) { return o.matrix == m.name; })) {
+    std::fprintf(stderr, "linear: --matrix \"%s\", wanted qkv, o, gate_up or down\n",
+                 o.matrix.c_str());
+    return 1;
   }
   if (o.odd_only) return failures;
   constexpr int kLayers = 6;

@@ -83,6 +83,16 @@ struct Answer {
   int num_cached = 0;
 };
 
+std::unique_ptr<Engine> engine_of(std::shared_ptr<LoadedModel> model, int num_kv_blocks) {
+  EngineParts parts;
+  parts.plan = model->plan;
+  parts.backend = std::move(model->backend);
+  parts.weights = model->weights;
+  parts.num_kv_blocks = num_kv_blocks;
+  parts.tensors = std::move(model);
+  return Engine::create(std::move(parts));
+}
+
 std::unique_ptr<Engine> make_engine(const Case& test_case, int max_num_tokens) {
   LoadOptions options;
   options.build.target = test_case.target;
@@ -93,13 +103,7 @@ std::unique_ptr<Engine> make_engine(const Case& test_case, int max_num_tokens) {
                           .max_output_len = 32,
                           .max_num_tokens = max_num_tokens};
   auto model = std::make_shared<LoadedModel>(load_source(open_synthetic(shape(), 5), options));
-  EngineParts parts;
-  parts.plan = model->plan;
-  parts.backend = std::move(model->backend);
-  parts.weights = model->weights;
-  parts.num_kv_blocks = 200;
-  parts.tensors = std::move(model);
-  return Engine::create(std::move(parts));
+  return engine_of(std::move(model), 200);
 }
 
 /// All at once. The prompts' tokens are of their seeds.
@@ -186,14 +190,8 @@ TEST_P(CudaSteadyStep, AllocatesNothing) {
     if (error.kind() != ErrorKind::kDevice) throw;
     GTEST_SKIP() << error.what();
   }
-  EngineParts parts;
-  parts.plan = model->plan;
-  parts.backend = std::move(model->backend);
-  parts.weights = model->weights;
-  parts.num_kv_blocks = 16;
-  parts.tensors = std::move(model);
-  Backend& backend = *parts.backend;
-  auto engine = Engine::create(std::move(parts));
+  Backend& backend = *model->backend;
+  const auto engine = engine_of(std::move(model), 16);
 
   // Told by the engine's thread once a step.
   struct Sample {
