@@ -550,6 +550,12 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
                               {"o", {5120, 4096}, Epilogue::kResidual},
                               {"gate_up", {65536, 5120}, Epilogue::kSiluMul},
                               {"down", {5120, 32768}, Epilogue::kResidual}};
+  if (!o.matrix.empty() &&
+      std::ranges::none_of(matrices, [&](const Matrix& m) { return o.matrix == m.name; })) {
+    std::fprintf(stderr, "linear: --matrix \"%s\", wanted qkv, o, gate_up or down\n",
+                 o.matrix.c_str());
+    return 1;
+  }
   if (o.check) {
     failures += check_pack(stream);
     const Matrix odd[] = {
@@ -562,12 +568,6 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
         for (int tactic : o.tactics) failures += check(o, m, w, tokens, sizes, tactic, stream);
       free_weights(w);
     }
-  }
-  if (!o.matrix.empty() &&
-      std::ranges::none_of(matrices, [&](const Matrix& m) { return o.matrix == m.name; })) {
-    std::fprintf(stderr, "linear: --matrix \"%s\", wanted qkv, o, gate_up or down\n",
-                 o.matrix.c_str());
-    return 1;
   }
   if (o.odd_only) return failures;
   constexpr int kLayers = 6;
