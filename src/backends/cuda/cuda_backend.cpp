@@ -278,12 +278,12 @@ class CudaBackend final : public Backend {
       put_off_linear_.reset();
       void* rounded = nullptr;
       if (input_of(rows) != Input::kBf16) {
-        // Its own input first: two buffers take turns, and the linear after the norm writes again.
-        if (!l.rounded) l.rounded = rounded_input(l.x, l.w, rows, {});
+        round_input(l.x, l.w, rows, l.before);
         rounded = rounding_buffer(rows, hidden);
       }
-      int4(l.x, l.w, hidden, rows, Epilogue::kResidual, nullptr, l.y,
-           {.next = rounded ? rounded : y, .next_weight = weight, .x = l.rounded});
+      l.before.next = rounded ? rounded : y;
+      l.before.next_weight = weight;
+      int4(l.x, l.w, hidden, rows, Epilogue::kResidual, nullptr, l.y, l.before);
       put_off_norm_ = {x, weight, eps, rows, hidden, y, false, rounded};
       return;
     }
@@ -303,9 +303,10 @@ class CudaBackend final : public Backend {
     if (w.layout == WeightLayout::kCudaInt4) {
       const Fused before = take_before(x, w, rows);  // flushes
       const Epilogue epilogue = add ? Epilogue::kResidual : Epilogue::kPlain;
-      if (fuses_norm(rows, w.out_features) && add && w.pre_scale == nullptr &&
+      const bool after_norm = before.scales || before.weight;  // one norm a kernel
+      if (fuses_norm(rows, w.out_features) && add && w.pre_scale == nullptr && !after_norm &&
           (input_of(rows) == Input::kBf16 || rounds_output(w.out_features, w, rows, epilogue))) {
-        put_off_linear_ = {x, w, rows, y, before.x};
+        put_off_linear_ = {x, w, rows, y, before};
         return;
       }
       int4(x, w, w.out_features, rows, epilogue, nullptr, y, before);
@@ -327,9 +328,10 @@ class CudaBackend final : public Backend {
                  gate.pre_scale == up.pre_scale && gate.layout == up.layout);
     if (rows == 0) return;
     if (gate.layout == WeightLayout::kCudaInt4 && gate.weight == up.weight) {
-      const Fused before = take_before(x, gate, rows);
+      Fused before = take_before(x, gate, rows);
       void* rounded = nullptr;
       if (rounds_output(2 * gate.out_features, gate, rows, Epilogue::kSiluMul)) {
+        round_input(x, gate, rows, before);
         rounded = rounding_buffer(rows, gate.out_features);
       }
       int4(x, gate, 2 * gate.out_features, rows, Epilogue::kSiluMul, out_scale, y, before, rounded);
@@ -447,7 +449,7 @@ class CudaBackend final : public Backend {
     if (put_off_linear_) {
       const ResidualLinear l = *put_off_linear_;
       put_off_linear_.reset();
-      int4(l.x, l.w, l.w.out_features, l.rows, Epilogue::kResidual, nullptr, l.y, {.x = l.rounded});
+      int4(l.x, l.w, l.w.out_features, l.rows, Epilogue::kResidual, nullptr, l.y, l.before);
     }
     if (put_off_norm_) {
       const PutOffNorm n = *put_off_norm_;
@@ -685,7 +687,7 @@ class CudaBackend final : public Backend {
 
   /// An int4 linear, its AWQ pre-scale included.
   void int4(const void* x, const LinearOperand& w, int64_t out_rows, int tokens, Epilogue epilogue,
-            const float* out_scale, void* y, const Fused& fused = {}, void* rounded = nullptr) {
+            const float* out_scale, void* y, Fused fused = {}, void* rounded = nullptr) {
     if (w.group_size != 128 || w.in_features % 8 != 0 ||
         out_rows % (epilogue == Epilogue::kSiluMul ? 16 : 8) != 0) {
       fail(ErrorKind::kUnsupported,
@@ -698,17 +700,14 @@ class CudaBackend final : public Backend {
     const float largest =
         input == Input::kE4m3 ? largest_scale_of(w.weight, out_rows, w.in_features) : 0;
     TensorMap map;
-    bool scales = fused.scales;
     if constexpr (!kPortable) {
       if (input == Input::kBf16) {
         check(make_tensor_map(&map, x, tokens, w.in_features, int64_t{w.in_features} * 2,
                               linear_wgmma_box_rows(tokens)),
               "making a tensor map");
-      } else if (fused.x) {
-        x = fused.x;
       } else {
-        x = rounded_input(x, w, tokens, fused);
-        scales = scales || (fused.weight && !one_scale(tokens));
+        round_input(x, w, tokens, fused);
+        x = fused.x;
       }
     }
     NIBBLE_CHECK(x != fused.next && x != rounded);  // other CTAs still read it
@@ -726,7 +725,7 @@ class CudaBackend final : public Backend {
                           .next = fused.next,
                           .next_weight = fused.next_weight,
                           .next_squares = squares_,
-                          .squares = scales ? squares_ : nullptr,
+                          .squares = fused.scales ? squares_ : nullptr,
                           .eps = fused.eps,
                           .rounded = rounded,
                           .largest_scale = largest,
@@ -809,23 +808,29 @@ class CudaBackend final : public Backend {
     }
   }
 
-  const void* rounded_input(const void* x, const LinearOperand& w, int rows, const Fused& fused) {
-    void* out = rounding_buffer(rows, w.in_features);
-    const QuantizeArgs args{.x = x,
-                            .x_stride = w.in_features,
-                            .norm_weight = fused.weight,
-                            .eps = fused.eps,
-                            .pre_scale = w.pre_scale,
-                            .out = out,
-                            .squares = squares_,
-                            .tokens = rows,
-                            .k = w.in_features,
-                            .one_scale = one_scale(rows),
-                            .dependent = kDependent};
-    check(
-        input_of(rows) == Input::kDigits ? split_digits(args, stream_) : quantize_x(args, stream_),
-        "rounding activations");
-    return out;
+  /// Rounds the linear's x into fused.x, if nobody has. NOTE: before its output's rounding_buffer()
+  /// is asked for, because buffers that take turns must be asked for in the order of use.
+  void round_input(const void* x, const LinearOperand& w, int rows, Fused& fused) {
+    if (fused.x) return;
+    if constexpr (!kPortable) {
+      void* out = rounding_buffer(rows, w.in_features);
+      const QuantizeArgs args{.x = x,
+                              .x_stride = w.in_features,
+                              .norm_weight = fused.weight,
+                              .eps = fused.eps,
+                              .pre_scale = w.pre_scale,
+                              .out = out,
+                              .squares = squares_,
+                              .tokens = rows,
+                              .k = w.in_features,
+                              .one_scale = one_scale(rows),
+                              .dependent = kDependent};
+      check(input_of(rows) == Input::kDigits ? split_digits(args, stream_)
+                                             : quantize_x(args, stream_),
+            "rounding activations");
+      fused.x = out;
+      if (fused.weight && !one_scale(rows)) fused.scales = true;  // 1/rms is left
+    }
   }
 
   /// `count` sequences from `first` on, each in tiles of `queries` tokens.

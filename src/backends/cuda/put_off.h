@@ -13,7 +13,7 @@ struct Fused {
   bool scales = false;            // 1/rms of the norm before it
   const float* weight = nullptr;  // that norm whole, where its x is rounded to e4m3
   float eps = 0;
-  const void* x = nullptr;  // what it reads, in e4m3 already
+  const void* x = nullptr;  // what it reads, rounded already
 };
 
 /// Activations that were rounded to e4m3 by the kernel that made them.
@@ -40,7 +40,7 @@ struct ResidualLinear {
   LinearOperand w;
   int rows;
   void* y;
-  const void* rounded;  // x in e4m3, or null
+  Fused before;
 };
 /// An RMSNorm that is left to the linear that reads it: the multiplication by 1/rms, or all of it.
 struct PutOffNorm {

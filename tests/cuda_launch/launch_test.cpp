@@ -1,0 +1,467 @@
+// The CUDA backend's host code on a device made of host memory (fake_device.h): whatever is put
+// off, fused, rounded for the next linear or replayed as a graph, what lies in memory afterwards
+// means what the ops mean, no kernel writes over its own input, and a layer has as many kernels as
+// docs/cuda-backend.md says.
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <numeric>
+#include <ostream>
+
+#include "backends/cuda/cuda_backend.h"
+#include "backends/cuda/variant.h"
+#include "cuda_launch/fake_device.h"
+#include "model/decoder.h"
+
+namespace nibble {
+namespace {
+
+using test::Contents;
+using test::fake_device;
+using test::Meaning;
+using test::meaning;
+
+size_t bf16_bytes(int rows, int columns) {
+  return static_cast<size_t>(rows) * static_cast<size_t>(columns) * 2;
+}
+std::string with(const char* op, const void* operand) { return fmt::format("{} {}", op, operand); }
+
+/// Hands every op to the CUDA backend, and by itself does what it means, at once.
+class Meant final : public Backend {
+ public:
+  explicit Meant(ActivationPrecision precision) : cuda_(cuda::make_cuda_backend(precision)) {}
+
+  std::string name() const override { return cuda_->name(); }
+  size_t act_bytes() const override { return cuda_->act_bytes(); }
+  void reserve(const ModelSpec& spec, const EngineLimits& limits, int max_logit_rows) override {
+    cuda_->reserve(spec, limits, max_logit_rows);
+  }
+  Buffer alloc(size_t bytes) override { return cuda_->alloc(bytes); }
+  void free(void* data, size_t bytes) noexcept override { cuda_->free(data, bytes); }
+  void upload(void* device, const void* host, size_t bytes) override {
+    cuda_->upload(device, host, bytes);
+  }
+  void download(void* host, const void* device, size_t bytes) override {
+    cuda_->download(host, device, bytes);
+  }
+  void sync() override { cuda_->sync(); }
+  const void* import_weights(const std::byte* host, size_t bytes) override {
+    return cuda_->import_weights(host, bytes);
+  }
+  size_t kv_block_bytes(KvFormat format, int tokens, int heads, int dim) const override {
+    return cuda_->kv_block_bytes(format, tokens, heads, dim);
+  }
+  void run(uint64_t key, const std::function<void()>& step) override {
+    launches_ = false;
+    step();
+    launches_ = true, means_ = false;
+    cuda_->run(key, step);
+    means_ = true;
+  }
+
+  void begin_step(const StepBatch& batch) override {
+    if (launches_) cuda_->begin_step(batch);
+  }
+  void embed(const StepBatch& batch, const LinearOperand& table, void* x) override {
+    if (launches_) cuda_->embed(batch, table, x);
+    if (!means_) return;
+    std::string op = with("embed", table.weight);
+    for (int i = 0; i < batch.num_tokens; ++i) op += fmt::format(" {}", batch.token_ids[i]);
+    memory.write(x, bf16_bytes(batch.num_tokens, table.in_features), meaning(op));
+  }
+  void rms_norm(const void* x, const float* weight, float eps, int rows, int hidden,
+                void* y) override {
+    if (launches_) cuda_->rms_norm(x, weight, eps, rows, hidden, y);
+    if (!means_) return;
+    const size_t bytes = bf16_bytes(rows, hidden);
+    memory.write(y, bytes, meaning(with("norm", weight), {memory.read(x, bytes)}));
+  }
+  void linear(const void* x, const LinearOperand& w, int rows, bool add, void* y) override {
+    if (launches_) cuda_->linear(x, w, rows, add, y);
+    if (!means_) return;
+    const size_t bytes = bf16_bytes(rows, w.out_features);
+    Meaning m = meaning(with("linear", w.weight), {input(x, w, rows)});
+    if (add) m = meaning("add", {memory.read(y, bytes), m});
+    memory.write(y, bytes, m);
+  }
+  void gate_up(const void* x, const LinearOperand& gate, const LinearOperand& up, int rows,
+               const float* out_scale, void* y) override {
+    if (launches_) cuda_->gate_up(x, gate, up, rows, out_scale, y);
+    if (!means_) return;
+    const Meaning in = input(x, gate, rows);
+    const Meaning m =
+        gate.weight == up.weight
+            ? meaning(
+                  fmt::format("gate_up {} {}", gate.weight, static_cast<const void*>(out_scale)),
+                  {in})
+            : meaning(with("silu", out_scale), {meaning(with("linear", gate.weight), {in}),
+                                                meaning(with("linear", up.weight), {in})});
+    memory.write(y, bf16_bytes(rows, gate.out_features), m);
+  }
+  void rope_store_kv(const StepBatch& batch, void* qkv, int heads, const RopeTable& rope,
+                     const KvLayer& kv) override {
+    if (launches_) cuda_->rope_store_kv(batch, qkv, heads, rope, kv);
+    if (!means_) return;
+    const size_t bytes = bf16_bytes(batch.num_tokens, (heads + 2 * kv.num_kv_heads) * kv.head_dim);
+    const Meaning m = memory.read(qkv, bytes);
+    memory.write(qkv, bytes, meaning("rope", {m}));
+    memory.write(kv.data, 1, meaning("append", {memory.read(kv.data, 1), m}));
+  }
+  void attention(const StepBatch& batch, const void* qkv, int heads, const KvLayer& kv,
+                 const float* out_scale, void* y) override {
+    if (launches_) cuda_->attention(batch, qkv, heads, kv, out_scale, y);
+    if (!means_) return;
+    const int columns = (heads + 2 * kv.num_kv_heads) * kv.head_dim;
+    memory.write(y, bf16_bytes(batch.num_tokens, heads * kv.head_dim),
+                 meaning(with("attention", out_scale),
+                         {memory.read(qkv, bf16_bytes(batch.num_tokens, columns)),
+                          memory.read(kv.data, 1)}));
+  }
+  void lm_head(const StepBatch& batch, const void* x, const float* norm, float eps,
+               const LinearOperand& head, float* logits) override {
+    if (launches_) cuda_->lm_head(batch, x, norm, eps, head, logits);
+    if (!means_) return;
+    const Meaning in = meaning(with("norm", norm),
+                               {memory.read(x, bf16_bytes(batch.num_tokens, head.in_features))});
+    memory.write(logits, 2 * bf16_bytes(batch.num_logit_rows, head.out_features),
+                 meaning(with("linear", head.weight), {in}));
+  }
+  void sample(const SampleBatch& batch, float* logits, const SampleResult& result) override {
+    cuda_->sample(batch, logits, result);
+  }
+
+  Contents memory;
+
+ private:
+  Meaning input(const void* x, const LinearOperand& w, int rows) const {
+    const Meaning m = memory.read(x, bf16_bytes(rows, w.in_features));
+    return w.pre_scale ? meaning(with("prescaled", w.pre_scale), {m}) : m;
+  }
+
+  std::unique_ptr<Backend> cuda_;
+  bool launches_ = true, means_ = true;
+};
+
+struct Case {
+  const char* name;
+  ActivationPrecision precision = ActivationPrecision::kBf16;
+  bool residual_rounds = true, silu_rounds = true, attention_rounds = true;
+  bool pre_scales = false;  // qkv's and gate's not folded into norms
+  WeightLayout layout = WeightLayout::kCudaInt4;
+  KvFormat kv = KvFormat::kInt8Dynamic;
+  int heads = 8, kv_heads = 2;
+  WeightLayout lm_head = WeightLayout::kBf16Rows;
+};
+void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
+
+/// Sequences' new tokens of a step; the first `drawn` bring one that was drawn.
+struct Step {
+  std::vector<int> counts;
+  int drawn = 0;
+};
+Step decode(int sequences) {
+  return {std::vector<int>(static_cast<size_t>(sequences), 1), sequences};
+}
+
+/// A model of `layers` layers whose weights are nothing but addresses.
+class Model {
+ public:
+  static constexpr int kMaxTokens = 256, kHeadDim = 128;
+
+  explicit Model(const Case& c, int layers = 3) : backend_(c.precision) {
+    fake_device().residual_rounds = c.residual_rounds;
+    fake_device().silu_rounds = c.silu_rounds;
+    fake_device().attention_rounds = c.attention_rounds;
+    ModelSpec& spec = plan_.spec;
+    spec.num_layers = layers;
+    spec.hidden_size = 512;
+    spec.num_heads = c.heads;
+    spec.num_kv_heads = c.kv_heads;
+    spec.head_dim = kHeadDim;
+    spec.ffn_size = 768;
+    spec.vocab_size = 96;
+    plan_.limits.max_input_len = 200;
+    plan_.limits.max_output_len = 100;
+    plan_.limits.max_batch_size = kMaxTokens;
+    const auto operand = [&](WeightLayout layout, int out, int in) {
+      LinearOperand w;
+      w.layout = layout;
+      w.out_features = out;
+      w.in_features = in;
+      w.group_size = 128;
+      w.weight = address();
+      return w;
+    };
+    weights_.embedding = operand(WeightLayout::kBf16Rows, spec.vocab_size, spec.hidden_size);
+    weights_.lm_head = operand(c.lm_head, spec.vocab_size, spec.hidden_size);
+    weights_.final_norm = vector();
+    for (int i = 0; i < layers; ++i) {
+      LayerWeights l;
+      l.attn_norm = vector();
+      l.mlp_norm = vector();
+      l.qkv = operand(c.layout, spec.qkv_size(), spec.hidden_size);
+      l.o = operand(c.layout, spec.hidden_size, spec.q_size());
+      l.gate = operand(c.layout, spec.ffn_size, spec.hidden_size);
+      l.up = l.gate;
+      if (c.layout != WeightLayout::kCudaInt4) l.up.weight = address();
+      l.down = operand(c.layout, spec.hidden_size, spec.ffn_size);
+      l.o.pre_scale = vector();
+      l.down.pre_scale = vector();
+      if (c.pre_scales) {
+        l.qkv.pre_scale = vector();
+        l.gate.pre_scale = l.up.pre_scale = vector();
+      }
+      weights_.layers.push_back(l);
+      pages_.push_back(std::make_unique<std::byte[]>(64));
+      KvLayer kv;
+      kv.format = c.kv;
+      kv.block_tokens = 64;
+      kv.num_kv_heads = c.kv_heads;
+      kv.head_dim = kHeadDim;
+      kv.data = pages_.back().get();
+      kv_.push_back(kv);
+    }
+    decoder_ = std::make_unique<Decoder>(backend_, plan_, weights_, kMaxTokens, kMaxTokens);
+    fake_device().launches.clear();
+  }
+
+  /// Runs a step; the tokens are new ones each time. `key` as Backend::run() takes it.
+  void forward(const Step& step, uint64_t key = 0) {
+    StepBatch batch;
+    batch.num_seqs = static_cast<int>(step.counts.size());
+    batch.num_tokens = std::accumulate(step.counts.begin(), step.counts.end(), 0);
+    batch.num_decode_seqs = step.drawn;
+    batch.num_logit_rows = batch.num_seqs;
+    batch.max_blocks_per_seq = 1;
+    ASSERT_LE(batch.num_tokens, kMaxTokens);
+    starts_[0] = 0;
+    for (int s = 0; s < batch.num_seqs; ++s) {
+      starts_[s + 1] = starts_[s] + step.counts[s];
+      logit_rows_[s] = starts_[s + 1] - 1;
+      lengths_[s] = 100;
+    }
+    for (int i = 0; i < batch.num_tokens; ++i) ids_[i] = next_token_++;
+    batch.token_ids = ids_.data();
+    batch.positions = positions_.data();
+    batch.seq_starts = batch.host_seq_starts = starts_.data();
+    batch.kv_lens = batch.host_kv_lens = lengths_.data();
+    batch.block_tables = tables_.data();
+    batch.logit_rows = logit_rows_.data();
+    first_launch_ = fake_device().launches.size();
+    backend_.run(key, [&] { decoder_->forward(batch, kv_); });
+    backend_.sync();
+    tokens_ = batch.num_tokens;
+    logits_ = batch.num_logit_rows;
+  }
+
+  /// That logits and residual stream are what the ops mean.
+  void expect_meant() const {
+    const auto same = [&](const char* what, const void* at, size_t bytes) {
+      const Meaning want = backend_.memory.read(at, bytes);
+      const Meaning got = fake_device().memory.read(at, bytes);
+      ASSERT_NE(want, test::kNothing) << what;
+      EXPECT_EQ(got, want) << what << " is\n  " << test::text_of(got) << "\nwanted\n  "
+                           << test::text_of(want);
+    };
+    same("the residual stream", decoder_->x(), bf16_bytes(tokens_, plan_.spec.hidden_size));
+    same("logits", decoder_->logits(), 2 * bf16_bytes(logits_, plan_.spec.vocab_size));
+    EXPECT_THAT(fake_device().faults, testing::IsEmpty());
+    EXPECT_EQ(fake_device().memory.num_forbidden_uses(), 0)
+        << "memory was used that had been freed";
+  }
+
+  /// Of the last step.
+  std::vector<test::Launch> launches() const {
+    return {fake_device().launches.begin() + static_cast<long>(first_launch_),
+            fake_device().launches.end()};
+  }
+
+ private:
+  const void* address() { return weight_bytes_.data() + next_address_++; }
+  const float* vector() { return vector_floats_.data() + next_address_++; }
+
+  std::array<std::byte, 256> weight_bytes_;
+  std::array<float, 256> vector_floats_;
+  size_t next_address_ = 0;
+  EnginePlan plan_;
+  ModelWeights weights_;
+  std::vector<std::unique_ptr<std::byte[]>> pages_;
+  std::vector<KvLayer> kv_;
+  Meant backend_;
+  std::unique_ptr<Decoder> decoder_;
+  std::array<int32_t, kMaxTokens> ids_{}, positions_{}, lengths_{}, tables_{}, logit_rows_{};
+  std::array<int32_t, kMaxTokens + 1> starts_{};
+  int32_t next_token_ = 0;
+  size_t first_launch_ = 0;
+  int tokens_ = 0, logits_ = 0;
+};
+
+class CudaLaunch : public testing::TestWithParam<Case> {
+ protected:
+  void SetUp() override { test::reset_fake_device(); }
+};
+
+constexpr auto kE4m3 = ActivationPrecision::kE4m3;
+// cuda:portable rounds nothing.
+std::vector<Case> cases() {
+  std::vector<Case> all = {
+
+      Case{"bf16"},
+      Case{"fp8", kE4m3},
+      Case{.name = "bf16_residual_not_rounded", .residual_rounds = false},
+      Case{.name = "bf16_silu_not_rounded", .silu_rounds = false},
+      Case{.name = "bf16_attention_not_rounded", .attention_rounds = false},
+      Case{.name = "bf16_only_attention_rounded", .residual_rounds = false, .silu_rounds = false},
+      Case{"fp8_residual_not_rounded", kE4m3, false},
+      Case{"fp8_silu_not_rounded", kE4m3, true, false},
+      Case{"fp8_attention_not_rounded", kE4m3, true, true, false},
+      Case{"fp8_only_silu_rounded", kE4m3, false, true, false},
+      Case{"fp8_only_residual_rounded", kE4m3, true, false, false},
+      Case{"fp8_nothing_rounded", kE4m3, false, false, false},
+      Case{.name = "bf16_pre_scales", .pre_scales = true},
+      Case{.name = "fp8_pre_scales", .precision = kE4m3, .pre_scales = true},
+      Case{.name = "dense_weights", .layout = WeightLayout::kBf16Rows},
+      Case{.name = "two_heads_a_kv_head", .heads = 4},
+      Case{.name = "f16_cache", .kv = KvFormat::kF16},
+      Case{.name = "int4_head", .lm_head = WeightLayout::kCudaInt4},
+      Case{.name = "int8_head", .lm_head = WeightLayout::kCudaInt8}};
+  if (cuda::kPortable) std::erase_if(all, [](const Case& c) { return c.precision == kE4m3; });
+  return all;
+}
+INSTANTIATE_TEST_SUITE_P(Cases, CudaLaunch, testing::ValuesIn(cases()),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+// Sizes around each of which other kernels serve; prompts, alone and beside drawn tokens.
+const std::vector<Step> kSteps = {
+    {{40}},        decode(1),       {{1}},           decode(8),   decode(9),  decode(16),
+    decode(17),    {{1, 1, 5}, 2},  decode(32),      decode(33),  decode(48), {{1, 1, 1, 37}, 3},
+    decode(64),    decode(65),      {{30, 1, 0, 9}}, decode(100), {{200}},    decode(64),
+    decode(16),    {{1, 1, 62}, 1}, {{8}},           decode(12),  {{64}},     decode(4),
+    {{1, 199}, 1}, decode(256),     decode(2),
+};
+
+TEST_P(CudaLaunch, MemoryMeansWhatTheOpsMean) {
+  Model model(GetParam());
+  for (const Step& step : kSteps) {
+    model.forward(step);
+    model.expect_meant();
+    if (HasFailure()) FAIL() << "step of " << step.counts.size() << " sequences";
+  }
+}
+
+// The second time a key comes its kernels are recorded, from then on they are replayed: with new
+// tokens in the same places.
+TEST_P(CudaLaunch, GraphsMeanTheSame) {
+  Model model(GetParam());
+  for (int round = 0; round < 4; ++round) {
+    for (size_t i = 0; i < kSteps.size(); ++i) {
+      model.forward(kSteps[i], i + 1);
+      model.expect_meant();
+      if (HasFailure()) FAIL() << "round " << round << ", step " << i;
+    }
+  }
+  // Fewer than three rounds of them where scratch grew and graphs were made anew.
+  EXPECT_GT(fake_device().graph_launches, static_cast<int>(kSteps.size()));
+}
+
+// A larger step may move scratch memory that graphs of smaller ones have in them.
+TEST_P(CudaLaunch, GraphsOutliveGrowth) {
+  Model model(GetParam());
+  for (const int key : {1, 1, 1, 2, 1, 1}) {
+    model.forward(key == 1 ? decode(4) : Step{{200}}, static_cast<uint64_t>(key));
+    model.expect_meant();
+  }
+}
+
+TEST_P(CudaLaunch, StepsAllocateNothing) {
+  Model model(GetParam());
+  for (const Step& step : kSteps) model.forward(step);
+  const int before = fake_device().allocations;
+  for (const Step& step : kSteps) model.forward(step);
+  EXPECT_EQ(fake_device().allocations, before);
+}
+
+TEST_P(CudaLaunch, PromptsAreInOrderAndUnfused) {
+  Model model(GetParam());
+  for (const Step& step : kSteps) {
+    model.forward(step);
+    const bool prompts = !cuda::kPortable && step.drawn < static_cast<int>(step.counts.size());
+    for (const test::Launch& launch : model.launches()) {
+      if (!launch.kernel.starts_with("linear")) continue;
+      EXPECT_EQ(launch.in_order, prompts) << launch.kernel << " of " << launch.tokens << " rows";
+      EXPECT_FALSE(prompts && launch.fuses) << launch.kernel;
+    }
+  }
+}
+
+/// Kernels that one layer more adds to a step of drawn tokens.
+std::vector<std::string> kernels_of_a_layer(const Case& c, int sequences) {
+  std::vector<std::string> of[2];
+  for (const int more : {0, 1}) {
+    test::reset_fake_device();
+    Model model(c, 2 + more);
+    model.forward(decode(sequences));
+    for (const test::Launch& launch : model.launches()) of[more].push_back(launch.kernel);
+  }
+  std::vector<std::string> added = of[1];
+  for (const std::string& kernel : of[0]) {
+    const auto at = std::find(added.begin(), added.end(), kernel);
+    if (at == added.end()) return {"no layer is like another"};
+    added.erase(at);
+  }
+  std::sort(added.begin(), added.end());
+  return added;
+}
+
+// docs/cuda-backend.md, which kernel runs: five a layer up to 64 sequences, then seven, with e4m3
+// nine; eight on cuda:portable.
+TEST(CudaLaunchCount, KernelsOfALayer) {
+  using testing::ElementsAre;
+  const Case bf16{"bf16"}, fp8{"fp8", kE4m3};
+  if (cuda::kPortable) {
+    for (const int any : {1, 16, 65}) {
+      EXPECT_THAT(
+          kernels_of_a_layer(bf16, any),
+          ElementsAre("portable_attention", "portable_linear", "portable_linear", "portable_linear",
+                      "portable_linear", "rms_norm", "rms_norm", "rope_store"));
+    }
+    return;
+  }
+  for (const Case& c : {bf16, fp8}) {
+    for (const int few : {1, 8}) {
+      EXPECT_THAT(kernels_of_a_layer(c, few),
+                  ElementsAre("linear", "linear", "linear", "linear", "step_attention"))
+          << c.name << " " << few;
+    }
+    for (const int digits : {9, 16}) {
+      EXPECT_THAT(kernels_of_a_layer(c, digits),
+                  ElementsAre("linear_digits", "linear_digits", "linear_digits", "linear_digits",
+                              "step_attention"))
+          << c.name << " " << digits;
+    }
+    for (const int some : {17, 32}) {
+      EXPECT_THAT(kernels_of_a_layer(c, some),
+                  ElementsAre("linear", "linear", "linear", "linear", "step_attention"))
+          << c.name << " " << some;
+    }
+  }
+  for (const int many : {33, 64}) {
+    EXPECT_THAT(kernels_of_a_layer(bf16, many),
+                ElementsAre("linear", "linear", "linear", "linear", "step_attention"));
+    EXPECT_THAT(kernels_of_a_layer(fp8, many), ElementsAre("linear_fp8", "linear_fp8", "linear_fp8",
+                                                           "linear_fp8", "step_attention"));
+  }
+  EXPECT_THAT(kernels_of_a_layer(bf16, 65), ElementsAre("linear", "linear", "linear", "linear",
+                                                        "rms_norm", "rms_norm", "step_attention"));
+  EXPECT_THAT(kernels_of_a_layer(fp8, 65),
+              ElementsAre("linear_fp8", "linear_fp8", "linear_fp8", "linear_fp8", "quantize_x",
+                          "quantize_x", "quantize_x", "quantize_x", "step_attention"));
+}
+
+}  // namespace
+}  // namespace nibble
