@@ -6,7 +6,6 @@
 #include <chrono>
 #include <cmath>
 #include <optional>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -14,13 +13,14 @@
 #include "backends/cuda/cuda_calibration.h"
 #include "backends/cuda/device_memory.h"
 #include "backends/cuda/generic.h"
+#include "backends/cuda/int4_linears.h"
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/put_off.h"
 #include "backends/cuda/runtime.h"
+#include "backends/cuda/step_graphs.h"
 #include "backends/cuda/tune.h"
 #include "backends/cuda/variant.h"
 #include "backends/cuda/weight_loader.h"
-#include "backends/cuda/wgmma_tactic.h"
 #include "base/error.h"
 
 namespace nibble::cuda {
@@ -41,15 +41,12 @@ constexpr bool kDependent = !kPortable;
 class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(ActivationPrecision precision)
-      : device_(open_checked_device()), fp8_(precision == ActivationPrecision::kE4m3) {
-    check(stream_create(&stream_), "making a stream");
+      : device_(open_checked_device()),
+        stream_(new_stream()),
+        int4_(device_.num_sms, precision == ActivationPrecision::kE4m3, kDependent, stream_,
+              &scratch_moves_),
+        graphs_(stream_, &scratch_moves_) {
     for (void*& mark : marks_) check(event_create(&mark), "making an event");
-    const size_t linear = int4_workspace_bytes(device_.num_sms);
-    linear_workspace_ = own(linear);
-    if (fp8_) scale_scratch_ = own(sizeof(float));
-    squares_ = static_cast<float*>(
-        own(size_t{kMaxNormTokens} * (kMaxNormRows / kNormTileRows) * sizeof(float)));
-    check(memory_fill(linear_workspace_, 0xff, linear, stream_), "clearing a workspace");
     const size_t decode = attention_workspace_bytes(device_.num_sms);
     decode_workspace_ = own(decode);
     check(memory_fill(decode_workspace_, 0xff, decode, stream_), "clearing a workspace");
@@ -59,7 +56,7 @@ class CudaBackend final : public Backend {
     stream_sync(stream_);
     loader_.reset();  // they use the stream
     calibration_.reset();
-    destroy_graphs();
+    graphs_.clear();
     for (void* data : owned_) memory_free(data);
     for (void* mark : marks_) event_destroy(mark);
     stream_destroy(stream_);
@@ -80,14 +77,7 @@ class CudaBackend final : public Backend {
     scratch_.get(rows * widest * kActBytes, stream_);
     page_starts_.get((static_cast<size_t>(limits.max_batch_size) + 1) * sizeof(int), stream_);
     if constexpr (!kPortable) {
-      const auto widest_input = std::max({spec.hidden_size, spec.q_size(), spec.ffn_size});
-      for (Scratch& rounded : rounded_bytes_) {
-        rounded.get(digits_bytes(kDigitTokens, widest_input), stream_);
-        if (fp8_) rounded.get(quantized_x_bytes(kFp8GroupedTokens, widest_input), stream_);
-      }
-      if (fp8_) {
-        rounded_bytes_[0].get(quantized_x_bytes(limits.max_num_tokens, widest_input), stream_);
-      }
+      int4_.reserve(spec, limits);
       if (spec.num_heads == kFastGroup * spec.num_kv_heads) {
         prefill_.get(prefill_attention_workspace_bytes(limits.max_seq_len(), spec.num_kv_heads),
                      stream_);
@@ -100,12 +90,10 @@ class CudaBackend final : public Backend {
     if constexpr (kPortable) {
       return {};  // its sums must not depend on the number of rows
     } else {
-      return tune_linears(*this, spec, max_rows, device_.num_sms, linear_workspace_, stream_);
+      return tune_linears(*this, spec, max_rows, device_.num_sms, int4_.workspace(), stream_);
     }
   }
-  void use_tactics(std::span<const LinearTactic> tactics) override {
-    if constexpr (!kPortable) tactics_.set(tactics);
-  }
+  void use_tactics(std::span<const LinearTactic> tactics) override { int4_.use_tactics(tactics); }
 
   // Memory
   // ------------------------------------------------------------------------------------------
@@ -126,7 +114,7 @@ class CudaBackend final : public Backend {
     put_off_linear_.reset();
     put_off_norm_.reset();
     rounded_.reset();
-    largest_scales_.erase(data);
+    int4_.forget(data);
     memory_free(data);
   }
   void upload(void* device, const void* host, size_t bytes) override {
@@ -175,40 +163,17 @@ class CudaBackend final : public Backend {
     loader().add(data, host, bytes);
     return data;
   }
-  /// The first step of a key runs directly, so that every scratch buffer has its size; the second
-  /// is recorded. A key that comes once, as most do while prompts are read, costs no graph.
   void run(uint64_t key, const std::function<void()>& step) override {
     flush();
+    const auto whole = [&] {
+      step();
+      flush();
+    };
     if (key == 0) {
-      step();
-      flush();
-      return;
+      whole();
+    } else {
+      graphs_.run(key, whole);
     }
-    if (scratch_moves_ != graphs_moves_ || graphs_.size() > kMaxGraphs) {
-      check(stream_sync(stream_), "waiting for the stream");
-      destroy_graphs();
-      graphs_moves_ = scratch_moves_;
-    }
-    auto [it, is_new] = graphs_.try_emplace(key, nullptr);
-    if (is_new) {
-      step();
-      flush();
-      return;
-    }
-    if (it->second == nullptr) {
-      check(capture_begin(stream_), "beginning a graph");
-      try {
-        step();
-        flush();
-      } catch (...) {
-        void* unfinished = nullptr;
-        capture_end(stream_, &unfinished);
-        if (unfinished != nullptr) graph_destroy(unfinished);
-        throw;
-      }
-      check(capture_end(stream_, &it->second), "ending a graph");
-    }
-    check(graph_launch(it->second, stream_), "launching a graph");
   }
 
   CalibrationOps* calibration_ops() override {
@@ -257,7 +222,7 @@ class CudaBackend final : public Backend {
 
   void begin_step(const StepBatch& batch) override {
     flush();
-    in_order_ = !kPortable && batch.num_decode_seqs < batch.num_seqs;
+    int4_.begin_step(batch.num_decode_seqs < batch.num_seqs);
   }
 
   void embed(const StepBatch& batch, const LinearOperand& table, void* x) override {
@@ -277,9 +242,9 @@ class CudaBackend final : public Backend {
       ResidualLinear l = *put_off_linear_;
       put_off_linear_.reset();
       void* rounded = nullptr;
-      if (input_of(rows) != Input::kBf16) {
-        round_input(l.x, l.w, rows, l.before);
-        rounded = rounding_buffer(rows, hidden);
+      if (int4_.rounds_input(rows)) {
+        int4_.round_input(l.x, l.w, rows, l.before);
+        rounded = int4_.rounding_buffer(rows, hidden);
       }
       l.before.next = rounded ? rounded : y;
       l.before.next_weight = weight;
@@ -288,7 +253,7 @@ class CudaBackend final : public Backend {
       return;
     }
     flush();
-    if (input_of(rows) != Input::kBf16) {
+    if (int4_.rounds_input(rows)) {
       put_off_norm_ = {x, weight, eps, rows, hidden, y, true, nullptr};
       return;
     }
@@ -304,8 +269,8 @@ class CudaBackend final : public Backend {
       const Fused before = take_before(x, w, rows);  // flushes
       const Epilogue epilogue = add ? Epilogue::kResidual : Epilogue::kPlain;
       const bool after_norm = before.scales || before.weight;  // one norm a kernel
-      if (fuses_norm(rows, w.out_features) && add && w.pre_scale == nullptr && !after_norm &&
-          (input_of(rows) == Input::kBf16 || rounds_output(w.out_features, w, rows, epilogue))) {
+      if (int4_.fuses_norm(rows, w.out_features) && add && w.pre_scale == nullptr && !after_norm &&
+          (!int4_.rounds_input(rows) || int4_.rounds_output(w.out_features, w, rows, epilogue))) {
         put_off_linear_ = {x, w, rows, y, before};
         return;
       }
@@ -330,9 +295,9 @@ class CudaBackend final : public Backend {
     if (gate.layout == WeightLayout::kCudaInt4 && gate.weight == up.weight) {
       Fused before = take_before(x, gate, rows);
       void* rounded = nullptr;
-      if (rounds_output(2 * gate.out_features, gate, rows, Epilogue::kSiluMul)) {
-        round_input(x, gate, rows, before);
-        rounded = rounding_buffer(rows, gate.out_features);
+      if (int4_.rounds_output(2 * gate.out_features, gate, rows, Epilogue::kSiluMul)) {
+        int4_.round_input(x, gate, rows, before);
+        rounded = int4_.rounding_buffer(rows, gate.out_features);
       }
       int4(x, gate, 2 * gate.out_features, rows, Epilogue::kSiluMul, out_scale, y, before, rounded);
       if (rounded) rounded_ = {y, rows, gate.out_features, rounded};
@@ -427,8 +392,6 @@ class CudaBackend final : public Backend {
   }
 
  private:
-  static constexpr size_t kMaxGraphs = 256;
-
   // A step of one token a sequence: attention_step.cu. Decided by what graph_key() covers.
   static bool is_step(const StepBatch& batch, int num_heads, const KvLayer& kv) {
     return !kPortable && batch.num_decode_seqs == batch.num_seqs &&
@@ -484,9 +447,9 @@ class CudaBackend final : public Backend {
     const bool fixed = kv.format == KvFormat::kInt8Static;
     const int features = kFastGroup * kv.num_kv_heads * kHeadDim;
     void* rounded = nullptr;
-    if (input_of(batch.num_seqs) != Input::kBf16 &&
+    if (int4_.rounds_input(batch.num_seqs) &&
         step_attention_rounds(batch.num_seqs, kv.num_kv_heads, device_.num_sms)) {
-      rounded = rounding_buffer(batch.num_seqs, features);
+      rounded = int4_.rounding_buffer(batch.num_seqs, features);
     }
     const StepAttentionArgs args{
         .qkv = qkv,
@@ -597,16 +560,15 @@ class CudaBackend final : public Backend {
     }
   }
 
+  static void* new_stream() {
+    void* stream = nullptr;
+    check(stream_create(&stream), "making a stream");
+    return stream;
+  }
+
   WeightLoader& loader() {
     if (!loader_) loader_ = std::make_unique<WeightLoader>(stream_);
     return *loader_;
-  }
-
-  void destroy_graphs() {
-    for (const auto& [key, graph] : graphs_) {
-      if (graph != nullptr) graph_destroy(graph);
-    }
-    graphs_.clear();
   }
 
   static PageFormat page_format(KvFormat format, int block_tokens, int head_dim) {
@@ -687,7 +649,7 @@ class CudaBackend final : public Backend {
 
   /// An int4 linear, its AWQ pre-scale included.
   void int4(const void* x, const LinearOperand& w, int64_t out_rows, int tokens, Epilogue epilogue,
-            const float* out_scale, void* y, Fused fused = {}, void* rounded = nullptr) {
+            const float* out_scale, void* y, const Fused& fused = {}, void* rounded = nullptr) {
     if (w.group_size != 128 || w.in_features % 8 != 0 ||
         out_rows % (epilogue == Epilogue::kSiluMul ? 16 : 8) != 0) {
       fail(ErrorKind::kUnsupported,
@@ -695,142 +657,8 @@ class CudaBackend final : public Backend {
            "this one is {} x {} in groups of {}",
            out_rows, w.in_features, w.group_size);
     }
-    const Input input = epilogue == Epilogue::kFloat ? Input::kBf16 : input_of(tokens);
-    if (input == Input::kBf16) x = pre_scaled(x, w, tokens);
-    const float largest =
-        input == Input::kE4m3 ? largest_scale_of(w.weight, out_rows, w.in_features) : 0;
-    TensorMap map;
-    if constexpr (!kPortable) {
-      if (input == Input::kBf16) {
-        check(make_tensor_map(&map, x, tokens, w.in_features, int64_t{w.in_features} * 2,
-                              linear_wgmma_box_rows(tokens)),
-              "making a tensor map");
-      } else {
-        round_input(x, w, tokens, fused);
-        x = fused.x;
-      }
-    }
-    NIBBLE_CHECK(x != fused.next && x != rounded);  // other CTAs still read it
-    const LinearArgs args{.weights = w.weight,
-                          .rows = out_rows,
-                          .k = w.in_features,
-                          .tokens = tokens,
-                          .x = x,
-                          .x_stride = w.in_features,
-                          .x_map = &map,
-                          .out = y,
-                          .residual = epilogue == Epilogue::kResidual ? y : nullptr,
-                          .out_scale = out_scale,
-                          .epilogue = epilogue,
-                          .next = fused.next,
-                          .next_weight = fused.next_weight,
-                          .next_squares = squares_,
-                          .squares = fused.scales ? squares_ : nullptr,
-                          .eps = fused.eps,
-                          .rounded = rounded,
-                          .largest_scale = largest,
-                          .workspace = linear_workspace_,
-                          .num_sms = device_.num_sms,
-                          .dependent = kDependent,
-                          .in_order = in_order_,
-                          .tactic = -1,
-                          .early = 0,
-                          .trace = nullptr};
-    if constexpr (kPortable) {
-      check(portable_linear(args, stream_), "int4 linear");
-    } else {
-      check(input == Input::kDigits ? linear_digits(args, stream_)
-            : input == Input::kE4m3 ? linear_fp8(args, stream_)
-                                    : tactics_.linear(args, stream_),
-            "int4 linear");
-    }
-  }
-
-  /// Of packed int4 weights; looked for when first asked, which is before a step is recorded.
-  float largest_scale_of(const void* weights, int64_t rows, int64_t k) {
-    if constexpr (kPortable) {
-      return 0;
-    } else {
-      const auto found = largest_scales_.find(weights);
-      if (found != largest_scales_.end()) return found->second;
-      float largest = 0;
-      check(largest_scale(weights, rows, k, scale_scratch_, &largest, stream_),
-            "looking at the scales of weights");
-      return largest_scales_.emplace(weights, largest).first->second;
-    }
-  }
-
-  /// As what the int4 linears of a step read x.
-  enum class Input { kBf16, kDigits, kE4m3 };
-  Input input_of(int rows) const {
-    if (kPortable) return Input::kBf16;
-    if (in_order_) return fp8_ ? Input::kE4m3 : Input::kBf16;
-    if (rows >= kMinDigitTokens && rows <= kDigitTokens) return Input::kDigits;
-    return fp8_ && rows >= kFp8MinTokens ? Input::kE4m3 : Input::kBf16;
-  }
-
-  bool one_scale(int rows) const { return in_order_ || rows > kFp8GroupedTokens; }
-  bool fuses_norm(int rows, int64_t hidden) const {
-    return !kPortable && !in_order_ && linear_fuses_norm(rows, hidden);
-  }
-
-  /// Whether an int4 linear of this shape can write its result as the next one reads it, too.
-  bool rounds_output(int64_t out_rows, const LinearOperand& w, int rows, Epilogue epilogue) const {
-    if constexpr (kPortable) {
-      return false;
-    } else {
-      LinearArgs args{};
-      args.rows = out_rows;
-      args.k = w.in_features;
-      args.tokens = rows;
-      args.epilogue = epilogue;
-      args.num_sms = device_.num_sms;
-      args.in_order = in_order_;
-      args.tactic = -1;
-      switch (input_of(rows)) {
-        case Input::kBf16: return false;
-        case Input::kDigits: return linear_digits_rounds(args);
-        case Input::kE4m3: return linear_fp8_rounds(args);
-      }
-      return false;
-    }
-  }
-
-  /// Two take turns: a linear reads one and writes the other.
-  void* rounding_buffer(int rows, int64_t k) {
-    if constexpr (kPortable) {
-      return nullptr;
-    } else {
-      next_rounded_ ^= 1;
-      return rounded_bytes_[rows > kFp8GroupedTokens ? 0 : next_rounded_].get(
-          input_of(rows) == Input::kDigits ? digits_bytes(rows, k) : quantized_x_bytes(rows, k),
-          stream_);
-    }
-  }
-
-  /// Rounds the linear's x into fused.x, if nobody has. NOTE: before its output's rounding_buffer()
-  /// is asked for, because buffers that take turns must be asked for in the order of use.
-  void round_input(const void* x, const LinearOperand& w, int rows, Fused& fused) {
-    if (fused.x) return;
-    if constexpr (!kPortable) {
-      void* out = rounding_buffer(rows, w.in_features);
-      const QuantizeArgs args{.x = x,
-                              .x_stride = w.in_features,
-                              .norm_weight = fused.weight,
-                              .eps = fused.eps,
-                              .pre_scale = w.pre_scale,
-                              .out = out,
-                              .squares = squares_,
-                              .tokens = rows,
-                              .k = w.in_features,
-                              .one_scale = one_scale(rows),
-                              .dependent = kDependent};
-      check(input_of(rows) == Input::kDigits ? split_digits(args, stream_)
-                                             : quantize_x(args, stream_),
-            "rounding activations");
-      fused.x = out;
-      if (fused.weight && !one_scale(rows)) fused.scales = true;  // 1/rms is left
-    }
+    if (epilogue == Epilogue::kFloat || !int4_.rounds_input(tokens)) x = pre_scaled(x, w, tokens);
+    int4_.run(x, w, out_rows, tokens, epilogue, out_scale, y, fused, rounded);
   }
 
   /// `count` sequences from `first` on, each in tiles of `queries` tokens.
@@ -890,33 +718,25 @@ class CudaBackend final : public Backend {
   }
 
   const Device device_;
-  const bool fp8_;  // e4m3 inputs of int4 linears: in_order_ or kFp8MinTokens and more
-  // This step has rows of prompts: their bits do not depend on how many rows there are.
-  bool in_order_ = false;
-  void* stream_ = nullptr;
+  void* const stream_;
+  uint64_t scratch_moves_ = 0;
+  Int4Linears int4_;
+  StepGraphs graphs_;
   static constexpr int kNumMarks = 2;
   void* marks_[kNumMarks] = {};  // events
   int next_mark_ = 0;
   int max_logit_rows_ = 0;
-  TacticTable tactics_;
-  std::unordered_map<uint64_t, void*> graphs_;  // null: seen once
   std::optional<RopeStore> put_off_;
   std::optional<ResidualLinear> put_off_linear_;
   std::optional<PutOffNorm> put_off_norm_;
   std::optional<Rounded> rounded_;
-  float* squares_ = nullptr;  // LinearArgs::next_squares of any that fuses
-  std::unordered_map<const void*, float> largest_scales_;  // of packed weights
-  void* scale_scratch_ = nullptr;                          // where one is looked for
-  std::unique_ptr<WeightLoader> loader_;                   // while weights are loaded
-  std::unique_ptr<CudaCalibrationOps> calibration_;        // when quantizing
+  std::unique_ptr<WeightLoader> loader_;             // while weights are loaded
+  std::unique_ptr<CudaCalibrationOps> calibration_;  // when quantizing
   std::vector<void*> owned_;  // weights and workspaces, freed with the backend
-  void *linear_workspace_ = nullptr, *decode_workspace_ = nullptr;
-  uint64_t scratch_moves_ = 0, graphs_moves_ = 0;  // now; when the graphs were recorded
+  void* decode_workspace_ = nullptr;
   // scratch_: pre-scaled or normed rows; halves_: up's output of an unfused gate_up.
   Scratch scratch_{&scratch_moves_}, halves_{&scratch_moves_}, page_starts_{&scratch_moves_},
-      prefill_{&scratch_moves_}, sampling_{&scratch_moves_},
-      rounded_bytes_[2]{Scratch{&scratch_moves_}, Scratch{&scratch_moves_}};
-  int next_rounded_ = 0;
+      prefill_{&scratch_moves_}, sampling_{&scratch_moves_};
 };
 
 }  // namespace
