@@ -14,7 +14,6 @@
 #include "backends/cuda/generic.h"
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/runtime.h"
-#include "backends/cuda/tune.h"
 #include "backends/cuda/variant.h"
 
 namespace nibble::test {
@@ -175,7 +174,8 @@ Meaning with_rms(Meaning m, Meaning squares) {
 }
 
 int run_linear(const char* kernel, Kind kind, const LinearArgs& a) {
-  const Launch launch{kernel, a.tokens, a.in_order, a.next || a.squares || a.rounded};
+  const bool fuses = a.next || a.squares || a.rounded;
+  const Launch launch{kernel, a.tokens, a.in_order, fuses, a.tactic, a.weights};
   const TensorMap map = kPortable ? TensorMap{} : *a.x_map;
   return submit(launch, [a, kind, kernel, map] {
     const size_t x_bytes = input_bytes(kind, a.tokens, a.k);
@@ -254,7 +254,7 @@ void attend(const void* q, int64_t q_stride, const void* pages, const float* out
   memory().write(out, bf16_bytes(rows, out_stride), y);
 }
 
-// What only quantizing uses: no test of this program comes here.
+// What only quantizing and measuring kernels use: no test of this program comes here.
 int unused() { std::abort(); }
 
 }  // namespace
@@ -381,6 +381,15 @@ int largest_scale(const void*, int64_t, int64_t, void*, float* out, void*) {
   return 0;
 }
 
+int linear(const LinearArgs& args, void*) { return run_linear("linear", Kind::kBf16, args); }
+int linear_small(const LinearArgs& args, void*) {
+  return run_linear("linear_small", Kind::kBf16, args);
+}
+int linear_wgmma(const LinearArgs& args, void*) {
+  return run_linear("linear_wgmma", Kind::kBf16, args);
+}
+int fill_random_int4(void*, int64_t, uint64_t, void*) { return unused(); }
+int fill_random_bf16(void*, int64_t, uint64_t, void*) { return unused(); }
 int linear_digits(const LinearArgs& args, void*) {
   return run_linear("linear_digits", Kind::kDigits, args);
 }
@@ -498,17 +507,6 @@ int silu_multiply(const void* gate, const void* up, const float* scale, void* y,
   });
 }
 int read_all(const void*, size_t, float*, int, void*) { return 0; }
-
-// tune.h
-// ------------------------------------------------------------------------------------------------
-
-std::vector<LinearTactic> tune_linears(Backend&, const ModelSpec&, int, int, void*, void*) {
-  return {};
-}
-void TacticTable::set(std::span<const LinearTactic>) {}
-int TacticTable::linear(const LinearArgs& args, void*) const {
-  return run_linear("linear", Kind::kBf16, args);
-}
 
 // calibration_kernels.h
 // ------------------------------------------------------------------------------------------------

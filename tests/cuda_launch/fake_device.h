@@ -53,6 +53,8 @@ struct Launch {
   int tokens = 0;
   bool in_order = false;  // of linears
   bool fuses = false;     // part of a norm, or rounding for the next linear
+  int tactic = -1;
+  const void* weights = nullptr;
 };
 
 struct FakeDevice {

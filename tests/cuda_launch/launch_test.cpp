@@ -15,6 +15,7 @@
 
 #include "backends/cuda/cuda_backend.h"
 #include "backends/cuda/variant.h"
+#include "base/error.h"
 #include "cuda_launch/fake_device.h"
 #include "model/decoder.h"
 
@@ -41,6 +42,7 @@ class Meant final : public Backend {
   void reserve(const ModelSpec& spec, const EngineLimits& limits, int max_logit_rows) override {
     cuda_->reserve(spec, limits, max_logit_rows);
   }
+  void use_tactics(std::span<const LinearTactic> tactics) override { cuda_->use_tactics(tactics); }
   Buffer alloc(size_t bytes) override { return cuda_->alloc(bytes); }
   void free(void* data, size_t bytes) noexcept override { cuda_->free(data, bytes); }
   void upload(void* device, const void* host, size_t bytes) override {
@@ -259,6 +261,27 @@ class Model {
     logits_ = batch.num_logit_rows;
   }
 
+  /// As an engine brings them: of qkv's matrices, `kernel` for up to `max_rows` rows.
+  void use_kernels(const std::vector<std::pair<int, std::string>>& kernels) {
+    std::vector<LinearTactic> tactics;
+    for (const auto& [max_rows, kernel] : kernels) {
+      LinearTactic t;
+      t.out_features = plan_.spec.qkv_size();
+      t.in_features = plan_.spec.hidden_size;
+      t.max_rows = max_rows;
+      t.best.kernel = kernel;
+      tactics.push_back(t);
+    }
+    backend_.use_tactics(tactics);
+  }
+  /// The launch that had the first layer's qkv.
+  test::Launch qkv_launch() const {
+    for (const test::Launch& launch : launches()) {
+      if (launch.weights == weights_.layers[0].qkv.weight) return launch;
+    }
+    return {"none"};
+  }
+
   /// That logits and residual stream are what the ops mean.
   void expect_meant() const {
     const auto same = [&](const char* what, const void* at, size_t bytes) {
@@ -462,6 +485,42 @@ TEST(CudaLaunchCount, KernelsOfALayer) {
               ElementsAre("linear_fp8", "linear_fp8", "linear_fp8", "linear_fp8", "quantize_x",
                           "quantize_x", "quantize_x", "quantize_x", "step_attention"));
 }
+
+#ifndef NIBBLE_CUDA_PORTABLE  // which measures nothing
+// Measured kernels take the rows they were measured for; rows of prompts only if they add in order.
+TEST(CudaLaunchTactics, MeasuredKernelsServe) {
+  test::reset_fake_device();
+  Model model(Case{"bf16"});
+  model.use_kernels({{8, "small 64 rows shared early 2"},
+                     {64, "wgmma 128 rows cluster 1 split 2"},
+                     {256, "wgmma 64 rows cluster 2 split 1 warpgroups 1"}});
+  const auto expect = [&](const Step& step, const char* kernel, int tactic) {
+    model.forward(step);
+    model.expect_meant();
+    EXPECT_EQ(model.qkv_launch().kernel, kernel) << step.counts.size() << " sequences";
+    EXPECT_EQ(model.qkv_launch().tactic, tactic) << step.counts.size() << " sequences";
+  };
+  using cuda::WgmmaTactic;
+  const int in_order = WgmmaTactic{1, 2, 1, 1}.encode();
+  expect(decode(4), "linear_small", static_cast<int>(cuda::SmallTactic::kStream64));
+  expect(decode(20), "linear_wgmma", WgmmaTactic{2, 1, 2, 4}.encode());
+  expect(decode(100), "linear_wgmma", in_order);
+  expect({{4}}, "linear", -1);
+  expect({{20}}, "linear", -1);
+  expect({{100}}, "linear_wgmma", in_order);
+  expect({{1, 99}, 1}, "linear_wgmma", in_order);
+}
+
+TEST(CudaLaunchTactics, UnknownKernelsAreRefused) {
+  test::reset_fake_device();
+  Model model(Case{"bf16"});
+  for (const char* kernel :
+       {"wgmma 512 rows cluster 1 split 1", "small 64 rows whole early 9", ""}) {
+    EXPECT_THROW(model.use_kernels({{16, kernel}}), Error) << kernel;
+  }
+  EXPECT_THROW(model.use_kernels({{16, "small 64 rows whole early 1"}}), Error) << "for 16 rows";
+}
+#endif
 
 }  // namespace
 }  // namespace nibble
