@@ -12,6 +12,7 @@
 #include <memory>
 #include <numeric>
 #include <ostream>
+#include <random>
 
 #include "backends/cuda/cuda_backend.h"
 #include "backends/cuda/variant.h"
@@ -390,6 +391,30 @@ TEST_P(CudaLaunch, GraphsMeanTheSame) {
   }
   // Fewer than three rounds of them where scratch grew and graphs were made anew.
   EXPECT_GT(fake_device().graph_launches, static_cast<int>(kSteps.size()));
+}
+
+TEST_P(CudaLaunch, RandomStepsMeanWhatTheOpsMean) {
+  std::mt19937 random(7);
+  const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  std::vector<Step> steps(60);
+  for (Step& step : steps) {
+    step.drawn = below(3) == 0 ? 0 : below(below(2) == 0 ? 20 : 90);
+    step.counts.assign(static_cast<size_t>(step.drawn), 1);
+    int left = Model::kMaxTokens - step.drawn;
+    for (int prompts = below(2) == 0 ? 0 : below(4); prompts > 0; --prompts) {
+      step.counts.push_back(below(std::min(left, below(2) == 0 ? 8 : 120) + 1));
+      left -= step.counts.back();
+    }
+    if (left == Model::kMaxTokens) step.counts.push_back(1 + below(40));  // never nothing at all
+  }
+  Model model(GetParam());
+  for (int i = 0; i < 600; ++i) {
+    const int which = below(60);
+    model.forward(steps[static_cast<size_t>(which)],
+                  below(3) == 0 ? 0 : static_cast<uint64_t>(which + 1));
+    model.expect_meant();
+    if (HasFailure()) FAIL() << "at the " << i << "th, step " << which;
+  }
 }
 
 // A larger step may move scratch memory that graphs of smaller ones have in them.
