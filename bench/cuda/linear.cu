@@ -1,18 +1,23 @@
 // The int4 linears: correctness against a float64 reference, then time per shape and per layer.
 //   linear [--m 1,8,16] [--kernel auto|small|wgmma|portable|fp8|digits] [--tactic N,N] [--early N]
 //          [--no-check] [--no-shapes] [--no-layer] [--odd-only] [--trace] [--cached] [--in-order]
-//          [--matrix qkv|o|gate_up|down]
+//          [--matrix qkv|o|gate_up|down] [--replays N] [--plain-scales]
 // --in-order: wgmma and fp8 as for steps with rows of prompts; and the last two tokens' bits are
 // compared with those of a call of these two.
 // --cached: weights that repeat every 16 MB and so come out of L2 (not checked): how fast the
 // kernels are where memory is not what binds, as on a device with faster memory.
+// --plain-scales: all scales 2^-9, so that bf16 weights have three bits of mantissa and tensor
+// cores switch less: what that leaves of the power limit.
+//
 // fp8: x is quantized by quantize_x, which has rows of its own; the reference quantizes by itself,
 // in plain loops. In the layer it comes before every linear, up to 64 tokens before o only, where a
 // step's attention does it: gate_up, o and down round for the next, norms included. digits: the
-// same by split_digits, up to 16 tokens; the reference multiplies by x itself. Time: CUDA graph of
-// calls that walk through separate copies of the weights (more than L2 holds), each call depending
-// on the one before (programmatic dependent launch, as in a real step), median of 21 replays. Rates
-// count packed weight bytes (0.515625 per weight) and 2*M*N*K flops.
+// same by split_digits, up to 16 tokens; the reference multiplies by x itself.
+//
+// Time: CUDA graph of calls that walk through separate copies of the weights (more than L2 holds),
+// each call depending on the one before (programmatic dependent launch, as in a real step), median
+// of 21 replays, of layers 41, or of --replays: with hundreds the card is as hot as in steady use.
+// Rates count packed weight bytes (0.515625 per weight) and 2*M*N*K flops.
 //
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_fp8.h>
@@ -172,7 +177,8 @@ struct Options {
   bool check = true, layer = true, shapes = true;
   std::vector<int> tactics{-1};
   bool trace = false, odd_only = false, cached = false, in_order = false;
-  int early = 0;
+  int early = 0, replays = 0;  // 0: 21, of layers 41
+  bool plain_scales = false;
 };
 
 int run(const Options& o, const cuda::LinearArgs& args, cudaStream_t stream) {
@@ -221,7 +227,7 @@ void find_largest_scale(const Matrix& matrix, Weights& w, cudaStream_t stream) {
 }
 
 Weights make_weights(const Matrix& matrix, int copies, bool keep_source, uint64_t seed,
-                     cudaStream_t stream) {
+                     cudaStream_t stream, bool plain_scales = false) {
   const Shape& s = matrix.shape;
   Weights w;
   const size_t nibble_bytes = static_cast<size_t>(s.rows * (s.k / 2));
@@ -232,8 +238,9 @@ Weights make_weights(const Matrix& matrix, int copies, bool keep_source, uint64_
     fill_words<<<1056, 256, 0, stream>>>(reinterpret_cast<uint32_t*>(w.nibbles),
                                          (nibble_bytes + 3) / 4, seed + copy);
     const float mean = 1.0f / (4.6f * std::sqrt(static_cast<float>(s.k)));
-    fill_uniform<<<1056, 256, 0, stream>>>(w.scales, num_scales, 0.5f * mean, 1.5f * mean,
-                                           seed + 77 + copy);
+    const float least = plain_scales ? 0x1p-9f : 0.5f * mean;
+    fill_uniform<<<1056, 256, 0, stream>>>(w.scales, num_scales, least,
+                                           plain_scales ? least : 3.0f * least, seed + 77 + copy);
     w.packed.push_back(device_alloc<uint8_t>(static_cast<size_t>(s.packed_bytes())));
     pack_kernel<<<2112, 256, 0, stream>>>(s, matrix.epilogue == Epilogue::kSiluMul, w.nibbles,
                                           w.scales, w.packed.back());
@@ -529,6 +536,10 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
     } else if (flag == "--matrix" && i + 1 < argc) {
       o.matrix = argv[++i];
       o.layer = false;
+    } else if (flag == "--replays" && i + 1 < argc) {
+      o.replays = std::max(1, std::atoi(argv[++i]));
+    } else if (flag == "--plain-scales") {
+      o.plain_scales = true;
     } else if (flag == "--in-order") {
       o.in_order = true;
     } else if (flag == "--no-layer") {
@@ -575,8 +586,9 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
   const auto left_out = [&](int i) { return !o.matrix.empty() && o.matrix != matrices[i].name; };
   for (int i = 0; i < 4; ++i) {
     if (left_out(i)) continue;
-    weights[i] = o.cached ? make_cached_weights(matrices[i], kLayers, stream)
-                          : make_weights(matrices[i], kLayers, true, 100 * i, stream);
+    weights[i] = o.cached
+                     ? make_cached_weights(matrices[i], kLayers, stream)
+                     : make_weights(matrices[i], kLayers, true, 100 * i, stream, o.plain_scales);
     if (o.check) {
       for (int tokens : o.tokens) {
         if (tokens > 512 && i >= 2) continue;  // the float64 reference would take minutes
@@ -644,12 +656,13 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
             args.x = quantized;
           }
           const int calls = (tokens > 512 ? 1 : 4) * kLayers;
-          const Timing t = time_graph(stream, calls, [&] {
+          const auto all = [&] {
             for (int c = 0; c < calls; ++c) {
               read_weights(args, weights[i], c);
               BENCH_CHECK(run(o, args, stream));
             }
-          });
+          };
+          const Timing t = time_graph(stream, calls, all, o.replays > 0 ? o.replays : 21);
           const double b = static_cast<double>(s.packed_bytes());
           const double f = 2.0 * tokens * static_cast<double>(s.rows) * static_cast<double>(s.k);
           std::printf("M=%-4d tactic %3d %-8s %8.2f us", tokens, tactic_of(o, args),
@@ -713,7 +726,7 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
               }
             }
           },
-          41);
+          o.replays > 0 ? o.replays : 41);
       std::printf("M=%-4d tactic %3d layer    %8.2f us", tokens, tactic, t.median_us);
       rates(bytes, flops, t.median_us);
       std::printf("  [best %.2f, worst %.2f]\n", t.best_us, t.worst_us);

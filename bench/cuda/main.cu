@@ -1,6 +1,6 @@
 // nibble_cuda_bench: the Hopper kernels against references and against this card's own limits.
-//   nibble_cuda_bench limits | unpack | launch | linear [options] | attention [options] | prefill |
-//   ops ...
+//   nibble_cuda_bench limits | unpack | launch | power | sms | linear [options] |
+//                     attention [options] | prefill | ops ...
 // Several commands may follow one another, separated by "--". Every run measures the read limit
 // first and what wgmma gives where a row needs it (`limits`: all of them, at once), so each
 // percentage belongs to the card that gave the time. SPDX-License-Identifier: Apache-2.0
@@ -126,6 +126,10 @@ int main(int argc, char** argv) {
       }
     } else if (command == "unpack") {
       bench_unpack(stream);
+    } else if (command == "power") {
+      bench_power(stream);
+    } else if (command == "sms") {
+      bench_sms(stream);
     } else if (command == "launch") {
       bench_launch(stream);
     } else if (command == "linear") {
@@ -138,8 +142,8 @@ int main(int argc, char** argv) {
       failures += bench_ops(stream, limits, end - i - 1, argv + i + 1);
     } else {
       std::fprintf(stderr,
-                   "unknown command \"%s\": limits, unpack, launch, linear, attention, prefill or "
-                   "ops\n",
+                   "unknown command \"%s\": limits, unpack, launch, power, sms, linear, attention, "
+                   "prefill or ops\n",
                    command.c_str());
       return 2;
     }

@@ -109,6 +109,7 @@ struct Wgmma<96> {
 template <>
 struct Wgmma<128> {
   NIBBLE_WGMMA(rs_bf16, float, 64, "+f", "m64n128k16.f32.bf16.bf16", "1, 1, 1, 0")
+  NIBBLE_WGMMA(rs_u8, int, 64, "+r", "m64n128k32.s32.u8.s8", "1")
   NIBBLE_WGMMA(rs_e4m3, uint32_t, 32, "+r", "m64n128k32.f16.e4m3.e4m3", "1, 1, 1")
   NIBBLE_WGMMA(rs_e4m3_first, uint32_t, 32, "=r", "m64n128k32.f16.e4m3.e4m3", "0, 1, 1")
 };
