@@ -11,8 +11,10 @@
 #include <array>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <ostream>
 #include <random>
+#include <utility>
 
 #include "backends/cuda/cuda_backend.h"
 #include "backends/cuda/variant.h"
@@ -53,6 +55,10 @@ class Meant final : public Backend {
     cuda_->download(host, device, bytes);
   }
   void sync() override { cuda_->sync(); }
+  void copy(void* to, const void* from, size_t bytes) override {
+    cuda_->copy(to, from, bytes);
+    memory.copy(to, from, bytes);
+  }
   const void* import_weights(const std::byte* host, size_t bytes) override {
     return cuda_->import_weights(host, bytes);
   }
@@ -444,6 +450,162 @@ TEST_P(CudaLaunch, PromptsAreInOrderAndUnfused) {
       EXPECT_EQ(launch.in_order, prompts) << launch.kernel << " of " << launch.tokens << " rows";
       EXPECT_FALSE(prompts && launch.fuses) << launch.kernel;
     }
+  }
+}
+
+// The seam's ops in any order, as no decoder has them: what was put off for the op that usually
+// follows must be done when another comes. What such an op has taken over is spent, and nobody
+// reads it again: a norm that a linear has read, q, k and v that attention has.
+TEST_P(CudaLaunch, AnyOpMayFollowAnyOther) {
+  const Case& c = GetParam();
+  std::mt19937 random(11);
+  const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  constexpr int kRows = 100, kHidden = 512, kFfn = 768, kHeadDim = 128;
+  const int q = c.heads * kHeadDim, qkv = q + 2 * c.kv_heads * kHeadDim;
+  fake_device().residual_rounds = c.residual_rounds;
+  fake_device().silu_rounds = c.silu_rounds;
+  fake_device().attention_rounds = c.attention_rounds;
+  Meant backend(c.precision);
+  ModelSpec spec;
+  spec.hidden_size = kHidden, spec.ffn_size = kFfn, spec.head_dim = kHeadDim;
+  spec.num_heads = c.heads, spec.num_kv_heads = c.kv_heads;
+  EngineLimits limits;
+  limits.max_batch_size = limits.max_num_tokens = kRows;
+  backend.reserve(spec, limits, 1);
+
+  struct Rows {  // of activations
+    Buffer memory;
+    int columns;
+    void* data() const { return memory.data(); }
+  };
+  std::vector<Rows> x, ffn, mixed, heads;
+  for (int i = 0; i < 3; ++i) x.push_back({backend.alloc(bf16_bytes(kRows, kHidden)), kHidden});
+  for (int i = 0; i < 2; ++i) {
+    ffn.push_back({backend.alloc(bf16_bytes(kRows, kFfn)), kFfn});
+    mixed.push_back({backend.alloc(bf16_bytes(kRows, qkv)), qkv});
+    heads.push_back({backend.alloc(bf16_bytes(kRows, q)), q});
+  }
+  std::array<std::byte, 64> weights, pages;
+  std::array<float, 64> vectors;
+  const auto operand = [&](int which, int out, int in) {
+    LinearOperand w;
+    w.layout = c.layout;
+    w.out_features = out, w.in_features = in, w.group_size = 128;
+    w.weight = &weights[static_cast<size_t>(which)];
+    if (c.pre_scales && below(2) == 0) w.pre_scale = &vectors[static_cast<size_t>(32 + which)];
+    return w;
+  };
+  KvLayer kv;
+  kv.format = c.kv, kv.block_tokens = 64, kv.num_kv_heads = c.kv_heads, kv.head_dim = kHeadDim;
+  kv.data = pages.data();
+  std::array<int32_t, kRows + 1> starts{}, lengths{}, zeros{};
+  lengths.fill(100);
+  StepBatch batch;
+  batch.max_blocks_per_seq = 1;
+  batch.token_ids = batch.positions = batch.block_tables = batch.logit_rows = zeros.data();
+  batch.seq_starts = batch.host_seq_starts = starts.data();
+  batch.kv_lens = batch.host_kv_lens = lengths.data();
+
+  // Something lies in all of them.
+  const Meaning first = meaning("first");
+  for (std::vector<Rows>* kind : {&x, &ffn, &mixed, &heads}) {
+    for (const Rows& rows : *kind) {
+      for (Contents* contents : {&backend.memory, &fake_device().memory}) {
+        contents->write(rows.data(), bf16_bytes(kRows, rows.columns), first);
+      }
+    }
+  }
+  const auto spend = [&](const Rows& r) {
+    backend.sync();
+    for (Contents* contents : {&backend.memory, &fake_device().memory}) {
+      contents->write(r.data(), bf16_bytes(kRows, r.columns), first);
+    }
+  };
+  std::array<bool, 3> is_norm{};
+  const auto input = [&](size_t a) { return x[a].data(); };
+  const auto done = [&](size_t a, std::optional<size_t> b) {  // x[a] was read, x[b] written
+    if (b) is_norm[*b] = false;
+    if (std::exchange(is_norm[a], false)) spend(x[a]);
+  };
+  int rows = 1;
+  for (int i = 0; i < 4000; ++i) {
+    const size_t from = static_cast<size_t>(below(2)), to = static_cast<size_t>(below(2));
+    const size_t a = static_cast<size_t>(below(3)), b = (a + 1 + static_cast<size_t>(below(2))) % 3;
+    const float* vector = &vectors[static_cast<size_t>(below(4))];
+    const bool add = below(2) == 0;
+    switch (below(10)) {
+      case 0: {
+        constexpr int kSizes[] = {1, 7, 12, 16, 24, 40, 64, 65, 100};
+        rows = kSizes[below(9)];
+        const bool prompt = below(3) == 0;
+        batch.num_tokens = rows;
+        batch.num_seqs = prompt ? 1 : rows;
+        batch.num_decode_seqs = prompt ? 0 : rows;
+        for (int s = 0; s <= batch.num_seqs; ++s) {
+          starts[static_cast<size_t>(s)] = prompt ? s * rows : s;
+        }
+        backend.begin_step(batch);
+        break;
+      }
+      case 1:
+        backend.rms_norm(input(a), vector, 1e-5f, rows, kHidden, x[b].data());
+        is_norm[b] = true;
+        break;
+      case 2:
+        backend.linear(input(a), operand(0, kHidden, kHidden), rows, add, x[b].data());
+        done(a, b);
+        break;
+      case 3:
+        backend.linear(input(a), operand(1, qkv, kHidden), rows, false, mixed[to].data());
+        done(a, {});
+        break;
+      case 4:
+        backend.linear(heads[from].data(), operand(2, kHidden, q), rows, add, x[b].data());
+        is_norm[b] = false;
+        break;
+      case 5:
+        backend.linear(ffn[from].data(), operand(3, kHidden, kFfn), rows, add, x[b].data());
+        is_norm[b] = false;
+        break;
+      case 6: {
+        const LinearOperand gate = operand(4, kFfn, kHidden);
+        LinearOperand up = gate;
+        if (c.layout != WeightLayout::kCudaInt4) up.weight = &weights[5];
+        backend.gate_up(input(a), gate, up, rows, vector, ffn[to].data());
+        done(a, {});
+        break;
+      }
+      case 7:
+        if (batch.num_seqs > 0) backend.rope_store_kv(batch, mixed[from].data(), c.heads, {}, kv);
+        break;
+      case 8:
+        if (batch.num_seqs > 0) {
+          backend.attention(batch, mixed[from].data(), c.heads, kv, vector, heads[to].data());
+          spend(mixed[from]);
+        }
+        break;
+      case 9:
+        if (add) backend.copy(x[b].data(), x[a].data(), bf16_bytes(rows, kHidden));
+        if (add) is_norm[b] = false;
+        break;
+    }
+    if (below(6) > 0) continue;
+    backend.sync();
+    for (const std::vector<Rows>* kind : {&x, &ffn, &mixed, &heads}) {
+      for (const Rows& r : *kind) {
+        for (int row = 0; row < kRows; ++row) {
+          const void* at = static_cast<const std::byte*>(r.data()) + bf16_bytes(row, r.columns);
+          const size_t bytes = bf16_bytes(1, r.columns);
+          const Meaning want = backend.memory.read(at, bytes);
+          const Meaning got = fake_device().memory.read(at, bytes);
+          ASSERT_EQ(got, want) << "after " << i << " ops row " << row << " of " << r.columns
+                               << " columns is\n  " << test::text_of(got) << "\nwanted\n  "
+                               << test::text_of(want);
+        }
+      }
+    }
+    ASSERT_EQ(fake_device().memory.read(kv.data, 1), backend.memory.read(kv.data, 1)) << i;
+    ASSERT_THAT(fake_device().faults, testing::IsEmpty()) << "after " << i << " ops";
   }
 }
 

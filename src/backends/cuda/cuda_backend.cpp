@@ -236,8 +236,8 @@ class CudaBackend final : public Backend {
 
   void rms_norm(const void* x, const float* weight, float eps, int rows, int hidden,
                 void* y) override {
-    if (put_off_linear_ && put_off_linear_->y == x && put_off_linear_->rows == rows &&
-        put_off_linear_->w.out_features == hidden) {
+    if (put_off_linear_ && put_off_linear_->y == x && put_off_linear_->x != y &&
+        put_off_linear_->rows == rows && put_off_linear_->w.out_features == hidden) {
       // The linear that is still to come writes x; it writes the norm's input to the next one too.
       ResidualLinear l = *put_off_linear_;
       put_off_linear_.reset();
