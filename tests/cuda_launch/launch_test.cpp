@@ -526,7 +526,7 @@ TEST_P(CudaLaunch, AnyOpMayFollowAnyOther) {
   };
   size_t last = 0;  // of x, written
   int rows = 1;
-  for (int i = 0; i < 20000; ++i) {
+  for (int i = 0; i < 40000; ++i) {
     const size_t from = static_cast<size_t>(below(2)), to = static_cast<size_t>(below(2));
     const size_t a = below(2) == 0 ? last : static_cast<size_t>(below(3));
     const size_t b = (a + 1 + static_cast<size_t>(below(2))) % 3;
