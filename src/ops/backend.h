@@ -134,7 +134,8 @@ class Backend {
   virtual void embed(const StepBatch& batch, const LinearOperand& table,
                      void* x /*[T, hidden]*/) = 0;
 
-  /// y = rms_norm(x) * weight, x * rsqrt(mean(x^2) + eps). rows x hidden.
+  /// y = rms_norm(x) * weight, x * rsqrt(mean(x^2) + eps). rows x hidden. A backend may leave it to
+  /// the linear that reads y: after that y is spent, nobody reads it again before it is written.
   virtual void rms_norm(const void* x, const float* weight /*[hidden]*/, float eps, int rows,
                         int hidden, void* y) = 0;
 
@@ -148,7 +149,7 @@ class Backend {
 
   /// Rotates q and k in place (half-split rotation), then stores k and v of every token into the
   /// cache: quantized first, so that attention only ever sees what the cache holds. qkv: [T, (H + 2
-  /// G) D].
+  /// G) D]. A backend may leave it to attention(): after that qkv is spent as above.
   virtual void rope_store_kv(const StepBatch& batch, void* qkv, int num_heads,
                              const RopeTable& rope, const KvLayer& kv) = 0;
 
