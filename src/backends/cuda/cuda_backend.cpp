@@ -76,8 +76,8 @@ class CudaBackend final : public Backend {
     const auto widest = static_cast<size_t>(std::max({spec.hidden_size, spec.q_size()}));
     scratch_.get(rows * widest * kActBytes, stream_);
     page_starts_.get((static_cast<size_t>(limits.max_batch_size) + 1) * sizeof(int), stream_);
+    int4_.reserve(spec, limits);
     if constexpr (!kPortable) {
-      int4_.reserve(spec, limits);
       if (spec.num_heads == kFastGroup * spec.num_kv_heads) {
         prefill_.get(prefill_attention_workspace_bytes(limits.max_seq_len(), spec.num_kv_heads),
                      stream_);
