@@ -63,7 +63,9 @@ struct Config {
   static constexpr int kOutBytes = kWays * kTokens * kOutStride * 4;
   static constexpr int kNormBytes = kIdleWarps * kTokens * 4;
   static constexpr int kFit = (kSmemLimit - kOutBytes - kNormBytes - 256) / kStageBytes;
-  static constexpr int kStages = (kFit < 10 * kWays ? kFit : 10 * kWays) / kWays * kWays;
+  // About what memory needs in flight. More makes x and other CTAs' sums wait behind weights.
+  static constexpr int kWanted = kRowBlocks == 4 ? 6 : 8;
+  static constexpr int kStages = (kFit < kWanted ? kFit : kWanted) / kWays * kWays;
   static constexpr int kOutOffset = kStages * kStageBytes;
   static constexpr int kNormOffset = kOutOffset + kOutBytes;
   static constexpr int kBarOffset = kNormOffset + kNormBytes;  // full, empty, norms
@@ -115,8 +117,17 @@ __global__ void __launch_bounds__(kThreads, 1) linear_digits_kernel(const Linear
   const int tid = threadIdx.x, lane = tid & 31;
   const int warp = __shfl_sync(0xffffffffu, tid >> 5, 0);
   const int cta = static_cast<int>(blockIdx.x);
-  const int u_begin = first_unit(p, cta), u_end = first_unit(p, cta + 1);
-  const int groups = p.groups, first_tile = u_begin / groups;
+  const int groups = p.groups;
+  int u_begin, u_end, first_tile;
+  if (p.split > 0) {  // CTAs that share a tile
+    first_tile = over_split(p, cta);
+    const int part = cta - first_tile * p.split;
+    u_begin = first_tile * groups + first_unit(p, part);
+    u_end = first_tile * groups + first_unit(p, part + 1);
+  } else {
+    u_begin = first_unit(p, cta), u_end = first_unit(p, cta + 1);
+    first_tile = u_begin / groups;
+  }
 
   TRACE(0);
   ptx::grid_launch_dependents();
@@ -142,9 +153,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_digits_kernel(const Linear
                      ptx::policy_evict_first());
     }
   };
-  // Weights do not depend on the kernel before: half a ring of them is under way first, even before
-  // the CTA's warps meet. A whole ring would be in x's way.
-  const int early = min(min(C::kStages / 2, u_end - u_begin), groups - start.group);
+  // Weights do not depend on the kernel before: a ring of them is under way first, even before the
+  // CTA's warps meet.
+  const int early = min(min(C::kStages, u_end - u_begin), groups - start.group);
   if (tid == kConsumers) {
     for (int i = 0; i < C::kStages; ++i) {
       ptx::mbarrier_init(full + i * 8, 1);
@@ -288,7 +299,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_digits_kernel(const Linear
     }
     ptx::named_barrier(1, kConsumers);
     const bool head = u_begin > tile_begin;  // an earlier CTA owns the tile
-    const int others = head || tile_end <= u_end ? 0 : cta_of(p, tile_end - 1) - cta;
+    const int others = head || tile_end <= u_end ? 0
+                       : p.split > 0             ? p.split - 1
+                                                 : cta_of(p, tile_end - 1) - cta;
     // This thread's kPer rows of a token, the ways' and the other CTAs' sums together; false where
     // they were handed over.
     auto gather = [&](int token, int row, auto& v) {
@@ -415,8 +428,19 @@ int launch(const LinearArgs& args, void* stream) {
   // and one end of a tile more (gate_up at 16 tokens 64.6 us, whole 59.8).
   const int per_cta = (p.num_tiles + args.num_sms - 1) / args.num_sms;
   const int whole = p.num_tiles % per_cta == 0 ? p.num_tiles / per_cta : 0;
-  const int grid = whole * 10 >= args.num_sms * 9 ? whole : std::min(args.num_sms, units);
-  set_shares(p, units, grid);
+  const int split = std::min(args.num_sms / p.num_tiles, p.groups);
+  int grid = std::min(args.num_sms, units);
+  if (whole * 10 >= args.num_sms * 9) {
+    grid = whole;
+    set_shares(p, units, grid);
+  } else if (split > 1 && p.groups <= 64) {
+    // A short k: its tiles are cut into equal parts, because a CTA with ends of two tiles would
+    // spend on the second as long as on a quarter of its groups.
+    grid = p.num_tiles * split;
+    set_split(p, split);
+  } else {
+    set_shares(p, units, grid);
+  }
   return launch_linear(linear_digits_kernel<kTokens, kRowBlocks>, args, grid, kThreads,
                        C::kSmemBytes, stream, 1, p);
 }
