@@ -133,5 +133,6 @@ int bench_ops(cudaStream_t stream, const Limits& limits, int argc, char** argv);
 void bench_unpack(cudaStream_t stream);
 void bench_power(cudaStream_t stream);
 void bench_sms(cudaStream_t stream);
+void bench_read(cudaStream_t stream, const Limits& limits);
 
 }  // namespace nibble::bench

@@ -1,5 +1,5 @@
 // nibble_cuda_bench: the Hopper kernels against references and against this card's own limits.
-//   nibble_cuda_bench limits | unpack | launch | power | sms | linear [options] |
+//   nibble_cuda_bench limits | unpack | launch | power | sms | read | linear [options] |
 //                     attention [options] | prefill | ops ...
 // Several commands may follow one another, separated by "--". Every run measures the read limit
 // first and what wgmma gives where a row needs it (`limits`: all of them, at once), so each
@@ -130,6 +130,8 @@ int main(int argc, char** argv) {
       bench_power(stream);
     } else if (command == "sms") {
       bench_sms(stream);
+    } else if (command == "read") {
+      bench_read(stream, limits);
     } else if (command == "launch") {
       bench_launch(stream);
     } else if (command == "linear") {
@@ -142,8 +144,8 @@ int main(int argc, char** argv) {
       failures += bench_ops(stream, limits, end - i - 1, argv + i + 1);
     } else {
       std::fprintf(stderr,
-                   "unknown command \"%s\": limits, unpack, launch, power, sms, linear, attention, "
-                   "prefill or ops\n",
+                   "unknown command \"%s\": limits, unpack, launch, power, sms, read, linear, "
+                   "attention, prefill or ops\n",
                    command.c_str());
       return 2;
     }
