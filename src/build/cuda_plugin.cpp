@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <array>
+#include <fstream>
 
 #include "base/error.h"
 #include "base/file.h"
@@ -85,6 +86,24 @@ int cuda_plugin_major(const std::string& target) {
     if (error.kind() != ErrorKind::kDevice) throw;
     return 0;
   }
+}
+
+std::optional<std::string> unused_gpu(const std::string& target, const fs::path& gpus) {
+  if (!target.starts_with("cpu:")) return std::nullopt;
+  std::error_code ignored;
+  for (const auto& gpu : fs::directory_iterator(gpus, ignored)) {
+    std::ifstream information(gpu.path() / "information");
+    for (std::string line; std::getline(information, line);) {
+      constexpr std::string_view kKey = "Model:";
+      if (!line.starts_with(kKey)) continue;
+      const size_t begin = line.find_first_not_of(" \t", kKey.size());
+      return fmt::format(
+          "a GPU is here and target {} does not use it: {}; --target cuda:sm_90 (H100, H200) "
+          "or cuda:portable (any from compute capability 8.0) does",
+          target, begin == std::string::npos ? "of unknown model" : line.substr(begin));
+    }
+  }
+  return std::nullopt;
 }
 
 std::unique_ptr<Backend> open_any_cuda_backend() {

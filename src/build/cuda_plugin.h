@@ -3,8 +3,10 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 
+#include "base/file.h"
 #include "ops/backend.h"
 
 namespace nibble {
@@ -22,6 +24,11 @@ std::unique_ptr<Backend> open_cuda_backend(const std::string& target,
 /// The CUDA version (13) that the target's plugin was built with; 0: the plugin is not here. Asks
 /// for no GPU.
 int cuda_plugin_major(const std::string& target);
+
+/// What to say where a CPU target runs on a machine with an NVIDIA GPU; nothing elsewhere. `gpus`:
+/// the driver's directory of them, so that no GPU is woken up.
+std::optional<std::string> unused_gpu(const std::string& target,
+                                      const fs::path& gpus = "/proc/driver/nvidia/gpus");
 
 /// The target that runs on this machine's GPU, cuda:sm_90 before cuda:portable. Throws
 /// Error{kDevice} with what each lacks.

@@ -12,6 +12,7 @@
 
 #include "base/error.h"
 #include "base/interrupt.h"
+#include "build/cuda_plugin.h"
 #include "build/memory_plan.h"
 #include "engine/engine_parts.h"
 #include "model/kv_cache.h"
@@ -106,6 +107,7 @@ std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory,
   LoadOptions load = options.load;
   load.before_load = [&](const EnginePlan& plan, uint64_t weight_bytes, Backend& backend) {
     memory = plan_device(plan, weight_bytes, backend, options);
+    if (memory && options.on_memory_plan) options.on_memory_plan(memory->text());
   };
   LoadedModel model = load_model(directory, load);
   if (!fs::exists(model.directory / "tokenizer.json")) {
@@ -129,6 +131,7 @@ std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory,
   chat->bytes_per_decode_step_ = model.weights.bytes_per_decode_step;
   chat->notices_ = chat->tokenizer_.notices();
   chat->notices_.insert(chat->notices_.end(), model.notices.begin(), model.notices.end());
+  if (const auto unused = unused_gpu(model.plan.target)) chat->notices_.push_back(*unused);
   if (model.source) {
     const auto& notices = model.source->notices();
     chat->notices_.insert(chat->notices_.end(), notices.begin(), notices.end());
@@ -138,7 +141,7 @@ std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory,
   if (memory) {
     parts.num_kv_blocks = memory->kv_blocks;
     chat->kv_cache_bytes_ = memory->kv;
-    chat->notices_.push_back(memory->text());
+    if (!options.on_memory_plan) chat->notices_.push_back(memory->text());
   } else {
     parts.num_kv_blocks = choose_num_blocks(model, options, &chat->kv_cache_bytes_);
   }

@@ -28,6 +28,8 @@ struct ChatModelOptions {
   double kv_cache_free_fraction = 0;
   int kv_cache_sequences = 4;  // 0: the engine's max_batch_size
   int max_queue = 256;
+  /// Told a device's memory plan before anything is loaded; where nobody is, it is a notice.
+  std::function<void(const std::string&)> on_memory_plan;
 };
 
 class ChatModel {

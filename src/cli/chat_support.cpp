@@ -21,6 +21,7 @@ std::unique_ptr<ChatModel> open_chat_model(const RunFlags& flags) {
   options.kv_cache_bytes = flags.kv_memory_gib > 0
                                ? static_cast<uint64_t>(flags.kv_memory_gib * (1 << 30))
                                : flags.kv_cache_bytes;
+  options.on_memory_plan = [](const std::string& plan) { print_stderr("{}\n", plan); };
   if (model_kind(flags.model) != ModelKind::kEngine) {
     print_stderr(
         "{} is not an engine: packing it in memory (nibble build makes one that starts at once)\n",
@@ -49,9 +50,12 @@ std::optional<int> max_tokens(const SamplingFlags& flags) {
   return std::nullopt;
 }
 
-SpeedReport::SpeedReport(const ChatModel& model)
-    : bytes_per_step_(model.bytes_per_decode_step()),
-      read_bandwidth_(measure_read_bandwidth(0, size_t{256} << 20, 2)) {}
+SpeedReport::SpeedReport(const ChatModel& model) : bytes_per_step_(model.bytes_per_decode_step()) {
+  // A device's memory is not this machine's: `nibble bench latency` measures that.
+  if (!model.plan().target.starts_with("cuda:")) {
+    read_bandwidth_ = measure_read_bandwidth(0, size_t{256} << 20, 2);
+  }
+}
 
 std::string SpeedReport::line(const Generated& generated) const {
   const Usage& usage = generated.usage;
@@ -61,10 +65,11 @@ std::string SpeedReport::line(const Generated& generated) const {
     const double rate =
         (usage.completion_tokens - 1) / (static_cast<double>(usage.decode_us) * 1e-6);
     const double gb_per_s = rate * static_cast<double>(bytes_per_step_) * 1e-9;
-    line += fmt::format(
-        " at {:.1f} tokens/s, {:.2f} GB/s of weights = {:.0f} % of the {:.1f} GB/s this machine "
-        "reads",
-        rate, gb_per_s, 100 * gb_per_s / read_bandwidth_, read_bandwidth_);
+    line += fmt::format(" at {:.1f} tokens/s, {:.2f} GB/s of weights", rate, gb_per_s);
+    if (read_bandwidth_ > 0) {
+      line += fmt::format(" = {:.0f} % of the {:.1f} GB/s this machine reads",
+                          100 * gb_per_s / read_bandwidth_, read_bandwidth_);
+    }
   }
   line +=
       fmt::format("; prompt {} tokens ({} cached) in {}]", usage.prompt_tokens, usage.cached_tokens,

@@ -15,8 +15,9 @@ std::unique_ptr<ChatModel> open_chat_model(const RunFlags& flags);
 SamplingParams sampling_params(const SamplingFlags& flags);
 std::optional<int> max_tokens(const SamplingFlags& flags);
 
-/// "31 tokens at 212.4 tokens/s, 1.6 GB/s = 8 % of this machine's 19.8 GB/s; prompt 27 tokens (16
-/// cached) in 0.02 s".
+/// "[31 tokens at 212.4 tokens/s, 1.6 GB/s of weights = 8 % of the 19.8 GB/s this machine reads;
+/// prompt 27 tokens (16
+/// cached) in 0.02 s]"; of a GPU without the percent.
 class SpeedReport {
  public:
   explicit SpeedReport(
@@ -25,7 +26,7 @@ class SpeedReport {
 
  private:
   uint64_t bytes_per_step_;
-  double read_bandwidth_;
+  double read_bandwidth_ = 0;  // 0: not this machine's
 };
 
 }  // namespace nibble::cli

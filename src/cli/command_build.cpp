@@ -5,6 +5,7 @@
 #include <cstdio>
 
 #include "base/error.h"
+#include "build/cuda_plugin.h"
 #include "build/engine_builder.h"
 #include "build/model_card.h"
 #include "build/model_loader.h"
@@ -77,6 +78,7 @@ int run_build(const BuildFlags& flags) {
                     "takes one from elsewhere",
                     synthetic ? flags.synthetic : flags.checkpoint));
   }
+  if (const auto unused = unused_gpu(options.target)) progress.note(*unused);
   build_engine(flags.checkpoint, *source, options, flags.out, progress);
   if (kind == ModelKind::kCheckpoint && !synthetic) {  // it has a card
     const fs::path config = fs::path(flags.out) / "config.json";

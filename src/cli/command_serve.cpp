@@ -239,6 +239,7 @@ int run_serve(const ServeFlags& flags) {
   options.kv_cache_free_fraction = flags.kv_cache_free_fraction;
   options.kv_cache_sequences = 0;
   options.max_queue = flags.max_queue;
+  options.on_memory_plan = [](const std::string& plan) { fmt::print(stderr, "{}\n", plan); };
   const Prepared prepared = prepare_engine(flags, options);
   const fs::path& engine = prepared.engine;
   auto model = open_model(prepared, options);
