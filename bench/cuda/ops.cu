@@ -11,6 +11,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 
 #include "backends/cuda/generic.h"
 #include "backends/cuda/kernels.h"
@@ -594,23 +595,60 @@ class OpTimer {
 
   // Bytes: the logits once, which is the least.
   void sampling(int rows) {
-    std::vector<SampleRow> greedy(static_cast<size_t>(rows)), full(greedy.size());
-    for (auto& row : greedy) row.temperature = 0;
-    for (auto& row : full) row.temperature = 0.7f, row.top_p = 0.9f, row.top_k = 50, row.seed = 7;
+    constexpr int kSeen = 500, kBiased = 20, kTop = 20;  // ids of a row; log-probs
+    std::vector<TokenCount> history;
+    std::vector<TokenBias> bias;
+    for (int i = 0; i < kSeen; ++i) history.push_back({.token = 260 * i, .output_count = i % 3});
+    for (int i = 0; i < kBiased; ++i) bias.push_back({.token = 6000 * i + 1, .bias = 1.0f});
+    SampleRow greedy, drawn;
+    greedy.temperature = 0;
+    drawn.temperature = 0.7f, drawn.seed = 7;
+    SampleRow filtered = drawn, min_p = drawn;
+    filtered.top_p = 0.9f, filtered.top_k = 50;
+    min_p.min_p = 0.05f;
+    SampleRow penalized = filtered, told = filtered;
+    penalized.repetition_penalty = 1.1f, penalized.presence_penalty = 0.1f;
+    penalized.frequency_penalty = 0.1f;
+    penalized.history_end = kSeen, penalized.bias_end = kBiased;
+    told.num_logprobs = kTop;
     auto* workspace = device_alloc<uint8_t>(cuda::sample_workspace_bytes(rows, kVocab));
     auto* tokens = device_alloc<int32_t>(static_cast<size_t>(rows));
-    for (const auto* list : {&greedy, &full}) {
-      SampleRow* device_rows = upload(*list);
-      const SampleBatch batch{.num_rows = rows, .vocab_size = kVocab, .rows = device_rows};
+    auto* logprobs = device_alloc<float>(static_cast<size_t>(rows));
+    auto* top_tokens = device_alloc<int32_t>(static_cast<size_t>(rows * kTop));
+    auto* top_logprobs = device_alloc<float>(static_cast<size_t>(rows * kTop));
+    TokenCount* device_history = upload(history);
+    TokenBias* device_bias = upload(bias);
+    for (const auto& [what, one] : {std::pair{"greedy", greedy},
+                                    {"temperature", drawn},
+                                    {"min_p", min_p},
+                                    {"top_k, top_p", filtered},
+                                    {"top_k, top_p, penalties, bias", penalized},
+                                    {"top_k, top_p, 20 log-probs", told}}) {
+      SampleRow* device_rows = upload(std::vector<SampleRow>(static_cast<size_t>(rows), one));
+      const SampleBatch batch{.num_rows = rows,
+                              .vocab_size = kVocab,
+                              .rows = device_rows,
+                              .history = device_history,
+                              .bias = device_bias,
+                              .max_logprobs = one.num_logprobs >= 0 ? kTop : 0};
+      SampleResult result{.tokens = tokens};
+      if (one.num_logprobs >= 0) {
+        result.logprobs = logprobs;
+        result.top_tokens = top_tokens, result.top_logprobs = top_logprobs;
+      }
       const double us = time(4, [&](int i) {
-        return cuda::sample(batch, logits_, {.tokens = tokens}, workspace, i > 0, stream_);
+        return cuda::sample(batch, logits_, result, workspace, i > 0, stream_);
       });
-      std::printf("sample %2d rows, %s: ", rows, list == &greedy ? "greedy" : "top_k, top_p");
+      std::printf("sample %2d rows, %s: ", rows, what);
       row(us, 4.0 * rows * kVocab);
       BENCH_CHECK(cudaFree(device_rows));
     }
-    BENCH_CHECK(cudaFree(workspace));
-    BENCH_CHECK(cudaFree(tokens));
+    for (void* p :
+         {static_cast<void*>(workspace), static_cast<void*>(tokens), static_cast<void*>(logprobs),
+          static_cast<void*>(top_tokens), static_cast<void*>(top_logprobs),
+          static_cast<void*>(device_history), static_cast<void*>(device_bias)}) {
+      BENCH_CHECK(cudaFree(p));
+    }
   }
 
   cudaStream_t stream_;
