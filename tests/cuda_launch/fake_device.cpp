@@ -278,6 +278,7 @@ int stream_create(void** stream) {
 void stream_destroy(void*) {}
 int stream_sync(void*) {
   if (test::recording) fault("waited for the stream while recording");
+  ++fake_device().waits;
   return 0;
 }
 void* pinned_alloc(size_t bytes) { return std::malloc(bytes); }
@@ -290,7 +291,10 @@ int event_create(void** event) {
 }
 void event_destroy(void*) {}
 int event_record(void*, void*) { return 0; }
-int event_sync(void*) { return 0; }
+int event_sync(void*) {
+  ++fake_device().waits;
+  return 0;
+}
 
 int capture_begin(void*) {
   test::recording = new test::Graph;

@@ -65,6 +65,7 @@ struct FakeDevice {
   std::vector<Launch> launches;
   std::vector<std::string> faults;  // what no kernel may do
   int allocations = 0, graph_launches = 0;
+  int waits = 0;  // of the host for the device
 };
 /// The device; reset() makes it new.
 FakeDevice& fake_device();

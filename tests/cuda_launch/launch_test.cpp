@@ -440,6 +440,19 @@ TEST_P(CudaLaunch, StepsAllocateNothing) {
   EXPECT_EQ(fake_device().allocations, before);
 }
 
+TEST_P(CudaLaunch, SteadyStepsWaitForNothing) {
+  Model model(GetParam());
+  int before = 0, steps = 0;
+  for (int round = 0; round < 4; ++round) {  // run, recorded, replayed, replayed
+    before = fake_device().waits, steps = 0;
+    for (const Step& step : kSteps) {
+      ++steps;
+      model.forward(step, step.drawn > 0 ? static_cast<uint64_t>(steps) : 0);
+    }
+  }
+  EXPECT_EQ(fake_device().waits - before, steps) << "one a step is forward()'s own";
+}
+
 TEST_P(CudaLaunch, PromptsAreInOrderAndUnfused) {
   Model model(GetParam());
   for (const Step& step : kSteps) {
