@@ -16,8 +16,7 @@ SamplingParams sampling_params(const SamplingFlags& flags);
 std::optional<int> max_tokens(const SamplingFlags& flags);
 
 /// "[31 tokens at 212.4 tokens/s, 1.6 GB/s of weights = 8 % of the 19.8 GB/s this machine reads;
-/// prompt 27 tokens (16
-/// cached) in 0.02 s]"; of a GPU without the percent.
+/// prompt 27 tokens (16 cached) in 0.02 s]"; of a GPU without the percent.
 class SpeedReport {
  public:
   explicit SpeedReport(

@@ -12,7 +12,8 @@
 // the scales and their sum over the groups are rounded, in f32.
 //
 // Work split: a unit is one group of k of a row tile, a stage of the ring. A CTA per SM takes an
-// equal share of the units in memory order (row tile major): 16 consumer warps and a producer. A
+// equal share of the units in memory order (row tile major), whole tiles, or an equal part of one
+// tile (launch() says when): 16 consumer warps and a producer. A
 // tile is 256 rows, a block for each of four warpgroups, or 128, and then two warpgroups take a
 // block's stages in turn. Where a tile ends their sums meet in shared memory, and a thread has 8
 // adjacent rows of a token (16 with SiLU). A tile cut by CTA borders belongs to the CTA that
@@ -434,8 +435,8 @@ int launch(const LinearArgs& args, void* stream) {
     grid = whole;
     set_shares(p, units, grid);
   } else if (split > 1 && p.groups <= 64) {
-    // A short k: its tiles are cut into equal parts, because a CTA with ends of two tiles would
-    // spend on the second as long as on a quarter of its groups.
+    // A short k: its tiles are cut into equal parts. A CTA with ends of two tiles would spend on
+    // the second what three stages take, and it has five or so.
     grid = p.num_tiles * split;
     set_split(p, split);
   } else {
