@@ -14,30 +14,12 @@ import sys
 
 import torch
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "cuda"))
+from torch_timing import time_graph  # noqa: E402
+
 SHAPES = {"qkv": (6144, 5120), "o": (5120, 4096), "gate_up": (65536, 5120), "down": (5120, 32768)}
 TOKENS = (1, 8, 16, 32, 64, 128, 256)
 L2_BYTES = 200e6  # and more than that: no L2 is so large
-
-
-def time_graph(body, calls, replays=21):
-    """Microseconds per call of a captured body, which takes the stream."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            body(stream.cuda_stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            body(stream.cuda_stream)
-        times = []
-        for _ in range(replays + 3):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            stop.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(stop))
-    return sorted(times[3:])[replays // 2] * 1e3 / calls
 
 
 def copies(n, k):
@@ -67,7 +49,8 @@ def turbomind(folder):
             x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
             out = torch.empty(tokens, n, device="cuda", dtype=torch.float16)
 
-            def body(stream):
+            def body():
+                stream = torch.cuda.current_stream().cuda_stream
                 for linear, _ in made:
                     linear.linear.forward(x, out, stream)
 
@@ -98,7 +81,8 @@ def marlin(library):
             x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
             out = torch.empty(tokens, n, device="cuda", dtype=torch.float16)
 
-            def body(stream):
+            def body():
+                stream = torch.cuda.current_stream().cuda_stream
                 for weight in weights:
                     status = function(x.data_ptr(), weight.data_ptr(), out.data_ptr(), scales.data_ptr(), tokens, n, k,
                                       workspace.data_ptr(), 128, 0, stream, -1, -1, -1, 16)
@@ -123,11 +107,14 @@ def cutlass(folder, kind, n, k):
 
 
 def main():
+    names = {"TurboMind", "Marlin", "CUTLASS"}
+    wanted = set(sys.argv[2].split(",")) if len(sys.argv) > 2 else names
+    if len(sys.argv) < 2 or not wanted <= names:
+        sys.exit(f"measure.py OUT [{','.join(sorted(names))}]: OUT is what bench/peers/build made, got {sys.argv[1:]}")
     folder = pathlib.Path(sys.argv[1]).resolve()
     torch.manual_seed(0)
     print(torch.cuda.get_device_name())
     peers = {"TurboMind": turbomind(folder / "turbomind-wheel"), "Marlin": marlin(folder / "libmarlin.so")}
-    wanted = sys.argv[2].split(",") if len(sys.argv) > 2 else [*peers, "CUTLASS"]
     for peer, measure in peers.items():
         if peer not in wanted:
             continue

@@ -141,7 +141,6 @@ std::unique_ptr<ChatModel> ChatModel::open(const fs::path& directory,
   if (memory) {
     parts.num_kv_blocks = memory->kv_blocks;
     chat->kv_cache_bytes_ = memory->kv;
-    if (!options.on_memory_plan) chat->notices_.push_back(memory->text());
   } else {
     parts.num_kv_blocks = choose_num_blocks(model, options, &chat->kv_cache_bytes_);
   }

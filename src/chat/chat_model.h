@@ -28,7 +28,7 @@ struct ChatModelOptions {
   double kv_cache_free_fraction = 0;
   int kv_cache_sequences = 4;  // 0: the engine's max_batch_size
   int max_queue = 256;
-  /// Told a device's memory plan before anything is loaded; where nobody is, it is a notice.
+  /// Told a device's memory plan before anything is loaded, if it is there.
   std::function<void(const std::string&)> on_memory_plan;
 };
 
