@@ -345,8 +345,8 @@ int check_sample(int rows, int vocab, bool masked, unsigned seed, cudaStream_t s
                             .logprobs = logprobs,
                             .top_tokens = top_tokens,
                             .top_logprobs = top_logprobs},
-                           device_alloc<uint8_t>(cuda::sample_workspace_bytes(rows, vocab)), false,
-                           stream));
+                           device_alloc<uint8_t>(cuda::sample_workspace_bytes(rows, vocab) + 1),
+                           false, stream));
   const auto got = fetch(tokens, static_cast<size_t>(rows));
   const auto got_logprobs = fetch(logprobs, static_cast<size_t>(rows));
   const auto got_top = fetch(top_tokens, static_cast<size_t>(rows * kTop));
@@ -611,7 +611,7 @@ class OpTimer {
     penalized.frequency_penalty = 0.1f;
     penalized.history_end = kSeen, penalized.bias_end = kBiased;
     told.num_logprobs = kTop;
-    auto* workspace = device_alloc<uint8_t>(cuda::sample_workspace_bytes(rows, kVocab));
+    auto* workspace = device_alloc<uint8_t>(cuda::sample_workspace_bytes(rows, kVocab) + 1);
     auto* tokens = device_alloc<int32_t>(static_cast<size_t>(rows));
     auto* logprobs = device_alloc<float>(static_cast<size_t>(rows));
     auto* top_tokens = device_alloc<int32_t>(static_cast<size_t>(rows * kTop));

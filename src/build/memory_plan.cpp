@@ -18,10 +18,10 @@ uint64_t arena_bytes(const EnginePlan& plan, const EngineLimits& limits, uint64_
   const auto rows = static_cast<uint64_t>(limits.max_num_tokens);
   const auto row = static_cast<uint64_t>(3 * spec.hidden_size + spec.qkv_size() + spec.q_size() +
                                          2 * spec.ffn_size);
-  // f32 logits and the sampling op's 64-bit weights; the portable one also keeps a copy of logits.
+  // f32 logits; the portable sampling op keeps a copy.
   const uint64_t logits = (static_cast<uint64_t>(limits.max_batch_size) + kMaxLogitRows) *
                           static_cast<uint64_t>(spec.vocab_size) *
-                          (plan.target == "cuda:portable" ? 16 : 12);
+                          (plan.target == "cuda:portable" ? 8 : 4);
   const uint64_t rope = static_cast<uint64_t>(limits.max_seq_len()) *
                         static_cast<uint64_t>(spec.head_dim) * sizeof(float);
   // K and V of one sequence as f16, for the prompt kernel.

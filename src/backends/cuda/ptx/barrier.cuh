@@ -96,6 +96,13 @@ __device__ __forceinline__ void store_cluster_f32x2(uint32_t address, float a, f
   asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b)
                : "memory");
 }
+// Eight bytes to another CTA, whose barrier counts them in as they arrive.
+__device__ __forceinline__ void store_async(uint32_t address, uint64_t value, uint32_t bar) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(address),
+      "l"(value), "r"(bar)
+      : "memory");
+}
 
 // Programmatic dependent launch. Every kernel of a chain must execute wait, also one that needs
 // nothing: its successor's wait otherwise says nothing about the grandparent. Below sm_90 there is
