@@ -7,13 +7,17 @@
 
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
+#include <numeric>
 #include <random>
 #include <string>
 
+#include "backends/cuda/attention_split.h"
 #include "backends/cuda/generic.h"
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/kv_layout.h"
 #include "common.cuh"
+#include "ops/operands.h"
 
 namespace nibble::bench {
 namespace {
@@ -109,6 +113,7 @@ __global__ void reference(const __nv_bfloat16* q, int64_t q_stride, const uint8_
 struct Case {
   std::vector<int> lengths;
   int max_pages = 0, total_pages = 0;
+  bool uneven;
   int *device_lengths, *starts, *table;
   __nv_bfloat16 *q, *out;
   size_t out_count;
@@ -124,6 +129,7 @@ Case make_case(const std::vector<int>& lengths, uint64_t seed, cudaStream_t stre
     c.max_pages = std::max(c.max_pages, pages);
   }
   c.total_pages = starts.back();
+  c.uneven = is_uneven(c.total_pages, static_cast<int>(lengths.size()), c.max_pages);
   std::vector<int> order(static_cast<size_t>(c.total_pages));
   for (int i = 0; i < c.total_pages; ++i) order[static_cast<size_t>(i)] = i;
   std::shuffle(order.begin(), order.end(), std::mt19937(static_cast<unsigned>(seed)));
@@ -291,8 +297,9 @@ int check_prefill(int count, int length, bool scaled, cudaStream_t stream) {
 }  // namespace
 
 // The same sizes through attention_step.cu, RoPE and append included.
-void bench_step(const Case& c, int batch, int length, const std::vector<uint8_t*>& pages, int sms,
-                cudaStream_t stream, const Limits& limits) {
+void bench_step(const Case& c, int batch, int length, const std::string& what,
+                const std::vector<uint8_t*>& pages, int sms, int split, cudaStream_t stream,
+                const Limits& limits) {
   const int64_t stride = int64_t{6} * kKvHeads * kHeadDim;
   auto* qkv = device_alloc<__nv_bfloat16>(static_cast<size_t>(batch * stride));
   fill_normal<<<256, 256, 0, stream>>>(qkv, static_cast<size_t>(batch * stride), kHeadDim, 1.0f, 9);
@@ -317,16 +324,19 @@ void bench_step(const Case& c, int batch, int length, const std::vector<uint8_t*
                                         .softmax_scale = 1.0f / std::sqrt(128.0f),
                                         .out_scale = nullptr,
                                         .rounded = nullptr,
+                                        .uneven = c.uneven,
+                                        .split = split,
                                         .num_sms = sms,
                                         .dependent = i > 0},
                                        stream));
     }
   });
-  const double bytes = 260.0 * kKvHeads * batch * length;
+  const double bytes = 260.0 * kKvHeads * std::accumulate(c.lengths.begin(), c.lengths.end(), 0.0);
   std::printf(
-      "decode step      %2d x %4d tokens:           %8.2f us  %6.0f GB/s (%4.1f %% of read)\n",
-      batch, length, t.median_us, bytes / t.median_us * 1e-3,
-      bytes / t.median_us * 0.1 / limits.read_gbps);
+      "decode step      %2d x %s tokens, split %d:  %8.2f us  %6.0f GB/s (%4.1f %% of read)\n",
+      batch, what.c_str(),
+      split ? split : cuda::step_attention_split(batch, kKvHeads, c.max_pages, c.uneven, sms),
+      t.median_us, bytes / t.median_us * 1e-3, bytes / t.median_us * 0.1 / limits.read_gbps);
   BENCH_CHECK(cudaFree(qkv));
   BENCH_CHECK(cudaFree(angles));
 }
@@ -380,7 +390,7 @@ Timing time_portable(const Case& c, int count, const void* q, void* out,
 }
 
 int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** argv) {
-  int tactic = 0, sequences = 0, tokens = 5600;
+  int tactic = 0, sequences = 0, tokens = 5600, shortest = 0, split = 0;
   bool checks = true, small_only = false;
   for (int i = 0; i < argc; ++i) {
     const std::string flag = argv[i];
@@ -390,6 +400,10 @@ int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** 
       sequences = std::atoi(argv[++i]);
     } else if (flag == "--tokens" && i + 1 < argc) {
       tokens = std::atoi(argv[++i]);
+    } else if (flag == "--shortest" && i + 1 < argc) {
+      shortest = std::atoi(argv[++i]);  // lengths from there to --tokens, evenly
+    } else if (flag == "--split" && i + 1 < argc) {
+      split = std::atoi(argv[++i]);  // only attention_step.cu, so
     } else if (flag == "--no-check") {
       checks = false;
     } else if (flag == "--odd-only") {
@@ -419,11 +433,36 @@ int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** 
     }
   }
   if (small_only) return failures;
-  std::vector<std::pair<int, int>> sizes{{64, 5600}, {32, 5600}, {16, 5600}, {64, 1024},
-                                         {8, 2048},  {1, 5600},  {1, 512}};
-  if (sequences) sizes = {{sequences, tokens}};
-  for (const auto& [batch, length] : sizes) {
-    Case c = make_case(std::vector<int>(static_cast<size_t>(batch), length), 7, stream);
+  struct Size {
+    int batch, shortest, longest;
+  };
+  std::vector<Size> sizes;
+  for (const auto& [batch, length] : std::initializer_list<std::pair<int, int>>{{64, 5600},
+                                                                                {57, 5600},
+                                                                                {40, 5600},
+                                                                                {32, 5600},
+                                                                                {20, 5600},
+                                                                                {16, 5600},
+                                                                                {64, 1024},
+                                                                                {8, 2048},
+                                                                                {1, 5600},
+                                                                                {1, 512}}) {
+    sizes.push_back({batch, length, length});
+  }
+  sizes.push_back({64, 500, 5600});
+  sizes.push_back({40, 500, 5600});
+  if (sequences) sizes = {{sequences, shortest ? shortest : tokens, tokens}};
+  for (const auto& [batch, first, length] : sizes) {
+    std::vector<int> lengths;
+    for (int i = 0; i < batch; ++i) {
+      lengths.push_back(first +
+                        static_cast<int>(int64_t{length - first} * i / std::max(batch - 1, 1)));
+    }
+    std::shuffle(lengths.begin(), lengths.end(), std::mt19937(2));
+    const std::string what = first == length
+                                 ? std::to_string(length)
+                                 : std::to_string(first) + ".." + std::to_string(length);
+    Case c = make_case(lengths, 7, stream);
     const size_t layer_bytes = pair_offset(c.total_pages, kKvHeads, 0);
     const int layers = layer_bytes > (size_t{256} << 20) ? 2 : 8;
     std::vector<uint8_t*> pages;
@@ -431,24 +470,28 @@ int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** 
       pages.push_back(device_alloc<uint8_t>(layer_bytes));
       fill_pages<<<1056, 256, 0, stream>>>(pages.back(), c.total_pages, static_cast<uint64_t>(i));
     }
-    const Timing t = time_graph(stream, 8, [&] {
-      for (int i = 0; i < 8; ++i) {
-        auto args = arguments(c, pages[static_cast<size_t>(i % layers)], workspace, sms, tactic);
-        args.dependent = i > 0;
-        BENCH_CHECK(cuda::decode_attention(args, stream));
-      }
-    });
-    const double bytes = 260.0 * kKvHeads * batch * length;
-    std::printf(
-        "decode attention %2d x %4d tokens, tactic %d: %8.2f us  %6.0f GB/s (%4.1f %% of read)\n",
-        batch, length, tactic, t.median_us, bytes / t.median_us * 1e-3,
-        bytes / t.median_us * 0.1 / limits.read_gbps);
-    bench_step(c, batch, length, pages, sms, stream, limits);
-    const Timing portable = time_portable(c, 1, c.q, c.out, pages, sms, stream);
-    std::printf(
-        "decode portable  %2d x %4d tokens:           %8.2f us  %6.0f GB/s (%4.1f %% of read)\n",
-        batch, length, portable.median_us, bytes / portable.median_us * 1e-3,
-        bytes / portable.median_us * 0.1 / limits.read_gbps);
+    const double bytes = 260.0 * kKvHeads * std::accumulate(lengths.begin(), lengths.end(), 0.0);
+    if (!split) {
+      const Timing t = time_graph(stream, 8, [&] {
+        for (int i = 0; i < 8; ++i) {
+          auto args = arguments(c, pages[static_cast<size_t>(i % layers)], workspace, sms, tactic);
+          args.dependent = i > 0;
+          BENCH_CHECK(cuda::decode_attention(args, stream));
+        }
+      });
+      std::printf(
+          "decode attention %2d x %s tokens, tactic %d: %8.2f us  %6.0f GB/s (%4.1f %% of read)\n",
+          batch, what.c_str(), tactic, t.median_us, bytes / t.median_us * 1e-3,
+          bytes / t.median_us * 0.1 / limits.read_gbps);
+    }
+    bench_step(c, batch, length, what, pages, sms, split, stream, limits);
+    if (!split) {
+      const Timing portable = time_portable(c, 1, c.q, c.out, pages, sms, stream);
+      std::printf(
+          "decode portable  %2d x %s tokens:           %8.2f us  %6.0f GB/s (%4.1f %% of read)\n",
+          batch, what.c_str(), portable.median_us, bytes / portable.median_us * 1e-3,
+          bytes / portable.median_us * 0.1 / limits.read_gbps);
+    }
     for (auto* p : pages) BENCH_CHECK(cudaFree(p));
     free_case(c);
   }

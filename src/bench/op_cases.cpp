@@ -353,6 +353,7 @@ void AttentionRun::prepare(const std::vector<Chunk>& chunks) {
   kv_lens_.clear();
   step_tables_.clear();
   std::vector<float> qkv;
+  int used_blocks = 0;
   for (const Chunk& chunk : chunks) {
     int& length = lengths_[static_cast<size_t>(chunk.sequence)];
     NIBBLE_CHECK(length + chunk.count <= blocks_per_seq_ * shape_.block_tokens);
@@ -367,6 +368,7 @@ void AttentionRun::prepare(const std::vector<Chunk>& chunks) {
     length += chunk.count;
     seq_starts_.push_back(static_cast<int32_t>(positions_.size()));
     kv_lens_.push_back(length);
+    used_blocks += (length + shape_.block_tokens - 1) / shape_.block_tokens;
     const auto table = tables_.begin() + chunk.sequence * blocks_per_seq_;
     step_tables_.insert(step_tables_.end(), table, table + blocks_per_seq_);
   }
@@ -383,6 +385,7 @@ void AttentionRun::prepare(const std::vector<Chunk>& chunks) {
           std::ranges::find_if(chunks, [](const Chunk& c) { return c.count > 1 || c.is_prompt; }) -
           chunks.begin()),
       .max_blocks_per_seq = blocks_per_seq_,
+      .is_uneven = is_uneven(used_blocks, static_cast<int>(chunks.size()), blocks_per_seq_),
       .positions = positions_dev_.as<int32_t>(),
       .seq_starts = seq_starts_dev_.as<int32_t>(),
       .kv_lens = kv_lens_dev_.as<int32_t>(),

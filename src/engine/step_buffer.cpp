@@ -68,14 +68,17 @@ StepBuffer::StepBuffer(const StepShape& shape, std::byte* memory)
 
 void StepBuffer::build(const StepPlan& plan) {
   int num_blocks = 1;
+  int64_t used_blocks = 0;
   size_t num_history = 0, num_bias = 0;
   max_logprobs_ = 0;
   num_masks_ = 0;
   counts_previous_ = false;
   for (const ScheduledSequence& scheduled : plan.sequences) {
     const Sequence& seq = *scheduled.seq;
-    num_blocks = std::max(num_blocks, num_blocks_of(scheduled.first_token + scheduled.num_tokens,
-                                                    shape_.block_tokens));
+    const int used =
+        num_blocks_of(scheduled.first_token + scheduled.num_tokens, shape_.block_tokens);
+    num_blocks = std::max(num_blocks, used);
+    used_blocks += used;
     if (scheduled.num_prompt_rows > 0) max_logprobs_ = std::max(max_logprobs_, seq.prompt_logprobs);
     if (!scheduled.draws) continue;
     max_logprobs_ = std::max(max_logprobs_, seq.row.num_logprobs);
@@ -88,13 +91,15 @@ void StepBuffer::build(const StepPlan& plan) {
   // By eights, so that a growing sequence keeps its graph_key() for a while.
   num_blocks = std::min((num_blocks + 7) / 8 * 8,
                         num_blocks_of(shape_.max_seq_len, shape_.block_tokens) + 1);
-  step_ = {.num_tokens = plan.num_tokens,
-           .num_seqs = static_cast<int>(plan.sequences.size()),
-           .num_logit_rows = plan.num_logit_rows,
-           .num_decode_seqs = static_cast<int>(
-               std::ranges::find(plan.sequences, false, &ScheduledSequence::is_decode) -
-               plan.sequences.begin()),
-           .max_blocks_per_seq = num_blocks};
+  step_ = {
+      .num_tokens = plan.num_tokens,
+      .num_seqs = static_cast<int>(plan.sequences.size()),
+      .num_logit_rows = plan.num_logit_rows,
+      .num_decode_seqs =
+          static_cast<int>(std::ranges::find(plan.sequences, false, &ScheduledSequence::is_decode) -
+                           plan.sequences.begin()),
+      .max_blocks_per_seq = num_blocks,
+      .is_uneven = is_uneven(used_blocks, static_cast<int>(plan.sequences.size()), num_blocks)};
   layout_ = layout(step_.num_tokens, step_.num_seqs, step_.num_logit_rows, num_blocks, num_history,
                    num_bias, size_t(num_masks_) * mask_words_);
   used_bytes_ = layout_.end;
@@ -177,6 +182,7 @@ uint64_t StepBuffer::graph_key(const void* base) const {
                          static_cast<size_t>(step_.num_seqs),
                          static_cast<size_t>(step_.num_logit_rows),
                          static_cast<size_t>(step_.max_blocks_per_seq),
+                         step_.is_uneven ? size_t{1} : 0,
                          static_cast<size_t>(max_logprobs_),
                          layout_.logit_rows,
                          layout_.rows,

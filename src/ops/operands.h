@@ -26,6 +26,12 @@ struct LinearOperand {
 };
 
 /// One step's ragged batch. Rows of sequence s are [seq_starts[s], seq_starts[s+1]).
+/// Whether sequences that have `used` blocks in all differ so much in length, and are so long, that
+/// it matters who computes which.
+inline bool is_uneven(int64_t used, int num_seqs, int max_blocks_per_seq) {
+  return max_blocks_per_seq >= 32 && 4 * used <= int64_t{3} * num_seqs * max_blocks_per_seq;
+}
+
 struct StepBatch {
   int num_tokens = 0;      // T
   int num_seqs = 0;        // S
@@ -34,6 +40,7 @@ struct StepBatch {
   // are of prompts, also where there is one row only.
   int num_decode_seqs = 0;
   int max_blocks_per_seq = 0;  // B
+  bool is_uneven = false;      // is_uneven() of these; kernels may share work accordingly
   // [T]; -1 - r: the token that row r of the sampling op before this step drew (previous_tokens).
   // Only backends whose steps overlap (Backend::overlaps()) are given such.
   const int32_t* token_ids = nullptr;

@@ -7,6 +7,7 @@
 
 #include <set>
 
+#include "backends/cuda/attention_split.h"
 #include "backends/cuda/wgmma_tactic.h"
 
 namespace nibble::cuda {
@@ -130,6 +131,46 @@ TEST(WgmmaTactic, EveryShapeHasASoundGrid) {
     }
   }
   EXPECT_GT(cases, 50000);
+}
+
+// What was measured on an H200 (8 KV heads, pages of 64 tokens; docs/kernels.md).
+TEST(StepAttentionSplit, IsWhatWasMeasured) {
+  const auto split = [](int sequences, int pages, bool uneven) {
+    return step_attention_split(sequences, 8, pages, uneven, 132);
+  };
+  for (const bool uneven : {false, true}) {
+    EXPECT_EQ(split(1, 88, uneven), 8);
+    EXPECT_EQ(split(8, 88, uneven), 2);
+    EXPECT_EQ(split(40, 88, uneven), 4);
+    EXPECT_EQ(split(64, 16, uneven), 1);
+  }
+  EXPECT_EQ(split(16, 88, false), 1);
+  EXPECT_EQ(split(16, 88, true), 4);
+  EXPECT_EQ(split(24, 88, false), 1);
+  EXPECT_EQ(split(24, 88, true), 4);
+  EXPECT_EQ(split(24, 48, true), 2);
+  EXPECT_EQ(split(57, 88, false), 2);
+  EXPECT_EQ(split(64, 88, false), 1);
+  EXPECT_EQ(split(64, 88, true), 4);
+}
+
+// Kernels exist for these, and a head's outputs are one CTA's where they are rounded.
+TEST(StepAttentionSplit, HasAKernel) {
+  for (const int num_sms : {60, 78, 114, 132}) {
+    for (int sequences = 1; sequences <= 130; ++sequences) {
+      for (const int kv_heads : {1, 2, 8, 12}) {
+        for (int pages = 1; pages <= 2048; pages += 5) {
+          for (const bool uneven : {false, true}) {
+            const int split = step_attention_split(sequences, kv_heads, pages, uneven, num_sms);
+            EXPECT_TRUE(split == 1 || split == 2 || split == 4 || split == 8);
+            if (2 * sequences * kv_heads > num_sms) {
+              EXPECT_LE(split, 4);
+            }
+          }
+        }
+      }
+    }
+  }
 }
 
 }  // namespace

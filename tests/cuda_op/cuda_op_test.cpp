@@ -423,14 +423,21 @@ TEST_P(CudaOps, LongDecodeStepsMatchMixedOnes) {
   if (portable()) return;  // one kernel for both
   const AttentionShape shape{32, 8, 128, 64, KvFormat::kInt8Dynamic};
   const size_t row = size_t{32} * 128;
-  for (const auto& [sequences, length] :
-       {std::pair{16, 1100}, std::pair{8, 1200}, std::pair{4, 2300}, std::pair{1, 4600}}) {
-    AttentionRun alone(*cuda_, shape, sequences + 1, length + 100, 3),
-        mixed(*cuda_, shape, sequences + 1, length + 100, 5);
+  struct Case {
+    int sequences, length, longest;  // of one in the middle
+  };
+  // The last five are uneven (StepBatch::is_uneven): shared by four and two CTAs.
+  for (const auto& [sequences, length, longest] :
+       {Case{16, 1100, 1100}, Case{8, 1200, 1200}, Case{4, 2300, 2300}, Case{1, 4600, 4600},
+        Case{12, 60, 3100}, Case{17, 300, 2050}, Case{33, 130, 3700}, Case{40, 64, 2600},
+        Case{64, 200, 3700}}) {
+    AttentionRun alone(*cuda_, shape, sequences + 1, longest + 100, 3),
+        mixed(*cuda_, shape, sequences + 1, longest + 100, 5);
     std::vector<Chunk> step;
     for (int s = 0; s < sequences; ++s) {
-      alone.step({{s, length}});
-      mixed.step({{s, length}});
+      const int count = s == sequences / 2 ? longest : length;
+      alone.step({{s, count}});
+      mixed.step({{s, count}});
       step.push_back({s, 1});
     }
     std::vector<Chunk> with_chunk = step;
@@ -439,9 +446,10 @@ TEST_P(CudaOps, LongDecodeStepsMatchMixedOnes) {
       const std::vector<float> result = alone.step(step);
       std::vector<float> expected = mixed.step(with_chunk);
       expected.resize(result.size());
-      ASSERT_LT(rms_error(result, expected), 1e-2) << sequences << " sequences, step " << i;
+      ASSERT_LT(rms_error(result, expected), 1e-2)
+          << sequences << " x " << length << " ... " << longest << ", step " << i;
       ASSERT_LT(element_error(result, expected, row), 0.08)
-          << sequences << " sequences, step " << i;
+          << sequences << " x " << length << " ... " << longest << ", step " << i;
     }
   }
 }
@@ -655,6 +663,29 @@ TEST_P(CudaOps, SampleMatchesReference) {
         EXPECT_NEAR(got.top_logprobs[i], want.top_logprobs[i], 1e-5);
       }
     }
+  }
+}
+
+// A model that has broken gives no number; what is drawn then must still be an id.
+TEST_P(CudaOps, SampleOfNoNumbersIsAnId) {
+  for (const int vocab : {5, 5003}) {
+    SampleInput in;
+    in.vocab = vocab;
+    in.rows = {{.temperature = 0}, {.temperature = 1}, {.top_p = 0.9f}, {.top_k = 3}};
+    for (SampleRow& row : in.rows) row.num_logprobs = 2;
+    in.previous = {0};
+    in.masks.assign(static_cast<size_t>(vocab + 63) / 64, ~uint64_t{0});
+    in.logits.assign(in.rows.size() * static_cast<size_t>(vocab),
+                     std::numeric_limits<float>::quiet_NaN());
+    // In the last row one is.
+    in.logits.back() = 1;
+    const Drawn got = draw(*cuda_, in);
+    for (size_t r = 0; r + 1 < in.rows.size(); ++r) {
+      EXPECT_GE(got.tokens[r], 0);
+      EXPECT_LT(got.tokens[r], vocab);
+      EXPECT_EQ(got.top_tokens[r * kLogprobs], -1);
+    }
+    EXPECT_EQ(got.tokens.back(), vocab - 1);
   }
 }
 

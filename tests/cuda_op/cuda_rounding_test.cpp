@@ -31,14 +31,16 @@ std::unique_ptr<Backend> open_or_skip(ActivationPrecision precision) {
 
 struct Shape {
   int hidden, ffn, kv_heads, rows;
+  int longest = 200;  // tokens there is room for; with thousands a head is several CTAs' work
 };
 
 // From a decode step's attention to the next layer's first linear: what linears read is rounded by
-// the kernel before them, where its tiles have whole groups of 128 channels and attention gives a
-// head to one CTA (not with two KV heads). Looked at on the way, every op is done by itself.
+// the kernel before them, where its tiles have whole groups of 128 channels and attention leaves a
+// head's outputs to one CTA (not with two KV heads). Looked at on the way, every op is done by
+// itself.
 void expect_rounded_for_the_next(Backend& cuda, Backend& reference,
                                  const std::vector<Shape>& shapes, double tolerance) {
-  for (const auto& [hidden, ffn, kv_heads, rows] : shapes) {
+  for (const auto& [hidden, ffn, kv_heads, rows, longest] : shapes) {
     const AttentionShape shape{4 * kv_heads, kv_heads, 128, 64, KvFormat::kInt8Dynamic};
     const auto name =
         fmt::format("hidden {} ffn {} KV heads {} rows {}", hidden, ffn, kv_heads, rows);
@@ -53,8 +55,8 @@ void expect_rounded_for_the_next(Backend& cuda, Backend& reference,
                         .gate_up = gate_up,
                         .seed = seed};
     };
-    const auto result = [&, hidden = hidden, ffn = ffn, kv_heads = kv_heads, rows = rows](
-                            Backend& backend, bool look) {
+    const auto result = [&, hidden = hidden, ffn = ffn, kv_heads = kv_heads, rows = rows,
+                         longest = longest](Backend& backend, bool look) {
       const bool on_gpu = &backend == &cuda;
       const WeightLayout layout = on_gpu ? WeightLayout::kCudaInt4 : WeightLayout::kInt4Portable;
       const Weights o(backend, linear_case(hidden, 4 * kv_heads * 128, false, 61), layout),
@@ -67,7 +69,7 @@ void expect_rounded_for_the_next(Backend& cuda, Backend& reference,
       GuardedOutput x(backend, n * h, act), normed(backend, n * h, act), y(backend, n * f, act),
           out(backend, n * 264, act);
       x.fill(normal(n * h, 15));
-      AttentionRun attention(backend, shape, rows, 200, 3, true);
+      AttentionRun attention(backend, shape, rows, longest, 3, true);
       std::vector<AttentionRun::Chunk> step;
       for (int s = 0; s < rows; ++s) step.push_back({s, 1});
       for (int i = 0; i < 3; ++i) attention.step(step);
@@ -117,6 +119,7 @@ TEST(CudaRounding, DigitsForTheNext) {
                               {{1152, 8704, 8, 16},
                                {384, 8704, 8, 9},
                                {1152, 384, 8, 12},
+                               {1152, 384, 8, 12, 3600},
                                {640, 17024, 2, 10},
                                {1152, 8704, 2, 16},
                                {256, 640, 2, 13}},
@@ -132,6 +135,8 @@ TEST(CudaRounding, E4m3ForTheNext) {
                               {{1152, 8704, 8, 64},
                                {384, 8704, 8, 33},
                                {1152, 384, 8, 50},
+                               {1152, 384, 8, 50, 2300},
+                               {1152, 384, 8, 50, 3600},
                                {640, 17024, 8, 41},
                                {640, 17024, 2, 33}},
                               0.06);

@@ -84,6 +84,19 @@ TEST_F(StepBufferTest, EverythingTheOpsSeeChangesTheKey) {
   EXPECT_NE(step_.graph_key(base_ + 1), key);  // another executor's memory
 }
 
+TEST_F(StepBufferTest, UnevenStepsHaveAKeyOfTheirOwn) {
+  const uint64_t even = build({3000, 2900, 2000});
+  EXPECT_FALSE(step_.step_batch(base_).is_uneven);
+  EXPECT_NE(build({3000, 1900, 500}), even);
+  EXPECT_TRUE(step_.step_batch(base_).is_uneven);
+  build({1500, 100, 100});  // not long enough
+  EXPECT_FALSE(step_.step_batch(base_).is_uneven);
+  for (int n = 1; n < kShape.max_seq_len; ++n) {  // one is as long as itself
+    build({n});
+    ASSERT_FALSE(step_.step_batch(base_).is_uneven) << n;
+  }
+}
+
 TEST_F(StepBufferTest, PromptChunksHaveNoKey) {
   EXPECT_EQ(build({100}, 2), 0u);
   EXPECT_EQ(build({100, 200}, 50), 0u);

@@ -1,7 +1,7 @@
 // K5: a decode step's RoPE, append and attention in one launch. Where K3 (attention_decode.cu)
 // shares all pages of a batch evenly, this kernel gives a (sequence, KV head) to one CTA, or to a
-// cluster where there are few. Shapes and layouts are K3's; q, k and v come as the qkv linear left
-// them.
+// cluster where there are few or they are long and uneven (attention_split.h). Shapes and layouts
+// are K3's; q, k and v come as the qkv linear left them.
 //
 // A cluster of CTAs shares the pages of one (sequence, head) evenly; in a CTA four warps share a
 // page, 16 tokens each, and eight warps have two pages in work at a time. Pages are requested
@@ -9,8 +9,8 @@
 // has the page of the new token: its k and v are rotated, quantized and written to the page in
 // memory, and over the copy of the page that was on its way meanwhile. Every warp keeps (max, sum,
 // O) of its tokens; they meet in shared memory, then each CTA sends the slices of its sums to their
-// owners' shared memory, and an owner adds them in rank order: deterministic, and one cluster
-// barrier.
+// owners' shared memory (st.async: the owner's barrier counts the bytes), and an owner adds them in
+// rank order: deterministic.
 //
 // Scores are q K^T as in K3, with 16 tokens instead of 64: column 2t + e of score tile j is token
 // 4t + 2j + e. O is V^T P^T, whose operand B the scores' accumulators are: half the registers and
@@ -24,6 +24,7 @@
 
 #include <type_traits>
 
+#include "backends/cuda/attention_split.h"
 #include "backends/cuda/digits_layout.h"
 #include "backends/cuda/digits_store.cuh"
 #include "backends/cuda/kernels.h"
@@ -73,7 +74,7 @@ struct alignas(128) Shared {
   alignas(16) float angles[2][kHeadDim / 2];  // cos, sin of the new token
   NewToken token;
   int table[C::kThreads];  // the page table's first entries
-  uint64_t bars[C::kStages];
+  uint64_t bars[C::kStages], inbox_bar;
 };
 
 using ptx::high_bf16;
@@ -87,6 +88,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
     step_kernel(const StepAttentionArgs p) {
   constexpr int kWarps = C::kWarps, kThreads = C::kThreads, kStages = C::kStages;
   constexpr int kTokenWarps = kThreads / 32 - 2;  // the first of the two with the new token
+  constexpr int kSlice = kOutputs / kCluster;     // outputs that this CTA writes in the end
   extern __shared__ __align__(128) uint8_t smem[];
   auto& shared = *reinterpret_cast<Shared<kCluster, C>*>(smem);
   const int tid = threadIdx.x, lane = tid & 31, g = lane >> 2, t = lane & 3;
@@ -112,9 +114,18 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
     ptx::bulk_load(ring + stage * kPairBytes, static_cast<const uint8_t*>(p.pages) + page_offset(i),
                    kPairBytes, bars + stage * 8, ptx::policy_evict_first());
   };
+  // What the inbox waits for: from each CTA its sums of the slice, and (max, sum) of each head in
+  // it.
+  constexpr int kHeadsOfSlice = kSlice > kHeadDim ? kSlice / kHeadDim : 1;
+  const uint32_t inbox_bar = ptx::smem_address(&shared.inbox_bar);
   if (tid < kStages) {
     ptx::mbarrier_init(bars + tid * 8, 1);
     ptx::mbarrier_init_fence();
+  }
+  if (kCluster > 1 && tid == kStages) {
+    ptx::mbarrier_init(inbox_bar, 1);
+    ptx::mbarrier_init_fence();
+    ptx::mbarrier_expect(inbox_bar, kCluster * (4 * kSlice + 8 * kHeadsOfSlice));
   }
   __syncthreads();
   if (tid < min(kStages, count)) request(tid);
@@ -123,7 +134,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
   }
   // Thread: outputs 2 tid and 2 tid + 1 of the slice this CTA writes in the end; with few threads
   // also those kStride further on.
-  constexpr int kSlice = kOutputs / kCluster, kStride = 2 * kThreads;
+  constexpr int kStride = 2 * kThreads;
   constexpr int kPairs = kSlice > kStride ? kSlice / kStride : 1;
   float2 out_scale[kPairs];
 #pragma unroll
@@ -347,11 +358,31 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
                                        of_slice) = pair;
     return pair;
   };
+  // The slice once more as the next linear reads it. A head is one CTA's, or no scale could be had.
+  static_assert(sizeof shared.parts <= (kStages - 1) * kPairBytes);
+  auto* outputs = reinterpret_cast<__nv_bfloat162*>(shared.ring[kStages - 1]);  // behind the parts
+  auto round_slice = [&] {
+    __syncthreads();
+    auto* rounded = static_cast<uint8_t*>(p.rounded);
+    const int64_t features = int64_t{kGroup} * p.kv_heads * kHeadDim;
+    const int first_head = head * kGroup + rank * (kSlice / kHeadDim);
+    const auto* from = reinterpret_cast<const uint4*>(outputs);
+    if (p.sequences <= kDigitTokens) {
+      if (tid >= kSlice / 8) return;  // 8 channels a thread
+      float v[8];
+      unpack_eight(v, from[tid]);
+      store_digits(rounded, cuda_digits::Shape{p.sequences, features}, sequence,
+                   first_head + tid / 16, tid & 15, v, true);
+    } else {
+      if (tid >= kSlice / 16) return;  // 16 channels a thread
+      float v[16];
+      unpack_bf16(v, from[tid * 2], from[tid * 2 + 1]);
+      store_group(rounded, cuda_x::Shape{p.sequences, features}, sequence, first_head + tid / 8,
+                  tid & 7, v, true);
+    }
+  };
   using Warps = std::integral_constant<int, kWarps>;
   if constexpr (kCluster == 1) {
-    static_assert(sizeof shared.parts <= (kStages - 1) * kPairBytes);
-    auto* outputs =
-        reinterpret_cast<__nv_bfloat162*>(shared.ring[kStages - 1]);  // behind the parts
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const int at = 2 * tid + i * kStride;
@@ -360,43 +391,32 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
             store(at, add_up(shared.parts[0], kPart, Warps{}, at / kHeadDim, at), out_scale[i]);
       }
     }
-    if (p.rounded == nullptr) return;
-    __syncthreads();
-    auto* rounded = static_cast<uint8_t*>(p.rounded);
-    const int64_t features = int64_t{kGroup} * p.kv_heads * kHeadDim;
-    const auto* from = reinterpret_cast<const uint4*>(outputs);
-    if (p.sequences <= kDigitTokens) {
-      if (tid >= kOutputs / 8) return;  // 8 channels a thread
-      float v[8];
-      unpack_eight(v, from[tid]);
-      store_digits(rounded, cuda_digits::Shape{p.sequences, features}, sequence,
-                   head * kGroup + tid / 16, tid & 15, v, true);
-    } else {
-      if (warp > 0) return;  // 16 channels a thread
-      float v[16];
-      unpack_bf16(v, from[lane * 2], from[lane * 2 + 1]);
-      store_group(rounded, cuda_x::Shape{p.sequences, features}, sequence, head * kGroup + lane / 8,
-                  lane & 7, v, true);
-    }
+    if (p.rounded) round_slice();
   } else {
     // To the owner of the slice: outputs [rank * kSlice, (rank + 1) * kSlice).
     constexpr int kEntry = 2 * kGroup + kSlice;
-    static_assert(kCluster * kEntry <= 2 * kPart && kStride >= kOutputs);
-    const int at = 2 * tid;
-    if (at < kOutputs) {
+    static_assert(kCluster * kEntry <= 2 * kPart && kStride >= kSlice);
+#pragma unroll
+    for (int at = 2 * tid; at < kOutputs; at += kStride) {
       const Sums s = add_up(shared.parts[0], kPart, Warps{}, at / kHeadDim, at);
       const uint32_t mine = ptx::smem_address(shared.inbox) + rank * kEntry * 4;
       const uint32_t theirs = ptx::cluster_address(mine, at / kSlice);
-      ptx::store_cluster_f32x2(theirs + (2 * kGroup + at % kSlice) * 4, s.first, s.second);
+      const uint32_t bar = ptx::cluster_address(inbox_bar, at / kSlice);
+      ptx::store_async(theirs + (2 * kGroup + at % kSlice) * 4, ptx::pair_bits(s.first, s.second),
+                       bar);
       if (at % kSlice == 0 || at % kHeadDim == 0) {
-        ptx::store_cluster_f32x2(theirs + 2 * (at / kHeadDim) * 4, s.peak, s.total);
+        ptx::store_async(theirs + 2 * (at / kHeadDim) * 4, ptx::pair_bits(s.peak, s.total), bar);
       }
     }
-    ptx::cluster_sync();
-    if (at < kSlice) {
+    ptx::mbarrier_wait(inbox_bar, 0);
+    if (const int at = 2 * tid; at < kSlice) {
       using Ranks = std::integral_constant<int, kCluster>;
-      store(at, add_up(shared.inbox, kEntry, Ranks{}, (rank * kSlice + at) / kHeadDim, at),
-            out_scale[0]);
+      outputs[tid] =
+          store(at, add_up(shared.inbox, kEntry, Ranks{}, (rank * kSlice + at) / kHeadDim, at),
+                out_scale[0]);
+    }
+    if constexpr (kSlice >= kHeadDim) {
+      if (p.rounded) round_slice();
     }
   }
 }
@@ -422,13 +442,28 @@ int step_attention(const StepAttentionArgs& args, void* stream) {
   // A CTA has an SM, as far as there are pages to share. NOTE: its shared memory keeps a second one
   // away: with room for two, 128 CTAs met on fewer SMs (16 x 5600 tokens 65.5 -> 70.6 us).
   using Alone = Config<8, 8, 1>;
+  using Four = Config<4, 3, 4>;
   const int items = args.sequences * args.kv_heads;
-  if (items * 8 <= args.num_sms) return launch<8, Alone>(args, stream);
-  if (items * 4 <= args.num_sms) return launch<4, Alone>(args, stream);
-  if (items * 2 <= args.num_sms) return launch<2, Alone>(args, stream);
-  if (items <= args.num_sms) return launch<1, Alone>(args, stream);
-  if (items <= 2 * args.num_sms) return launch<1, Config<8, 4, 2>>(args, stream);
-  return launch<1, Config<4, 3, 4>>(args, stream);
+  const int split = args.split
+                        ? args.split
+                        : step_attention_split(args.sequences, args.kv_heads,
+                                               args.page_table_stride, args.uneven, args.num_sms);
+  if (items * split <= args.num_sms) {
+    switch (split) {
+      case 1: return launch<1, Alone>(args, stream);
+      case 2: return launch<2, Alone>(args, stream);
+      case 4: return launch<4, Alone>(args, stream);
+      case 8: return launch<8, Alone>(args, stream);
+    }
+  }
+  switch (split) {
+    case 1:
+      return items <= 2 * args.num_sms ? launch<1, Config<8, 4, 2>>(args, stream)
+                                       : launch<1, Four>(args, stream);
+    case 2: return launch<2, Four>(args, stream);
+    case 4: return launch<4, Four>(args, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace nibble::cuda

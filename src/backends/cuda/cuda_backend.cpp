@@ -469,6 +469,8 @@ class CudaBackend final : public Backend {
         .softmax_scale = 1.0f / std::sqrt(static_cast<float>(kHeadDim)),
         .out_scale = out_scale,
         .rounded = rounded,
+        .uneven = batch.is_uneven,
+        .split = 0,
         .num_sms = device_.num_sms,
         .dependent = kDependent};
     check(step_attention(args, stream_), "decode step attention");

@@ -205,6 +205,8 @@ struct StepAttentionArgs {
   // `out` once more for the next linear, or null: digits (digits_layout.h) of up to kDigitTokens
   // sequences, else e4m3 (x_layout.h).
   void* rounded;
+  bool uneven;  // lengths differ much: StepBatch::is_uneven
+  int split;    // CTAs of a (sequence, head): 1, 2, 4, 8; 0: as attention_split.h has it
   int num_sms;
   bool dependent;
 };

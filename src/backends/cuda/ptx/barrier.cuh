@@ -92,9 +92,8 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t smem, int cta) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem), "r"(cta));
   return remote;
 }
-__device__ __forceinline__ void store_cluster_f32x2(uint32_t address, float a, float b) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b)
-               : "memory");
+__device__ __forceinline__ uint64_t pair_bits(float low, float high) {
+  return uint64_t{__float_as_uint(high)} << 32 | __float_as_uint(low);
 }
 // Eight bytes to another CTA, whose barrier counts them in as they arrive.
 __device__ __forceinline__ void store_async(uint32_t address, uint64_t value, uint32_t bar) {
