@@ -25,13 +25,13 @@ struct LinearOperand {
       nullptr;  // [K], multiplies the activation first; null when folded elsewhere
 };
 
-/// One step's ragged batch. Rows of sequence s are [seq_starts[s], seq_starts[s+1]).
 /// Whether sequences that have `used` blocks in all differ so much in length, and are so long, that
 /// it matters who computes which.
 inline bool is_uneven(int64_t used, int num_seqs, int max_blocks_per_seq) {
   return max_blocks_per_seq >= 32 && 4 * used <= int64_t{3} * num_seqs * max_blocks_per_seq;
 }
 
+/// One step's ragged batch. Rows of sequence s are [seq_starts[s], seq_starts[s+1]).
 struct StepBatch {
   int num_tokens = 0;      // T
   int num_seqs = 0;        // S
