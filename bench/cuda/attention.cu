@@ -1,5 +1,5 @@
 // Decode attention: correctness against float64 over ragged lengths, then time.
-//   attention [--tactic N] [--no-check] [--sequences 64 --tokens 5600]
+//   attention [--tactic N] [--no-check] [--sequences 64 [--tokens 5600] [--shortest 500]]
 // Pages lie in random order; unused token slots of a last page hold NaN scales. Time: graph of 8
 // dependent calls over two layers' pages, median of 21. Bytes counted: 260 per token and KV head.
 // SPDX-License-Identifier: Apache-2.0
@@ -390,7 +390,7 @@ Timing time_portable(const Case& c, int count, const void* q, void* out,
 }
 
 int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** argv) {
-  int tactic = 0, sequences = 0, tokens = 5600, shortest = 0, split = 0;
+  int tactic = 0, sequences = 0, tokens = 0, shortest = 0, split = 0;
   bool checks = true, small_only = false;
   for (int i = 0; i < argc; ++i) {
     const std::string flag = argv[i];
@@ -412,6 +412,17 @@ int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** 
       std::fprintf(stderr, "attention: unknown flag \"%s\"\n", argv[i]);
       return 1;
     }
+  }
+  if ((tokens || shortest) && !sequences) {
+    std::fprintf(stderr,
+                 "attention: --tokens and --shortest say how long --sequences N are; add it\n");
+    return 1;
+  }
+  if (!tokens) tokens = 5600;
+  if (shortest > tokens) {
+    std::fprintf(stderr, "attention: --shortest %d must be at most --tokens %d\n", shortest,
+                 tokens);
+    return 1;
   }
   int sms;
   BENCH_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));

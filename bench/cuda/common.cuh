@@ -130,6 +130,7 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
 int bench_attention(cudaStream_t stream, const Limits& limits, int argc, char** argv);
 int bench_prefill(cudaStream_t stream, int argc, char** argv);
 int bench_ops(cudaStream_t stream, const Limits& limits, int argc, char** argv);
+void bench_calibration(cudaStream_t stream, const Limits& limits);
 void bench_unpack(cudaStream_t stream);
 void bench_power(cudaStream_t stream);
 void bench_sms(cudaStream_t stream);

@@ -1,6 +1,7 @@
 // nibble_cuda_bench: the Hopper kernels against references and against this card's own limits.
 //   nibble_cuda_bench limits | unpack | launch | power | sms | read | linear [options] |
-//                     attention [options] | prefill | ops ...
+//                     attention [options] | prefill | ops |
+//                     calibration ...
 // Several commands may follow one another, separated by "--". Every run measures the read limit
 // first and what wgmma gives where a row needs it (`limits`: all of them, at once), so each
 // percentage belongs to the card that gave the time. SPDX-License-Identifier: Apache-2.0
@@ -142,10 +143,12 @@ int main(int argc, char** argv) {
       failures += bench_prefill(stream, end - i - 1, argv + i + 1);
     } else if (command == "ops") {
       failures += bench_ops(stream, limits, end - i - 1, argv + i + 1);
+    } else if (command == "calibration") {
+      bench_calibration(stream, limits);
     } else {
       std::fprintf(stderr,
                    "unknown command \"%s\": limits, unpack, launch, power, sms, read, linear, "
-                   "attention, prefill or ops\n",
+                   "attention, prefill, ops or calibration\n",
                    command.c_str());
       return 2;
     }

@@ -6,6 +6,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_fp16.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -16,6 +17,8 @@
 #include "backends/cuda/generic.h"
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/kv_layout.h"
+#include "backends/cuda/layout.h"
+#include "backends/cuda/wgmma_tactic.h"
 #include "common.cuh"
 #include "ops/sample_rng.h"
 
@@ -415,6 +418,8 @@ class OpTimer {
     for (const int rows : {1, 64, 5525}) columns(rows);
     for (const int rows : {1, 64, 2048}) silu(rows);
     for (const int rows : {1, 8, 16, 32, 64}) head(rows);
+    for (const int bits : {4, 8}) quantized_head(bits);
+    scale_search();
     for (const int rows : {1, 64}) sampling(rows);
   }
 
@@ -591,6 +596,58 @@ class OpTimer {
     });
     std::printf("lm_head %2d rows: ", rows);
     row(us, 2.0 * static_cast<double>(kTableSize), 2.0 * rows * static_cast<double>(kTableSize));
+  }
+
+  // int8 is an int4 matrix of twice the inputs (pack/int8.h).
+  void quantized_head(int bits) {
+    const int64_t k = int64_t{bits / 4} * kHidden;
+    const int64_t bytes = cuda_layout::Shape{kVocab, k}.packed_bytes();
+    auto* weights = device_alloc<uint8_t>(static_cast<size_t>(bytes));
+    BENCH_CHECK(cuda::fill_random_int4(weights, bytes / cuda_layout::kBlockBytes, 5, stream_));
+    const size_t workspace_bytes = cuda::linear_workspace_bytes(sms_);
+    auto* workspace = device_alloc<uint8_t>(workspace_bytes);
+    BENCH_CHECK(cudaMemsetAsync(workspace, 0xff, workspace_bytes, stream_));
+    for (const int rows : {1, 8, 16, 32, 64}) {
+      cuda::TensorMap map;
+      BENCH_CHECK(
+          cuda::make_tensor_map(&map, x_, rows, k, k * 2, cuda::linear_wgmma_box_rows(rows)));
+      cuda::LinearArgs args{.weights = weights, .rows = kVocab, .k = k, .tokens = rows, .x = x_};
+      args.x_stride = k, args.x_map = &map, args.out = logits_;
+      args.epilogue = cuda::Epilogue::kFloat;
+      args.workspace = workspace, args.num_sms = sms_, args.tactic = -1;
+      const double us = time(4, [&](int i) {
+        args.dependent = i > 0;
+        return cuda::linear(args, stream_);
+      });
+      std::printf("lm_head in %d bits %2d rows: ", bits, rows);
+      row(us, static_cast<double>(bytes), 2.0 * rows * static_cast<double>(kVocab * k));
+    }
+    BENCH_CHECK(cudaFree(workspace));
+    BENCH_CHECK(cudaFree(weights));
+  }
+
+  // Of gate_up, the host's wait for the result included.
+  void scale_search() {
+    constexpr int64_t kRows = 2 * kFfn;
+    const int64_t bytes = cuda_layout::Shape{kRows, kHidden}.packed_bytes();
+    auto* weights = device_alloc<uint8_t>(static_cast<size_t>(bytes));
+    auto* scratch = device_alloc<float>(1);
+    BENCH_CHECK(cuda::fill_random_int4(weights, bytes / cuda_layout::kBlockBytes, 6, stream_));
+    std::vector<double> times;
+    for (int i = 0; i < 21; ++i) {
+      BENCH_CHECK(cudaStreamSynchronize(stream_));
+      const auto start = std::chrono::steady_clock::now();
+      float largest;
+      BENCH_CHECK(cuda::largest_scale(weights, kRows, kHidden, scratch, &largest, stream_));
+      times.push_back(
+          std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start)
+              .count());
+    }
+    std::sort(times.begin(), times.end());
+    std::printf("largest_scale %lld x %d: ", static_cast<long long>(kRows), kHidden);
+    row(times[times.size() / 2], static_cast<double>(bytes) / 33);  // a scale in 33 words
+    BENCH_CHECK(cudaFree(weights));
+    BENCH_CHECK(cudaFree(scratch));
   }
 
   // Bytes: the logits once, which is the least.
