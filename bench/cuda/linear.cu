@@ -348,8 +348,6 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
   fill_uniform<<<256, 256, 0, stream>>>(out_scale, static_cast<size_t>(columns), 0.5f, 2.0f, 18);
   BENCH_CHECK(cudaMemsetAsync(out, 0xff, (out_count + canary) * 2, stream));  // NaN
   cuda::TensorMap map;
-  BENCH_CHECK(
-      cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2, cuda::linear_wgmma_box_rows(tokens)));
   cuda::LinearArgs args{.weights = w.packed[0],
                         .rows = s.rows,
                         .k = s.k,
@@ -368,6 +366,8 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
                         .in_order = o.in_order,
                         .tactic = tactic,
                         .early = o.early};
+  BENCH_CHECK(
+      cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2, cuda::linear_wgmma_box_rows(args)));
   uint8_t* quantized = nullptr;
   if (prepares(o)) {
     quantized = device_alloc<uint8_t>(prepared_bytes(o, tokens, s.k));
@@ -397,7 +397,7 @@ int check(const Options& o, const Matrix& m, const Weights& w, int tokens, const
     two.residual = residual + skipped * columns;
     cuda::TensorMap two_map;
     BENCH_CHECK(
-        cuda::make_tensor_map(&two_map, two.x, 2, s.k, s.k * 2, cuda::linear_wgmma_box_rows(2)));
+        cuda::make_tensor_map(&two_map, two.x, 2, s.k, s.k * 2, cuda::linear_wgmma_box_rows(two)));
     two.x_map = &two_map;
     if (quantized) {
       BENCH_CHECK(prepare(o, two.x, s.k, 2, s.k, quantized, false, stream));
@@ -637,9 +637,9 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
           if (left_out(i)) continue;
           const Shape& s = matrices[i].shape;
           cuda::TensorMap map;
-          BENCH_CHECK(cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2,
-                                            cuda::linear_wgmma_box_rows(tokens)));
           args.rows = s.rows, args.k = s.k, args.x = x, args.x_stride = s.k, args.x_map = &map;
+          BENCH_CHECK(cuda::make_tensor_map(&map, x, tokens, s.k, s.k * 2,
+                                            cuda::linear_wgmma_box_rows(args)));
           args.out = out;
           args.residual = h, args.epilogue = matrices[i].epilogue;
           if (rounds) {
@@ -685,14 +685,14 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
         bytes += static_cast<double>(m.shape.packed_bytes());
         flops += 2.0 * tokens * static_cast<double>(m.shape.rows) * static_cast<double>(m.shape.k);
       }
-      const int box = cuda::linear_wgmma_box_rows(tokens);
-      cuda::TensorMap h_map, q_map, act_map;
-      BENCH_CHECK(cuda::make_tensor_map(&h_map, h, tokens, 5120, 5120 * 2, box));
-      BENCH_CHECK(cuda::make_tensor_map(&q_map, qkv, tokens, 4096, 6144 * 2, box));
-      BENCH_CHECK(cuda::make_tensor_map(&act_map, act, tokens, 32768, 32768 * 2, box));
-      const cuda::TensorMap* maps[4] = {&h_map, &q_map, &h_map, &act_map};
       const void* inputs[4] = {h, qkv, h, act};
       const int64_t strides[4] = {5120, 6144, 5120, 32768};
+      cuda::TensorMap maps[4];
+      for (int i = 0; i < 4; ++i) {
+        args.rows = matrices[i].shape.rows, args.k = matrices[i].shape.k;
+        BENCH_CHECK(cuda::make_tensor_map(&maps[i], inputs[i], tokens, args.k, strides[i] * 2,
+                                          cuda::linear_wgmma_box_rows(args)));
+      }
       void* outputs[4] = {qkv, h, act, h};
       const Timing t = time_graph(
           stream, kLayers,
@@ -702,7 +702,7 @@ int bench_linear(cudaStream_t stream, const Limits& limits, int argc, char** arg
             for (int layer = 0; layer < kLayers; ++layer) {
               for (int i = 0; i < 4; ++i) {
                 args.rows = matrices[i].shape.rows, args.k = matrices[i].shape.k;
-                args.x = inputs[i], args.x_stride = strides[i], args.x_map = maps[i],
+                args.x = inputs[i], args.x_stride = strides[i], args.x_map = &maps[i],
                 args.out = outputs[i], args.residual = h;
                 args.epilogue = matrices[i].epilogue;
                 read_weights(args, weights[i], layer);

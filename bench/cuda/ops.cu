@@ -608,13 +608,13 @@ class OpTimer {
     auto* workspace = device_alloc<uint8_t>(workspace_bytes);
     BENCH_CHECK(cudaMemsetAsync(workspace, 0xff, workspace_bytes, stream_));
     for (const int rows : {1, 8, 16, 32, 64}) {
-      cuda::TensorMap map;
-      BENCH_CHECK(
-          cuda::make_tensor_map(&map, x_, rows, k, k * 2, cuda::linear_wgmma_box_rows(rows)));
       cuda::LinearArgs args{.weights = weights, .rows = kVocab, .k = k, .tokens = rows, .x = x_};
+      cuda::TensorMap map;
       args.x_stride = k, args.x_map = &map, args.out = logits_;
       args.epilogue = cuda::Epilogue::kFloat;
       args.workspace = workspace, args.num_sms = sms_, args.tactic = -1;
+      BENCH_CHECK(
+          cuda::make_tensor_map(&map, x_, rows, k, k * 2, cuda::linear_wgmma_box_rows(args)));
       const double us = time(4, [&](int i) {
         args.dependent = i > 0;
         return cuda::linear(args, stream_);

@@ -98,7 +98,7 @@ void expect_sound(const LinearArgs& args, const WgmmaTactic& rule) {
   ASSERT_GE(s.split, 1) << name();
   ASSERT_EQ(s.clusters % s.split, 0) << name();
   ASSERT_LE(s.clusters * t.cluster, args.num_sms) << name() << ": all resident at once";
-  const int tile = wgmma_tile_tokens(args.tokens), octets = tile / 8 * t.row_blocks / t.warpgroups;
+  const int tile = wgmma_tile_tokens(args), octets = tile / 8 * t.row_blocks / t.warpgroups;
   const int64_t tiles = tiles128 * 2 / t.row_blocks / t.cluster * ((args.tokens + tile - 1) / tile);
   ASSERT_TRUE(s.split == 1 || tiles * s.split <= s.clusters || octets >= s.split)
       << name() << ": with many tiles each of the CTAs that share k owns sums";
@@ -131,6 +131,33 @@ TEST(WgmmaTactic, EveryShapeHasASoundGrid) {
     }
   }
   EXPECT_GT(cases, 50000);
+}
+
+// The fastest on an H200 (docs/kernels.md), of a 24B's qkv, o, gate_up and down.
+TEST(WgmmaTile, IsWhatWasMeasured) {
+  const auto tile = [](int rows, int k, int tokens) {
+    LinearArgs args{};
+    args.rows = rows;
+    args.k = k;
+    args.tokens = tokens;
+    args.num_sms = 132;
+    return wgmma_tile_tokens(args);
+  };
+  EXPECT_EQ(tile(6144, 5120, 17), 32);
+  EXPECT_EQ(tile(6144, 5120, 64), 64);
+  EXPECT_EQ(tile(65536, 5120, 65), 80);
+  EXPECT_EQ(tile(65536, 5120, 90), 96);
+  EXPECT_EQ(tile(65536, 5120, 100), 112);
+  EXPECT_EQ(tile(65536, 5120, 128), 128);
+  EXPECT_EQ(tile(65536, 5120, 160), 80);
+  // 500 new tokens of a turn, alone and with those that are drawn meanwhile.
+  EXPECT_EQ(tile(6144, 5120, 512), 112);  // one turn either way
+  EXPECT_EQ(tile(65536, 5120, 512), 128);
+  EXPECT_EQ(tile(6144, 5120, 545), 112);
+  EXPECT_EQ(tile(5120, 4096, 545), 96);
+  EXPECT_EQ(tile(65536, 5120, 545), 112);
+  EXPECT_EQ(tile(5120, 32768, 545), 96);
+  EXPECT_EQ(tile(65536, 5120, 2048), 128);
 }
 
 // What was measured on an H200 (8 KV heads, pages of 64 tokens; docs/kernels.md).

@@ -132,18 +132,14 @@ class Int4Linears {
     const Input input = epilogue == Epilogue::kFloat ? Input::kBf16 : input_of(tokens);
     const float largest =
         input == Input::kE4m3 ? largest_scale_of(w.weight, out_rows, w.in_features) : 0;
-    TensorMap map;
     if constexpr (!kPortable) {
-      if (input == Input::kBf16) {
-        check(make_tensor_map(&map, x, tokens, w.in_features, int64_t{w.in_features} * 2,
-                              linear_wgmma_box_rows(tokens)),
-              "making a tensor map");
-      } else {
+      if (input != Input::kBf16) {
         round_input(x, w, tokens, fused);
         x = fused.x;
       }
     }
     NIBBLE_CHECK(x != fused.next && x != rounded);  // other CTAs still read it
+    TensorMap map;
     const LinearArgs args{.weights = w.weight,
                           .rows = out_rows,
                           .k = w.in_features,
@@ -172,6 +168,11 @@ class Int4Linears {
     if constexpr (kPortable) {
       check(portable_linear(args, stream_), "int4 linear");
     } else {
+      if (input == Input::kBf16) {
+        check(make_tensor_map(&map, x, tokens, args.k, args.x_stride * 2,
+                              linear_wgmma_box_rows(args)),
+              "making a tensor map");
+      }
       check(input == Input::kDigits ? linear_digits(args, stream_)
             : input == Input::kE4m3 ? linear_fp8(args, stream_)
                                     : tactics_.linear(args, stream_),

@@ -5,7 +5,7 @@
 // 128-byte swizzle); out bf16 row-major. Bytes: N*K*0.515625 of weights once from device memory;
 // x from L2, 2*kTokens/(0.5156*rows that share it) of that: the L2-to-SM traffic of x is what
 // binds narrow tiles, so tiles are tall and two CTAs of a cluster may share every x box
-// (multicast). Flops: 2*M*N*K with M padded to the token tile (16, 32, 48, 64, 96, 128).
+// (multicast). Flops: 2*M*N*K with M padded to whole token tiles (wgmma_tactic.h).
 //
 // Work split: a CTA is 16 consumer warps (four warpgroups) and one producer warp. A tile has
 // kRowBlocks = 4 blocks of 64 rows, one per warpgroup; or 2, and then two warpgroups take a block's
@@ -70,7 +70,10 @@ struct Config {
   static constexpr int kXBytes = kTokens * 256;
   static constexpr int kWBytes = kRowBlocks * kBlockBytes;
   static constexpr int kOctets = kTokens / 8 / kWays;  // of tokens, of a warpgroup
-  static constexpr int kSiluOctets = kOctets < 8 ? kOctets : kOctets % 8 == 0 ? 8 : 4;
+  static constexpr int kSiluOctets = kOctets < 8        ? kOctets
+                                     : kOctets % 8 == 0 ? 8
+                                     : kOctets % 4 == 0 ? 4
+                                                        : kOctets / 2;
   static constexpr int kOutStride = 68;  // floats: 64 rows and padding against conflicts
   static constexpr int kStagingBytes = 16 * kOutStride * 4;  // per warpgroup: 16 tokens
   static constexpr int kExchangeBytes = kWays == 1 ? 0 : kOctets * 4 * 128 * 4;
@@ -517,13 +520,15 @@ int launch(const LinearArgs& args, const WgmmaShares& shares, void* stream) {
 }
 
 template <typename Launch>
-int for_tile(int tokens, Launch&& launch) {
-  switch (wgmma_tile_tokens(tokens)) {
+int for_tile(int tile, Launch&& launch) {
+  switch (tile) {
     case 16: return launch(std::integral_constant<int, 16>{});
     case 32: return launch(std::integral_constant<int, 32>{});
     case 48: return launch(std::integral_constant<int, 48>{});
     case 64: return launch(std::integral_constant<int, 64>{});
+    case 80: return launch(std::integral_constant<int, 80>{});
     case 96: return launch(std::integral_constant<int, 96>{});
+    case 112: return launch(std::integral_constant<int, 112>{});
     default: return launch(std::integral_constant<int, 128>{});
   }
 }
@@ -539,7 +544,7 @@ int linear_wgmma(const LinearArgs& args, void* stream) {
   const WgmmaShares shares = wgmma_shares(args, t);
   if (shares.split == 0) return cudaErrorInvalidValue;
   const bool pairs = t.cluster == 2;
-  return for_tile(args.tokens, [&](auto tokens_tag) {
+  return for_tile(wgmma_tile_tokens(args), [&](auto tokens_tag) {
     constexpr int kTokens = decltype(tokens_tag)::value;
     if (t.row_blocks == 4) {
       return pairs ? launch<kTokens, 4, 2, 1>(args, shares, stream)

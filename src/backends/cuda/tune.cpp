@@ -57,7 +57,7 @@ class Bench {
 
   LinearTactic measure(int rows) {
     check(make_tensor_map(&map_, x_.data(), rows, matrix_.k, matrix_.k * 2,
-                          linear_wgmma_box_rows(rows)),
+                          linear_wgmma_box_rows(args(rows, 0))),
           "making a tensor map");
     std::vector<KernelTime> times;
     for (const LinearKernel& kernel : candidates(rows)) {
@@ -164,8 +164,8 @@ class Bench {
 
 std::vector<LinearTactic> tune_linears(Backend& backend, const ModelSpec& spec, int max_rows,
                                        int num_sms, void* workspace, void* stream) {
-  // Sizes at which a kernel's tiles change, and some between. Not 9 to 16: linear_digits is by
-  // rule.
+  // Sizes at which kernels or their tiles change, and some between. Not 9 to 16, which
+  // linear_digits has, nor all tiles of more than 64 rows: both are by rule.
   constexpr int kRows[] = {1, 2, 4, 8, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048};
   const Matrix matrices[] = {{spec.qkv_size(), spec.hidden_size, Epilogue::kPlain},
                              {spec.hidden_size, spec.q_size(), Epilogue::kResidual},

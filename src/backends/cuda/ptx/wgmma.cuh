@@ -44,26 +44,34 @@ __device__ __forceinline__ void wgmma_wait() {
 #define NIBBLE_TEXT_32 \
   NIBBLE_TEXT_24       \
   ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define NIBBLE_TEXT_48 \
+#define NIBBLE_TEXT_40 \
   NIBBLE_TEXT_32       \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define NIBBLE_TEXT_64 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define NIBBLE_TEXT_48 \
+  NIBBLE_TEXT_40       \
+  ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define NIBBLE_TEXT_56 \
   NIBBLE_TEXT_48       \
-  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+  ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define NIBBLE_TEXT_64 \
+  NIBBLE_TEXT_56       \
+  ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define NIBBLE_D(c, i) c(d[i]), c(d[(i) + 1]), c(d[(i) + 2]), c(d[(i) + 3])
 #define NIBBLE_D_8(c) NIBBLE_D(c, 0), NIBBLE_D(c, 4)
 #define NIBBLE_D_16(c) NIBBLE_D_8(c), NIBBLE_D(c, 8), NIBBLE_D(c, 12)
 #define NIBBLE_D_24(c) NIBBLE_D_16(c), NIBBLE_D(c, 16), NIBBLE_D(c, 20)
 #define NIBBLE_D_32(c) NIBBLE_D_24(c), NIBBLE_D(c, 24), NIBBLE_D(c, 28)
-#define NIBBLE_D_48(c) \
-  NIBBLE_D_32(c), NIBBLE_D(c, 32), NIBBLE_D(c, 36), NIBBLE_D(c, 40), NIBBLE_D(c, 44)
-#define NIBBLE_D_64(c) \
-  NIBBLE_D_48(c), NIBBLE_D(c, 48), NIBBLE_D(c, 52), NIBBLE_D(c, 56), NIBBLE_D(c, 60)
+#define NIBBLE_D_40(c) NIBBLE_D_32(c), NIBBLE_D(c, 32), NIBBLE_D(c, 36)
+#define NIBBLE_D_48(c) NIBBLE_D_40(c), NIBBLE_D(c, 40), NIBBLE_D(c, 44)
+#define NIBBLE_D_56(c) NIBBLE_D_48(c), NIBBLE_D(c, 48), NIBBLE_D(c, 52)
+#define NIBBLE_D_64(c) NIBBLE_D_56(c), NIBBLE_D(c, 56), NIBBLE_D(c, 60)
 #define NIBBLE_A_8 "{%8, %9, %10, %11}, %12"
 #define NIBBLE_A_16 "{%16, %17, %18, %19}, %20"
 #define NIBBLE_A_24 "{%24, %25, %26, %27}, %28"
 #define NIBBLE_A_32 "{%32, %33, %34, %35}, %36"
+#define NIBBLE_A_40 "{%40, %41, %42, %43}, %44"
 #define NIBBLE_A_48 "{%48, %49, %50, %51}, %52"
+#define NIBBLE_A_56 "{%56, %57, %58, %59}, %60"
 #define NIBBLE_A_64 "{%64, %65, %66, %67}, %68"
 // A function for d += a * b, a in registers; `flags` are the scale of d (0: d = a * b), the signs
 // of a and b, and whether b is transposed, as far as the types have them.
@@ -103,8 +111,16 @@ struct Wgmma<64> {
   NIBBLE_WGMMA(rs_e4m3_first, uint32_t, 16, "=r", "m64n64k32.f16.e4m3.e4m3", "0, 1, 1")
 };
 template <>
+struct Wgmma<80> {
+  NIBBLE_WGMMA(rs_bf16, float, 40, "+f", "m64n80k16.f32.bf16.bf16", "1, 1, 1, 0")
+};
+template <>
 struct Wgmma<96> {
   NIBBLE_WGMMA(rs_bf16, float, 48, "+f", "m64n96k16.f32.bf16.bf16", "1, 1, 1, 0")
+};
+template <>
+struct Wgmma<112> {
+  NIBBLE_WGMMA(rs_bf16, float, 56, "+f", "m64n112k16.f32.bf16.bf16", "1, 1, 1, 0")
 };
 template <>
 struct Wgmma<128> {
