@@ -15,6 +15,7 @@
 #include "backends/cuda/kernels.h"
 #include "backends/cuda/runtime.h"
 #include "backends/cuda/variant.h"
+#include "backends/cuda/wgmma_tactic.h"
 
 namespace nibble::test {
 namespace {
@@ -180,8 +181,13 @@ int run_linear(const char* kernel, Kind kind, const LinearArgs& a) {
   return submit(launch, [a, kind, kernel, map] {
     const size_t x_bytes = input_bytes(kind, a.tokens, a.k);
     Meaning x = memory().read(a.x, x_bytes);
-    if (!kPortable && kind == Kind::kBf16 && map.opaque[0] != reinterpret_cast<uintptr_t>(a.x)) {
-      fault(fmt::format("{} with the tensor map of another x", kernel));
+    if (!kPortable && kind == Kind::kBf16) {
+      const uint64_t wanted[] = {reinterpret_cast<uintptr_t>(a.x), static_cast<uint64_t>(a.tokens),
+                                 static_cast<uint64_t>(a.k), static_cast<uint64_t>(a.x_stride * 2),
+                                 static_cast<uint64_t>(linear_wgmma_box_rows(a))};
+      if (!std::equal(std::begin(wanted), std::end(wanted), map.opaque)) {
+        fault(fmt::format("{} with the tensor map of another x, or other boxes", kernel));
+      }
     }
     if (kind != Kind::kBf16) {
       if (test::op_of(x) != kind_name(kind)) {
@@ -354,9 +360,12 @@ int copy_on_device(void* to, const void* from, size_t bytes, void*) {
 // kernels.h
 // ------------------------------------------------------------------------------------------------
 
-int make_tensor_map(TensorMap* map, const void* base, int64_t, int64_t, int64_t, int) {
+int make_tensor_map(TensorMap* map, const void* base, int64_t rows, int64_t columns,
+                    int64_t row_stride_bytes, int box_rows) {
   *map = {};
   map->opaque[0] = reinterpret_cast<uintptr_t>(base);
+  const int64_t numbers[] = {rows, columns, row_stride_bytes, box_rows};
+  std::copy(std::begin(numbers), std::end(numbers), &map->opaque[1]);
   return 0;
 }
 size_t linear_workspace_bytes(int) { return 64; }
