@@ -38,7 +38,7 @@ CLIENTS = 64
 LAYER_BARS = {1: (80, 72), 4: (80, 72), 8: (80, 72), 16: (80, 72), 32: (95, 80), 64: (125, 110),
               128: (240, 212), 256: (410, 385), 5525: (9300, 8800)}
 DIGITS = range(9, 17)  # rows at which linears read x as digits
-PROMPTS = (16, 64, 500, 5525)  # rows of prompts, whose linears add in order
+PROMPTS = (16, 64, 500, 545, 5525)  # rows of prompts, whose linears add in order
 FP8_BARS = {64: (105, 85), 128: (140, 120), 5525: (6000, 4900)}
 
 
