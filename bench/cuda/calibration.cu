@@ -168,11 +168,7 @@ class CalibrationTimer {
   }
   template <typename Call>
   double time(int calls, Call call) {
-    return time_graph(stream_, calls,
-                      [&] {
-                        for (int i = 0; i < calls; ++i) BENCH_CHECK(call(i));
-                      })
-        .median_us;
+    return time_calls(stream_, calls, call);
   }
   void row(const std::string& what, double us, double bytes, double flops = 0) {
     std::printf("%-8s %-24s %9.2f us", matrix_.c_str(), what.c_str(), us);

@@ -102,6 +102,16 @@ inline Timing time_graph(cudaStream_t stream, int calls, const std::function<voi
   return {times[times.size() / 2], times.front(), times.back()};
 }
 
+// call(i) is the i-th launch of a graph and returns its status; microseconds a call, the median.
+template <typename Call>
+double time_calls(cudaStream_t stream, int calls, Call call) {
+  return time_graph(stream, calls,
+                    [&] {
+                      for (int i = 0; i < calls; ++i) BENCH_CHECK(call(i));
+                    })
+      .median_us;
+}
+
 // What percentages refer to, measured once per process: reading here, wgmma_tflops() when first
 // asked for.
 struct Limits {

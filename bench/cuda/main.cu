@@ -1,7 +1,6 @@
 // nibble_cuda_bench: the Hopper kernels against references and against this card's own limits.
 //   nibble_cuda_bench limits | unpack | launch | power | sms | read | linear [options] |
-//                     attention [options] | prefill | ops |
-//                     calibration ...
+//                     attention [options] | prefill | ops | calibration ...
 // Several commands may follow one another, separated by "--". Every run measures the read limit
 // first and what wgmma gives where a row needs it (`limits`: all of them, at once), so each
 // percentage belongs to the card that gave the time. SPDX-License-Identifier: Apache-2.0

@@ -429,14 +429,10 @@ class OpTimer {
   static constexpr int kQkv = (kHeads + 2 * kKvHeads) * kHeadDim;
   static constexpr size_t kTableSize = size_t{kVocab} * kHidden;
 
-  // call(i): the i-th launch of a graph, the first of which depends on nothing.
+  // The first of them depends on nothing.
   template <typename Call>
   double time(int calls, Call call) {
-    return time_graph(stream_, calls,
-                      [&] {
-                        for (int i = 0; i < calls; ++i) BENCH_CHECK(call(i));
-                      })
-        .median_us;
+    return time_calls(stream_, calls, call);
   }
   void row(double us, double bytes, double flops = 0) {
     std::printf("%.2f us", us);

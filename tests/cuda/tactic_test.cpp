@@ -133,7 +133,7 @@ TEST(WgmmaTactic, EveryShapeHasASoundGrid) {
   EXPECT_GT(cases, 50000);
 }
 
-// The fastest on an H200 (docs/kernels.md), of a 24B's qkv, o, gate_up and down.
+// For a 24B's qkv, o, gate_up and down what was fastest on an H200, or as fast (docs/kernels.md).
 TEST(WgmmaTile, IsWhatWasMeasured) {
   const auto tile = [](int rows, int k, int tokens) {
     LinearArgs args{};
